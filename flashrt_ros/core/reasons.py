@@ -1,0 +1,61 @@
+"""Reason codes: why the node waits, holds, stops or refuses. The numbers are stable and go out in ~/status."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Reason(IntEnum):
+    """Stable numeric reason with a one-line description in `.text`; grouped by hundreds."""
+
+    text: str
+
+    def __new__(cls, value: int, text: str) -> Reason:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.text = text
+        return member
+
+    OK = 0, "nothing to report"
+
+    # 100s: streams
+    NO_MESSAGE = 101, "no message of a stream has come yet"
+    STALE_RECEIPT = 102, "the newest message of a stream was received too long ago"
+    STALE_STAMP = 103, "the newest header stamp of a stream is too old"
+    SKEW = 104, "no set of messages lies within the allowed skew"
+    CLOCK = 105, "a header stamp lies in the future: the clocks disagree"
+
+    # 200s: content of a message
+    IMAGE_ENCODING = 201, "an image encoding is not supported or has changed"
+    IMAGE_SIZE = 202, "an image's size, step and data do not agree or have changed"
+    IMAGE_DECODE = 203, "a compressed image is truncated or cannot be decoded"
+    JOINT_MISSING = 204, "a joint of the contract is not in the message"
+    JOINT_NOT_FINITE = 205, "a joint value is NaN or infinite"
+    JOINT_FIELD = 206, "a joint message has names without values"
+    JOINT_DUPLICATE = 207, "a joint message names a joint twice"
+
+    # 300s: chunks and commands
+    CHUNK_NOT_FINITE = 301, "a chunk holds NaN or infinite actions and was dropped"
+    CHUNK_SHAPE = 302, "a chunk's shape is not (horizon, dof)"
+    LIMIT_POSITION = 303, "an action lies outside a joint's position limits"
+    LIMIT_VELOCITY = 304, "an action needs more than a joint's velocity limit"
+    STARVED = 305, "the actions ran out before a new chunk came: holding"
+    HOLD_DEADLINE = 306, "held longer than the hold deadline: commands stopped"
+    OLD_GENERATION = 307, "a chunk was computed before the last reset and was dropped"
+    CHUNK_LATE = 308, "a chunk came when all its actions were already due"
+    CHUNK_ORDER = 309, "a chunk's observation is older than that of the chunk being played"
+    NO_CHUNK = 310, "no chunk has come yet"
+    START_OUTSIDE_LIMITS = 311, "the measured joints lie outside the limits: move them inside before starting"
+
+    # 400s: runtime
+    INFERENCE_ERROR = 401, "the policy raised an error"
+    NO_MODEL = 402, "no policy is loaded"
+    WORKER_STOPPED = 403, "the inference worker has been stopped"
+    CONTROL_ERROR = 404, "the control callback raised an error"
+
+    # 500s: configuration
+    CONTRACT_INVALID = 501, "the robot contract is not valid"
+    POLICY_MISMATCH = 502, "the checkpoint does not fit the robot contract"
+    CHECKPOINT_INVALID = 503, "the checkpoint cannot be loaded"
+    PROMPT_INVALID = 504, "the prompt is empty or too long"
+    PARAMETER_INVALID = 505, "a parameter value is not valid"
