@@ -1,0 +1,94 @@
+"""Dimensions and family rules of a policy: every number the model needs, no tensors.
+
+Published dimensions: PaliGemma (arXiv:2407.07726), pi0 (arXiv:2410.24164), pi0.5 (arXiv:2504.16054).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+PolicyName = Literal["pi05", "pi0"]
+NormalizationMode = Literal["quantile", "quantile10", "mean_std", "min_max", "identity"]
+
+PATCH_SIZE = 14
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma stack (prefix language model or action expert)."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """The SigLIP vision tower; patches are 14x14 pixels."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    image_size: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per view."""
+        return (self.image_size // PATCH_SIZE) ** 2
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A flow-matching policy's dimensions.
+
+    action_dim is the model's padded width (32); the robot's own width follows from the statistics.
+    """
+
+    policy: PolicyName
+    vision: SiglipConfig
+    prefix: GemmaConfig
+    expert: GemmaConfig
+    vocab_size: int
+    horizon: int
+    prompt_capacity: int
+    action_dim: int = 32
+    num_steps: int = 10
+
+    def with_steps(self, num_steps: int | None) -> PolicyConfig:
+        """The same policy with another number of denoise steps; None keeps it."""
+        return self if num_steps is None else replace(self, num_steps=num_steps)
+
+
+@dataclass(frozen=True)
+class FamilyRules:
+    """What differs between checkpoints of openpi and of LeRobot; one named rule each.
+
+    quantile_eps is added to q99 - q01; std_eps to std going in, std_eps_inverse coming back;
+    zero_range_eps replaces a range that is exactly zero. absent_view_fill is in model space [-1, 1].
+    """
+
+    family: Literal["openpi", "lerobot"]
+    state_mode: NormalizationMode
+    action_mode: NormalizationMode
+    quantile_eps: float
+    std_eps: float
+    std_eps_inverse: float
+    zero_range_eps: float
+    resize: Literal["antialias_uint8", "bilinear_float"]
+    clean_underscores: bool
+    state_in_prompt: bool
+    absent_view_fill: float
+    rope_bf16: bool = False
+
+
+GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256)
+GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+SIGLIP_SO400M = SiglipConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, image_size=224)
+
+PALIGEMMA_VOCAB_SIZE = 257152
+PROMPT_CAPACITY: dict[PolicyName, int] = {"pi05": 200, "pi0": 48}

@@ -1,0 +1,54 @@
+"""Exceptions of the runtime: one type per kind of failure.
+
+Every message names what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FlashRTError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class CheckpointError(FlashRTError, ValueError):
+    """A checkpoint's files are not what their layout promises (the message names file and key)."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No checkpoint at the given path (the message lists what was looked for)."""
+
+
+class TokenizerNotFoundError(FlashRTError, FileNotFoundError):
+    """No SentencePiece model found (the message is the command that fetches it)."""
+
+
+class ObservationError(FlashRTError, ValueError):
+    """Images, state or noise given to the policy do not fit its specification."""
+
+
+class PromptError(FlashRTError, ValueError):
+    """No prompt, or one that cannot be tokenised."""
+
+
+class PromptTooLongError(PromptError):
+    """The prompt has more tokens than the policy's fixed capacity."""
+
+
+class OptionError(FlashRTError, ValueError):
+    """An unknown option value, or options that contradict each other."""
+
+
+class NotSupportedYetError(FlashRTError, NotImplementedError):
+    """A documented option whose implementation has not landed yet."""
+
+
+class HardwareError(FlashRTError, RuntimeError):
+    """The requested device or precision is not available on this machine."""
+
+
+class ActionError(FlashRTError, RuntimeError):
+    """The model produced actions that cannot be used (non-finite)."""
+
+
+class ClosedError(FlashRTError, RuntimeError):
+    """The policy was used after `close()`."""

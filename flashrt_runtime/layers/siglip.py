@@ -1,0 +1,56 @@
+"""SigLIP So400m/14 vision tower and PaliGemma's projection into the language model (arXiv:2303.15343)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import PATCH_SIZE, SiglipConfig
+from .norms import LayerNorm
+
+
+class SiglipLayer(nn.Module):
+    """Pre-norm transformer block with biases and tanh GELU."""
+
+    def __init__(self, config: SiglipConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm1 = LayerNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, dtype=dtype)
+        self.out = nn.Linear(config.width, config.width, dtype=dtype)
+        self.norm2 = LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp_dim, dtype=dtype)
+        self.fc2 = nn.Linear(config.mlp_dim, config.width, dtype=dtype)
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, branch: (views, tokens, width). Returns (residual, the MLP's output still to be added)."""
+        normed, x = self.norm1(x, branch)
+        normed, x = self.norm2(x, self.out(ops.vision_attention(self.qkv(normed), self.num_heads)))
+        return x, self.fc2(ops.gelu(self.fc1(normed)))
+
+
+class Siglip(nn.Module):
+    """Images to tokens of the language model's width; patch and position embeddings stay float32."""
+
+    position: Tensor
+
+    def __init__(self, config: SiglipConfig, out_width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.patch = nn.Linear(3 * PATCH_SIZE * PATCH_SIZE, config.width, dtype=torch.float32)
+        self.position = nn.Parameter(
+            torch.empty(config.tokens, config.width, dtype=torch.float32), requires_grad=False
+        )
+        self.layers = nn.ModuleList(SiglipLayer(config, dtype) for _ in range(config.depth))
+        self.norm = LayerNorm(config.width)
+        self.project = nn.Linear(config.width, out_width, dtype=dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (views, 3, size, size) float32 in [-1, 1]. Returns (views, tokens, out_width)."""
+        x = (self.patch(ops.patchify(images, PATCH_SIZE)) + self.position).to(self.dtype)
+        branch: Tensor | None = None
+        for layer in self.layers:
+            x, branch = layer(x, branch)
+        out: Tensor = self.project(self.norm(x, branch)[0])
+        return out

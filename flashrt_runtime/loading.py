@@ -1,0 +1,115 @@
+"""`load_model`: from a checkpoint directory to a policy that answers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from . import models
+from .checkpoints.base import open_checkpoint
+from .errors import NotSupportedYetError, OptionError
+from .models.weights import load_weights
+from .options import Target, requested_precision, resolve_config, resolve_target
+from .policy import Policy
+
+logger = logging.getLogger(__name__)
+
+MAX_VIEWS = 3
+MAX_STEPS = 100
+
+
+def load_model(
+    checkpoint: str | Path,
+    framework: str = "torch",
+    config: str = "pi05",
+    num_views: int = 2,
+    hardware: str = "auto",
+    *,
+    precision: str | None = None,
+    num_steps: int | None = None,
+    autotune: int | bool = 3,
+    recalibrate: bool = False,
+    weight_cache: bool = True,
+    use_fp8: bool | None = None,
+    use_fp16: bool | None = None,
+    use_fp4: bool | None = None,
+    fp4_layers: tuple[int, ...] | None = None,
+    use_awq: bool | None = None,
+    awq_alpha: float | None = None,
+    use_p1_split_gu: bool | None = None,
+    vision_pool_factor: int | None = None,
+    vision_num_layers: int | None = None,
+    cache_frames: int | None = None,
+    decode_cuda_graph: bool = False,
+    decode_graph_steps: int = 80,
+    embodiment_tag: str | None = None,
+    action_horizon: int | None = None,
+) -> Policy:
+    """Load a policy.
+
+    checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory; its layout is detected.
+    config: "pi05", "pi0", or "auto" to read it from the checkpoint; another architecture than named is an error.
+    num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU if there is one), "cpu", "any", "thor",
+    "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16"; None is bf16 on a GPU and fp32
+    on the CPU; the use_* flags map onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10).
+    autotune, recalibrate, weight_cache act on GPU graphs and quantised weights and change nothing without them.
+    The other options belong to features that are not supported yet.
+
+    Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's units.
+    Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
+    CheckpointNotFoundError and CheckpointError (which file and key).
+    """
+    later = {
+        "fp4_layers": fp4_layers,
+        "use_awq": use_awq,
+        "awq_alpha": awq_alpha,
+        "use_p1_split_gu": use_p1_split_gu,
+        "vision_pool_factor": None if vision_pool_factor == 1 else vision_pool_factor,
+        "vision_num_layers": vision_num_layers,
+        "cache_frames": None if cache_frames == 1 else cache_frames,
+        "decode_cuda_graph": decode_cuda_graph or None,
+        "embodiment_tag": embodiment_tag,
+        "action_horizon": action_horizon,
+    }
+    for name, value in later.items():
+        if value is not None:
+            raise NotSupportedYetError(f"{name}={value!r} is not supported yet: leave it out")
+    _check_range("num_views", num_views, 1, MAX_VIEWS)
+    if num_steps is not None:
+        _check_range("num_steps", num_steps, 1, MAX_STEPS)
+    _check_range("autotune", int(autotune), 0, 100)
+    policy_name = resolve_config(config)
+    target = resolve_target(hardware, requested_precision(precision, use_fp8, use_fp16, use_fp4))
+    return _load(Path(checkpoint).expanduser(), framework, policy_name, num_views, num_steps, target)
+
+
+def _load(
+    path: Path, framework: str, policy_name: str, num_views: int, num_steps: int | None, target: Target
+) -> Policy:
+    started = time.perf_counter()
+    opened = open_checkpoint(path, framework=framework, config=policy_name)
+    config = opened.config.with_steps(num_steps)
+    opened.config = config
+    model = models.build(config, num_views, target.dtype, opened.rules.rope_bf16)
+    load_weights(model, config, opened, target.device)
+    model.eval()
+    model.prepare(target.device)
+    logger.info(
+        "%s: %s from %s (%s rules), %d views, %d steps, %s on %s, loaded in %.2f s",
+        path,
+        config.policy,
+        opened.layout,
+        opened.rules.family,
+        num_views,
+        config.num_steps,
+        target.precision,
+        target.device,
+        time.perf_counter() - started,
+    )
+    return Policy(model, opened, target)
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{name} must be a whole number from {low} to {high}, got {value!r}")

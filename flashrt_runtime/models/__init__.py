@@ -1,0 +1,23 @@
+"""One file per policy. `build` turns a policy's configuration into its (unallocated) module."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import PolicyConfig
+from ..errors import OptionError
+from .flow import FlowPolicy
+from .pi0 import Pi0
+from .pi05 import Pi05
+
+__all__ = ["FlowPolicy", "Pi0", "Pi05", "build"]
+
+POLICIES: dict[str, type[FlowPolicy]] = {"pi05": Pi05, "pi0": Pi0}
+
+
+def build(config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool = False) -> FlowPolicy:
+    """The policy named by `config.policy`, its parameters on the meta device until the loader fills them."""
+    if config.policy not in POLICIES:
+        raise OptionError(f"unknown policy {config.policy!r}: expected one of {sorted(POLICIES)}")
+    with torch.device("meta"):
+        return POLICIES[config.policy](config, num_views, dtype, rope_bf16)

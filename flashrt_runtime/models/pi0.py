@@ -1,0 +1,59 @@
+"""pi0: one state token before the actions, flow time mixed into each action token (arXiv:2410.24164)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PolicyConfig
+from ..errors import ObservationError
+from ..layers.gemma import GemmaStack
+from ..layers.rope import time_embedding
+from .flow import FlowPolicy
+
+
+class Pi0(FlowPolicy):
+    """Prefix of views and text; expert of one state token and `horizon` action tokens.
+
+    The state token sees the prefix and itself, never the actions or the time: its K and V are constant over
+    the denoise steps, so it is run once and becomes the last slot of the prefix.
+    """
+
+    time_bias: Tensor
+
+    def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
+        super().__init__(config, num_views, dtype, rope_bf16)
+        width = config.expert.width
+        self.expert = GemmaStack(config.expert, dtype, adaptive=False, final_norm=True)
+        self.state_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
+        self.action_time_in = nn.Linear(2 * width, width, dtype=torch.float32)
+        self.action_time_out = nn.Linear(width, width, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def prepare_conditioning(self, device: torch.device) -> None:
+        """concat(action, time) @ W = action @ W_a + time @ W_t: the time half is computed here for every step."""
+        width, steps = self.config.expert.width, self.config.num_steps
+        self.action_half = self.action_time_in.weight[:, :width].contiguous()
+        time_half, bias = self.action_time_in.weight[:, width:], self.action_time_in.bias
+        embedded = torch.stack([time_embedding(1.0 - step / steps, width) for step in range(steps)])
+        self.time_bias = F.linear(embedded.to(device), time_half, bias)
+
+    def extend_prefix(self, state: Tensor | None) -> None:
+        """Run the state token through the expert and leave its K and V behind the prefix."""
+        if state is None:
+            raise ObservationError("pi0 needs the robot's state with every observation; none was given")
+        start = self.cache.length
+        token = self.state_in(state).to(self.dtype).unsqueeze(0)
+        self.expert.fill_cache(token, self.suffix_rope(start, 1), self.cache, start)
+        self.cache.length = start + 1
+
+    def velocity(self, x: Tensor, step: int) -> Tensor:
+        """One pass of the expert over the noisy actions; see `FlowPolicy.velocity`."""
+        start = self.cache.length
+        mixed = F.silu(F.linear(self.action_in(x), self.action_half, self.time_bias[step]))
+        tokens = self.action_time_out(mixed).to(self.dtype)
+        rope = self.suffix_rope(start, tokens.shape[0])
+        hidden = self.expert(tokens, rope, self.cache, start)
+        out: Tensor = self.action_out(hidden.float())
+        return out

@@ -1,0 +1,124 @@
+"""Options of `load_model`: hardware, precision and the older boolean flags, resolved to one device and one precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import HardwareError, NotSupportedYetError, OptionError
+
+CONFIG_ALIASES = {
+    "auto": "auto",
+    "pi05": "pi05",
+    "pi0": "pi0",
+    "pi0fast": "pi0fast",
+    "pi0_fast": "pi0fast",
+    "groot": "groot",
+    "groot_n17": "groot_n17",
+    "motus": "motus",
+    "wan22_ti2v_5b": "wan22_ti2v_5b",
+}
+SUPPORTED_CONFIGS = ("pi05", "pi0")
+
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LATER_PRECISIONS = ("fp8", "nvfp4")
+
+# name -> compute capabilities it stands for; "any" takes whatever GPU there is
+HARDWARE: dict[str, tuple[tuple[int, int], ...]] = {
+    "rtx_sm87": ((8, 7),),
+    "rtx_sm89": ((8, 9),),
+    "hopper": ((9, 0),),
+    "thor": ((10, 1), (11, 0)),
+    "rtx_sm120": ((12, 0), (12, 1)),
+}
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and in which precision a policy runs."""
+
+    device: torch.device
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the large weights."""
+        return PRECISIONS[self.precision]
+
+
+def resolve_config(config: str) -> str:
+    """The canonical policy name, or "auto". Raises OptionError (unknown) or NotSupportedYetError."""
+    name = CONFIG_ALIASES.get(config)
+    if name is None:
+        raise OptionError(f"unknown config {config!r}: expected one of {', '.join(CONFIG_ALIASES)}")
+    if name != "auto" and name not in SUPPORTED_CONFIGS:
+        raise NotSupportedYetError(
+            f"config {config!r} is not supported yet: this version runs {', '.join(SUPPORTED_CONFIGS)}"
+        )
+    return name
+
+
+def resolve_device(hardware: str) -> torch.device:
+    """The device `hardware` names. Raises OptionError (unknown name) or HardwareError (not on this machine)."""
+    names = ("auto", "cpu", "any", *HARDWARE)
+    if hardware not in names:
+        raise OptionError(f"unknown hardware {hardware!r}: expected one of {', '.join(names)}")
+    if hardware == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if hardware == "auto":
+            return torch.device("cpu")
+        raise HardwareError(f"hardware={hardware!r} needs a CUDA GPU and none was found: use hardware='cpu' or 'auto'")
+    capability = torch.cuda.get_device_capability()
+    found = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
+    if hardware in HARDWARE and capability not in HARDWARE[hardware]:
+        raise HardwareError(f"hardware={hardware!r} was asked for but this machine has {found}: use hardware='auto'")
+    if capability < MINIMUM_CAPABILITY:
+        raise HardwareError(
+            f"{found} is not supported: compute capability 8.0 or newer is needed "
+            f"({', '.join(HARDWARE)}); use hardware='cpu' to run without it"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def requested_precision(
+    precision: str | None, use_fp8: bool | None, use_fp16: bool | None, use_fp4: bool | None
+) -> str | None:
+    """One precision from the `precision` option and the older flags; None leaves the choice to the device.
+
+    Raises OptionError when two of them contradict each other.
+    """
+    known = (*PRECISIONS, *LATER_PRECISIONS)
+    if precision is not None and precision not in known:
+        raise OptionError(f"unknown precision {precision!r}: expected one of {', '.join(known)}")
+    flags = {"fp8": use_fp8, "fp16": use_fp16, "nvfp4": use_fp4}
+    wanted = [name for name, flag in flags.items() if flag]
+    if len(wanted) > 1:
+        raise OptionError(f"use_{wanted[0]} and use_{wanted[1]} contradict each other: set one, or precision=")
+    if precision is None:
+        if use_fp8 is False and not wanted:
+            return "bf16"
+        return wanted[0] if wanted else None
+    if wanted and wanted[0] != precision:
+        raise OptionError(f"precision={precision!r} contradicts the flag for {wanted[0]}: drop one of the two")
+    if flags.get(precision) is False:
+        raise OptionError(f"precision={precision!r} contradicts the flag that switches it off: drop one of the two")
+    return precision
+
+
+def resolve_target(hardware: str, precision: str | None) -> Target:
+    """Device and precision together.
+
+    Defaults: bf16 on a GPU, fp32 on the CPU. Raises NotSupportedYetError for fp8 and nvfp4 and HardwareError for
+    fp16 on the CPU.
+    """
+    device = resolve_device(hardware)
+    if precision in LATER_PRECISIONS:
+        raise NotSupportedYetError(f"precision {precision!r} is not supported yet: use {', '.join(PRECISIONS)}")
+    if precision is None:
+        precision = "fp32" if device.type == "cpu" else "bf16"
+    if precision == "fp16" and device.type == "cpu":
+        raise HardwareError("precision 'fp16' needs a GPU: use 'bf16' or 'fp32' on the CPU")
+    return Target(device, precision)

@@ -1,0 +1,319 @@
+"""The policy object: physical units outside, model space inside."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .checkpoints.base import Checkpoint
+from .checkpoints.tokenizer import resolve_tokenizer
+from .errors import ActionError, CheckpointError, ClosedError, ObservationError, OptionError, PromptError
+from .models import FlowPolicy
+from .options import Target
+from .processing.actions import ActionTransform
+from .processing.images import prepare_image
+from .processing.prompt import PromptEncoder
+from .processing.state import StateTransform
+
+DEFAULT_VIEWS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+VIEW_ALIASES = ("image", "wrist_image", "wrist_image_right")
+
+Images = Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8]]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy takes and gives.
+
+    views: camera order; horizon: actions per chunk; state_dim, action_dim: the robot's widths;
+    model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits included.
+    """
+
+    config: str
+    family: str
+    views: tuple[str, ...]
+    horizon: int
+    state_dim: int | None
+    action_dim: int | None
+    model_action_dim: int
+    prompt_capacity: int
+    num_steps: int
+    state_names: tuple[str, ...] | None
+    action_names: tuple[str, ...] | None
+    action_rate_hz: float | None
+    checkpoint: str
+
+
+class Policy:
+    """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time."""
+
+    def __init__(self, model: FlowPolicy, checkpoint: Checkpoint, target: Target) -> None:
+        self._model: FlowPolicy | None = model
+        self._target = target
+        self._lock = threading.Lock()
+        self._prompt: str | None = None
+        self._noise = torch.Generator().manual_seed(torch.seed() % 2**63)
+        self._tokenizer: PromptEncoder | None = None
+        self._checkpoint = checkpoint
+        stats, rules, config = checkpoint.norm_stats, checkpoint.rules, checkpoint.config
+        self._state = StateTransform(stats.state, rules, checkpoint.state_dim) if stats and stats.state else None
+        self._actions = (
+            ActionTransform(stats.actions, rules, checkpoint.action_dim, checkpoint.delta_actions)
+            if stats and stats.actions and checkpoint.action_dim
+            else None
+        )
+        self.spec = PolicySpec(
+            config=config.policy,
+            family=rules.family,
+            views=(checkpoint.views or DEFAULT_VIEWS)[: model.num_views],
+            horizon=config.horizon,
+            state_dim=checkpoint.state_dim,
+            action_dim=checkpoint.action_dim,
+            model_action_dim=config.action_dim,
+            prompt_capacity=config.prompt_capacity,
+            num_steps=config.num_steps,
+            state_names=checkpoint.state_names,
+            action_names=checkpoint.action_names,
+            action_rate_hz=checkpoint.action_rate_hz,
+            checkpoint=str(checkpoint.path),
+        )
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt in force, as given; None before the first."""
+        return self._prompt
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return self._target.precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._target.device
+
+    def set_prompt(self, prompt: str) -> None:
+        """Use `prompt` from the next predict on.
+
+        Raises PromptError (empty), PromptTooLongError (even with no state digits) or TokenizerNotFoundError; the
+        prompt in force then stays.
+        """
+        self._check_open()
+        longest = np.zeros(self.spec.state_dim or 0, np.float32) if self._needs_state_text else None
+        self._encoder().encode(prompt, longest)
+        self._prompt = prompt
+
+    def predict(
+        self,
+        images: Images,
+        prompt: str | None = None,
+        state: NDArray[np.floating] | Sequence[float] | None = None,
+        *,
+        noise: FloatArray | None = None,
+        seed: int | None = None,
+    ) -> FloatArray:
+        """One action chunk from one observation.
+
+        images: one (H, W, 3) uint8 RGB array per view, any size, as a list in the order of `spec.views` or a dict
+        by view name. prompt: needed at first, then kept. state: (state_dim,) joint values in the robot's units,
+        needed by every policy that sees the state. noise: (horizon, model_action_dim) float32, the flow's start;
+        or seed: an int it is drawn from; neither draws fresh noise.
+        Returns (horizon, action_dim) float32 actions in the robot's units, at the rate the policy was trained for.
+        Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no statistics),
+        TokenizerNotFoundError, ActionError (non-finite actions) or ClosedError.
+        """
+        with self._lock:
+            model = self._check_open()
+            views = self._ordered_views(images)
+            start = self._start_noise(noise, seed)
+            normalized = self._normalized_state(state)
+            if prompt is not None and prompt != self._prompt:
+                self.set_prompt(prompt)
+            text = self._prompt
+            if text is None:
+                raise PromptError("no prompt yet: pass prompt= to predict, or call set_prompt first")
+            tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
+            actions = self._run(model, views, tokens, normalized, start)
+            if not np.isfinite(actions).all():
+                bad = int((~np.isfinite(actions)).sum())
+                raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
+            if self._actions is None:
+                raise CheckpointError(
+                    f"{self.spec.checkpoint}: no action statistics (norm_stats), so actions cannot be given in the "
+                    "robot's units; use sample_actions for model space"
+                )
+            return self._actions.to_physical(actions, None if state is None else np.asarray(state, np.float32))
+
+    def sample_actions(
+        self,
+        images: FloatArray,
+        image_mask: NDArray[np.bool_],
+        tokens: NDArray[np.int64],
+        token_mask: NDArray[np.bool_],
+        state: FloatArray | None,
+        noise: FloatArray,
+    ) -> FloatArray:
+        """The model alone, without processing: for parity work.
+
+        images: (views, 3, size, size) float32 in [-1, 1]; image_mask: (views,) bool; tokens: (text,) int;
+        token_mask: (text,) bool; state: (model_action_dim,) float32 normalised and padded (pi0; unused by pi0.5);
+        noise: (horizon, model_action_dim) float32. Returns (horizon, model_action_dim) float32 in model space.
+        Raises ObservationError for shapes that do not fit.
+        """
+        with self._lock:
+            model = self._check_open()
+            size = model.config.vision.image_size
+            self._expect("images", images, (model.num_views, 3, size, size))
+            self._expect("image_mask", image_mask, (model.num_views,))
+            self._expect("token_mask", token_mask, np.shape(tokens))
+            self._expect("noise", noise, (self.spec.horizon, self.spec.model_action_dim))
+            if int(np.sum(token_mask)) > self.spec.prompt_capacity:
+                raise ObservationError(
+                    f"{int(np.sum(token_mask))} valid tokens do not fit the prompt capacity {self.spec.prompt_capacity}"
+                )
+            if state is not None:
+                self._expect("state", state, (self.spec.model_action_dim,))
+            put = self._put
+            return self._take(
+                model.sample_actions(
+                    put(images, torch.float32),
+                    put(image_mask, torch.bool),
+                    put(tokens, torch.int64),
+                    put(token_mask, torch.bool),
+                    None if state is None else put(state, torch.float32),
+                    put(noise, torch.float32),
+                )
+            )
+
+    def calibrate(
+        self, observations: object, percentile: float = 99.9, max_samples: int | None = None, verbose: bool = False
+    ) -> None:
+        """Calibrate activation scales; only quantised precisions have any. Raises OptionError on others."""
+        raise OptionError(f"precision {self.precision!r} has no activation scales: calibration is for fp8 and nvfp4")
+
+    def recalibrate(self) -> None:
+        """Drop the calibration in force; see `calibrate`."""
+        raise OptionError(f"precision {self.precision!r} has no activation scales: calibration is for fp8 and nvfp4")
+
+    def close(self) -> None:
+        """Free the model's memory. Any later call raises ClosedError; closing twice is allowed."""
+        with self._lock:
+            self._model = None
+            self._checkpoint.close()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @property
+    def _needs_state_text(self) -> bool:
+        return self._checkpoint.rules.state_in_prompt
+
+    def _check_open(self) -> FlowPolicy:
+        if self._model is None:
+            raise ClosedError("this policy was closed: load it again with load_model")
+        return self._model
+
+    def _encoder(self) -> PromptEncoder:
+        if self._tokenizer is None:
+            config = self._checkpoint.config
+            self._tokenizer = PromptEncoder(
+                resolve_tokenizer(self._checkpoint),
+                config.policy,
+                self._checkpoint.rules,
+                config.prompt_capacity,
+                config.vocab_size,
+            )
+        return self._tokenizer
+
+    def _run(
+        self,
+        model: FlowPolicy,
+        views: list[NDArray[np.uint8]],
+        tokens: NDArray[np.int64],
+        normalized: FloatArray | None,
+        noise: torch.Tensor,
+    ) -> FloatArray:
+        size, resize = model.config.vision.image_size, self._checkpoint.rules.resize
+        pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in views])
+        state = None
+        if normalized is not None and self._state is not None:
+            state = self._put(self._state.pad(normalized, self.spec.model_action_dim), torch.float32)
+        every = torch.ones
+        return self._take(
+            model.sample_actions(
+                pixels,
+                every(len(views), dtype=torch.bool, device=self.device),
+                self._put(tokens, torch.int64),
+                every(len(tokens), dtype=torch.bool, device=self.device),
+                state,
+                noise.to(self.device),
+            )
+        )
+
+    def _ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
+        names = self.spec.views
+        if isinstance(images, Mapping):
+            aliases = dict(zip(VIEW_ALIASES, names, strict=False))
+            by_name = {aliases.get(name, name): image for name, image in images.items()}
+            if set(by_name) != set(names) or len(by_name) != len(images):
+                raise ObservationError(f"expected images for the views {list(names)}, got {list(images)}")
+            ordered = [by_name[name] for name in names]
+        else:
+            ordered = list(images)
+            if len(ordered) != len(names):
+                raise ObservationError(f"expected {len(names)} images in the order {list(names)}, got {len(ordered)}")
+        for name, image in zip(names, ordered, strict=True):
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+                kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+                raise ObservationError(f"image {name!r}: expected a uint8 array of RGB pixels, got {kind}")
+            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise ObservationError(f"image {name!r}: expected shape (H, W, 3), got {image.shape}")
+        return ordered
+
+    def _normalized_state(self, state: NDArray[np.floating] | Sequence[float] | None) -> FloatArray | None:
+        checkpoint = self._checkpoint
+        needed = self._needs_state_text or self.spec.config == "pi0" or bool(np.any(checkpoint.delta_actions or ()))
+        if state is None:
+            if needed:
+                raise ObservationError(f"this policy sees the robot's state: pass state= with {self.spec.state_dim} values")
+            return None
+        values = np.asarray(state, dtype=np.float32)
+        if self._state is None:
+            raise CheckpointError(f"{self.spec.checkpoint}: no state statistics (norm_stats), so state= cannot be used")
+        if values.shape != (self.spec.state_dim,):
+            raise ObservationError(f"state: expected shape ({self.spec.state_dim},), got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ObservationError(f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite")
+        return self._state.normalize(values)
+
+    def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:
+        shape = (self.spec.horizon, self.spec.model_action_dim)
+        if noise is not None:
+            if seed is not None:
+                raise OptionError("noise= and seed= were both given: pass one")
+            self._expect("noise", noise, shape)
+            return torch.from_numpy(np.array(noise, dtype=np.float32))
+        # drawn on the host, so that a seed gives the same noise on every device
+        generator = self._noise if seed is None else torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    @staticmethod
+    def _expect(name: str, value: object, shape: tuple[int, ...]) -> None:
+        array = np.asarray(value)
+        if array.shape != tuple(shape):
+            raise ObservationError(f"{name}: expected shape {tuple(shape)}, got {array.shape}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ObservationError(f"{name}: holds values that are not finite")
+
+    def _put(self, array: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device=self.device, dtype=dtype)
+
+    def _take(self, actions: torch.Tensor) -> FloatArray:
+        result: FloatArray = actions.float().cpu().numpy()
+        return result
