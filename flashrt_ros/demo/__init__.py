@@ -1,0 +1,1 @@
+"""The demo: a simulated arm, a live monitor with a report, and a bag recorder."""
