@@ -1,7 +1,7 @@
 """Faults to inject into the demo robot's streams: dropped, delayed, mis-stamped and malformed messages.
 
 No ROS import. Options are plain dataclasses, so that the node can offer each field as a run-time parameter
-`<stream>.<field>`; a `FaultGate` per stream turns them into what is sent and when. All times are int nanoseconds.
+`<stream>.<field>`; a `FaultGate` per stream turns them into what is sent and when. Times are int nanoseconds.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-
-T = TypeVar("T")
 
 RAW_ENCODINGS = ("rgb8", "bgr8", "rgba8", "bgra8", "mono8", "mono16")
 COMPRESSED_ENCODINGS = ("jpeg", "png")
@@ -93,7 +90,7 @@ class JointFaults(StreamFaults):
         return sent, values
 
 
-class FaultGate(Generic[T]):
+class FaultGate[T]:
     """Decides for one stream which messages are sent, with which stamp and when. One thread uses it.
 
     faults may be replaced at any time from another thread. The seed makes partial drops repeatable.
@@ -124,7 +121,7 @@ class FaultGate(Generic[T]):
 
 
 def encode_raw(image: NDArray[np.uint8], encoding: str) -> tuple[NDArray[np.uint8], int]:
-    """RGB image (H, W, 3) as the bytes of a sensor_msgs/Image: flat uint8 array, and the row length `step` [bytes].
+    """RGB image (H, W, 3) as the bytes of a sensor_msgs/Image, flat uint8, and its row length `step` [bytes].
 
     Raises ValueError for an encoding outside RAW_ENCODINGS.
     """

@@ -1,6 +1,6 @@
 """The demo's arm: MuJoCo physics and off-screen cameras, no ROS.
 
-`ArmSim` steps the physics; `CameraRenderer` draws a state of it. They share only the (constant) model, so that one
+`ArmSim` steps the physics; `CameraRenderer` draws a state of it. They share only the (constant) model, so one
 thread can step while another renders.
 """
 
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 if "MUJOCO_GL" not in os.environ:
     _libraries = (("egl", "EGL"), ("osmesa", "OSMesa"))
     os.environ["MUJOCO_GL"] = next((gl for gl, lib in _libraries if ctypes.util.find_library(lib)), "disable")
-# Mesa's software rasteriser: draw in the calling thread, its worker threads only cost CPU at these image sizes.
+# Mesa's software rasteriser: draw in the calling thread; at these sizes worker threads only cost CPU.
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
-import mujoco  # noqa: E402
+import mujoco
 
 MODEL_PATH = Path(__file__).with_name("arm.xml")
 CAMERAS = ("base_camera", "wrist_camera")
-_warnings = mujoco.mjtWarning
-BAD_STATE = [int(kind) for kind in (_warnings.mjWARN_BADQPOS, _warnings.mjWARN_BADQVEL, _warnings.mjWARN_BADQACC)]
+BAD_STATE = [int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{what}")) for what in ("QPOS", "QVEL", "QACC")]
 
 
 class SimulationError(RuntimeError):
@@ -40,7 +39,7 @@ class RenderError(RuntimeError):
 
 @dataclass(frozen=True)
 class JointReading:
-    """Measured joints at `time` [s of simulation]: positions [rad, m], velocities, efforts [N m, N], each (dof,)."""
+    """Joints at `time` [s]: positions [rad, m], velocities [rad/s, m/s], efforts [N m, N]; each (dof,)."""
 
     time: float
     positions: NDArray[np.float64]
@@ -51,8 +50,8 @@ class JointReading:
 class ArmSim:
     """Physics of the arm and its table. Not thread-safe: the owner locks.
 
-    Public: model (shared with renderers, constant), joint_names in actuator order, lower and upper (dof,) [rad, m],
-    home (dof,), timestep [s].
+    Public: model (shared with renderers, constant), joint_names in actuator order, lower, upper and home
+    (dof,) [rad, m], timestep [s].
     """
 
     def __init__(self, model_path: Path = MODEL_PATH) -> None:
@@ -79,9 +78,9 @@ class ArmSim:
         mujoco.mj_forward(self.model, self._data)
 
     def step(self, targets: NDArray[np.float64], count: int = 1) -> None:
-        """Advance `count` timesteps towards position targets (dof,) [rad, m]; MuJoCo clamps them to the joint limits.
+        """Advance `count` timesteps towards targets (dof,) [rad, m], which MuJoCo clamps to the limits.
 
-        Raises ValueError for targets of another shape or not finite, SimulationError when the physics diverged.
+        Raises ValueError for targets of another shape or not finite, SimulationError if the physics diverged.
         """
         if targets.shape != self.lower.shape or not np.all(np.isfinite(targets)):
             raise ValueError(f"targets must be {self.lower.size} finite numbers, got {targets}")
@@ -103,7 +102,8 @@ class ArmSim:
 
     def state(self) -> NDArray[np.float64]:
         """Generalised positions (nq,) of everything in the scene, what `CameraRenderer.render` takes."""
-        return self._data.qpos.copy()
+        state: NDArray[np.float64] = self._data.qpos.copy()
+        return state
 
 
 class CameraRenderer:

@@ -1,6 +1,6 @@
 """Executing `trajectory_msgs/JointTrajectory` commands as ros2_control's joint_trajectory_controller does.
 
-No ROS import: messages are duck-typed (`header.stamp`, `joint_names`, `points`). All times are int nanoseconds.
+No ROS import: messages are duck-typed (`header.stamp`, `joint_names`, `points`). Times are int nanoseconds.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Trajectory:
     ) -> NDArray[np.float64]:
         """Commanded positions (dof,) at `time` [ns].
 
-        Between two points: linear, or cubic Hermite where both carry velocities. After the last point: that point.
-        Before the first: linear from `start`, the positions commanded at `start_time`; without it, the first point.
+        Between two points: linear, or cubic Hermite where they carry velocities. After the last: that one.
+        Before the first: linear from `start`, commanded at `start_time`; without it, the first point.
         """
         times, positions = self.times, self.positions
         if time >= times[-1]:
@@ -73,14 +73,14 @@ def stamp_ns(stamp: Any) -> int:
 def trajectory_from_message(message: Any, joint_names: Sequence[str], receipt: int) -> Trajectory:
     """Trajectory of a JointTrajectory message, its columns in the order of `joint_names`.
 
-    A zero header stamp means: starts at `receipt` [ns]. Raises CommandError where joint_trajectory_controller with
-    its defaults would reject: no points, another set of joints, wrong widths, times not increasing, values not finite.
+    A zero header stamp means: starts at `receipt` [ns]. Raises CommandError for no points, other joints, wrong
+    widths, times that do not increase (all as joint_trajectory_controller does) and values not finite.
     """
     if not message.points:
         raise CommandError("trajectory without points: at least one is needed")
     names = list(message.joint_names)
     if sorted(names) != sorted(joint_names):
-        raise CommandError(f"trajectory for joints {names}: expected exactly {list(joint_names)}, in any order")
+        raise CommandError(f"trajectory for joints {names}: expected exactly {list(joint_names)}")
     columns = [names.index(name) for name in joint_names]
     start = stamp_ns(message.header.stamp) or receipt
     times = np.array([start + stamp_ns(point.time_from_start) for point in message.points], dtype=np.int64)
@@ -139,7 +139,7 @@ class TrajectoryExecutor:
         self._counts = CommandCounts()
 
     def command(self, message: Any, now: int) -> None:
-        """Replace the running trajectory, as of `now` [ns]. Raises CommandError when the command is rejected."""
+        """Replace the running trajectory, as of `now` [ns]. Raises CommandError when it is rejected."""
         try:
             trajectory = trajectory_from_message(message, self.joint_names, now)
             if trajectory.times[-1] <= now:

@@ -4,7 +4,7 @@ Publishes (reliable, so that either kind of subscriber matches):
     base_camera/image_raw              sensor_msgs/Image            30 Hz
     wrist_camera/image_raw/compressed  sensor_msgs/CompressedImage  30 Hz
     joint_states                       sensor_msgs/JointState      100 Hz
-    /diagnostics                       diagnostic_msgs/DiagnosticArray 1 Hz: counts of commands, limits, overruns
+    /diagnostics                       diagnostic_msgs/DiagnosticArray 1 Hz: commands, limits, overruns
 Subscribes: arm_controller/joint_trajectory (trajectory_msgs/JointTrajectory).
 
 Faults can be injected at run time through the parameters `<stream>.<option>`, the options being the fields of
@@ -111,7 +111,7 @@ class _Camera(_Stream):
 
 
 class DemoRobot(Node):
-    """The node; `start()` begins physics and cameras in threads of their own, `stop()` ends and joins them."""
+    """The node; `start()` begins physics and cameras in threads of their own, `stop()` joins them."""
 
     def __init__(self) -> None:
         super().__init__("demo_robot")
@@ -166,7 +166,7 @@ class DemoRobot(Node):
         self._check_streams({})
 
     def _declared(self, prefix: str, options: Any) -> Any:
-        """The dataclass `options` with every field declared as a parameter and replaced by its given value."""
+        """The dataclass `options`, every field declared as a parameter and replaced by its given value."""
         values = {
             item.name: self.declare_parameter(f"{prefix}.{item.name}", getattr(options, item.name)).value
             for item in dataclasses.fields(options)
@@ -174,7 +174,7 @@ class DemoRobot(Node):
         return dataclasses.replace(options, **values)
 
     def _check_streams(self, changes: dict[str, Any]) -> list[Callable[[], None]]:
-        """Assignments that put `changes` (by parameter name) in force; raises ValueError where one is not allowed."""
+        """What puts `changes` (by parameter name) in force; raises ValueError where one is not allowed."""
         assignments: list[Callable[[], None]] = []
 
         def plan(stream: _Stream, owner: Any, attribute: str, check: Sequence[str]) -> None:
@@ -241,9 +241,10 @@ class DemoRobot(Node):
             "last_violation": counts.last_violation,
         }
         self._cpu_mark = (wall, cpu, simulated)
-        status = DiagnosticStatus(level=DiagnosticStatus.OK, name="demo_robot", hardware_id="mujoco", message="ok")
+        status = DiagnosticStatus(level=DiagnosticStatus.OK, name="demo_robot", message="ok")
         if counts.rejected or counts.limit_violations or self._overruns:
-            status.level, status.message = DiagnosticStatus.WARN, "commands refused or clamped, or physics too slow"
+            status.level = DiagnosticStatus.WARN
+            status.message = "commands refused or clamped, or physics too slow"
         status.values = [KeyValue(key=key, value=value) for key, value in values.items()]
         report = DiagnosticArray(status=[status])
         report.header.stamp = self.get_clock().now().to_msg()
@@ -334,7 +335,7 @@ class DemoRobot(Node):
 
 
 def _ticks(period: float, stop: threading.Event) -> Iterator[None]:
-    """Yield at absolute deadlines `period` [s] apart until `stop` is set; deadlines already missed are skipped."""
+    """Yield at absolute deadlines `period` [s] apart until `stop` is set; missed ones are skipped."""
     deadline = time.monotonic()
     while not stop.is_set():
         yield

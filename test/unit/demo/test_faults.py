@@ -72,8 +72,9 @@ def test_joints_missing_renamed_reversed():
 
 def test_nan_and_inf_hit_the_named_joint_even_when_reversed():
     _, (values, other) = JointFaults(nan="pan", inf="elbow", reverse=True).apply(NAMES, POSITIONS, POSITIONS)
-    assert np.isinf(values[0]) and values[1] == 0.2 and np.isnan(values[2])
-    assert np.all(np.isfinite(other)) and np.all(np.isfinite(POSITIONS))
+    np.testing.assert_array_equal(values, [np.inf, 0.2, np.nan])
+    np.testing.assert_array_equal(other, POSITIONS[::-1])
+    np.testing.assert_array_equal(POSITIONS, [0.1, 0.2, 0.3])
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def run(sim, path, seconds):
 def test_joints_and_home(sim):
     assert sim.joint_names == JOINTS
     np.testing.assert_array_equal(sim.joints().positions, sim.home)
-    assert np.all(sim.home > sim.lower) and np.all(sim.home < sim.upper)
+    assert np.all(sim.home > sim.lower)
+    assert np.all(sim.home < sim.upper)
 
 
 def test_stays_at_home_against_gravity(sim):
@@ -81,7 +82,7 @@ def test_physics_stays_stable_under_random_commands(sim, seed):
     def path(time):
         nonlocal target
         if round(time / sim.timestep) % 20 == 0:
-            target = generator.uniform(sim.lower, sim.upper)  # jumps of up to 6 rad, into table and blocks too
+            target = generator.uniform(sim.lower, sim.upper)  # jumps of 6 rad, into table and blocks
         return target
 
     _, measured = run(sim, path, 20.0)

@@ -16,7 +16,7 @@ def stamp(nanoseconds):
 
 
 def trajectory(names, start, times, positions, velocities=None):
-    """What is read of a JointTrajectory. start, times: int nanoseconds; positions (and velocities): one row per time."""
+    """What is read of a JointTrajectory. start, times: int nanoseconds; a row per time."""
     points = [
         SimpleNamespace(
             time_from_start=stamp(time),
