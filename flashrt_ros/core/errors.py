@@ -26,7 +26,7 @@ class ContractProblem:
 
 
 class ContractError(CoreError, ValueError):
-    """The robot contract is missing, malformed or contradicts itself; one line `file:line: text` per problem."""
+    """The robot contract is malformed or contradicts itself; one line `file:line: text` per problem."""
 
     reason = Reason.CONTRACT_INVALID
 

@@ -1,4 +1,4 @@
-"""Reason codes: why the node waits, holds, stops or refuses. The numbers are stable and go out in ~/status."""
+"""Reason codes: why the node waits, holds, stops or refuses. The numbers are stable, ~/status has them."""
 
 from __future__ import annotations
 

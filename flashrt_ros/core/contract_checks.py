@@ -1,0 +1,147 @@
+"""Contradictions within a contract: problems that need more than one key to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .contract_model import OutputType, Representation, StreamType
+from .contract_yaml import YamlPath
+from .timing import NS_PER_S, period_ratio, to_ns
+
+Problem = tuple[YamlPath, str]
+
+
+def contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Problems that need more than one key to see; `data` has passed the schema."""
+    yield from _check_streams(data["streams"])
+    yield from _check_joints(data["joints"])
+    yield from _check_state(data)
+    yield from _check_action(data)
+    yield from _check_outputs(data)
+    yield from _check_times(data)
+
+
+def _check_streams(streams: Mapping[str, Any]) -> Iterator[Problem]:
+    views: dict[str, str] = {}
+    for name, stream in streams.items():
+        view = stream.get("view")
+        if stream["type"] == StreamType.JOINT_STATE:
+            for key in ("view", "crop"):
+                if stream.get(key) is not None:
+                    yield ("streams", name, key), f"stream {name} is a JointState and cannot have a {key}"
+        elif view is None:
+            yield ("streams", name), f"image stream {name} needs `view`, the policy's name for this camera"
+        elif view in views:
+            yield ("streams", name, "view"), f"view {view} is already served by stream {views[view]}"
+        else:
+            views[view] = name
+    if not views:
+        yield ("streams",), "no image stream: a policy needs at least one view"
+
+
+def _check_joints(joints: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+    for key in ("name", "policy_name"):
+        names = [joint.get(key, joint["name"]) for joint in joints]
+        yield from _duplicates(names, ("joints",), f"joint {key}")
+    for index, joint in enumerate(joints):
+        if "limits" in joint:
+            lower, upper = joint["limits"]["position"]
+            if lower >= upper:
+                text = f"joint {joint['name']}: lower position limit {lower} is not below the upper, {upper}"
+                yield ("joints", index, "limits", "position"), text
+
+
+def _duplicates(names: Sequence[str], path: YamlPath, what: str) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            yield (*path, index), f"{what} {name} is given twice"
+        seen.add(name)
+
+
+def _check_names(
+    names: Sequence[str], path: YamlPath, joints: Sequence[Mapping[str, Any]]
+) -> Iterator[Problem]:
+    known = [joint["name"] for joint in joints]
+    for index, name in enumerate(names):
+        if name not in known:
+            yield (*path, index), f"unknown joint {name}; joints are {', '.join(known)}"
+    yield from _duplicates(names, path, "joint")
+
+
+def state_sources(data: Mapping[str, Any]) -> list[tuple[YamlPath, Mapping[str, Any]]]:
+    state = data["state"]
+    if isinstance(state, list):
+        return [(("state", index), source) for index, source in enumerate(state)]
+    return [(("state",), state)]
+
+
+def _check_state(data: Mapping[str, Any]) -> Iterator[Problem]:
+    streams = data["streams"]
+    joint_streams = [name for name, stream in streams.items() if stream["type"] == StreamType.JOINT_STATE]
+    for path, source in state_sources(data):
+        name = source["stream"]
+        if name not in joint_streams:
+            what = "is not a JointState stream" if name in streams else "is unknown"
+            text = f"stream {name} {what}; JointState streams: {', '.join(joint_streams) or 'none'}"
+            yield (*path, "stream"), text
+        elif streams[name].get("optional", False):
+            yield (*path, "stream"), f"stream {name} carries the state and cannot be optional"
+        yield from _check_names(source["joints"], (*path, "joints"), data["joints"])
+
+
+def _check_action(data: Mapping[str, Any]) -> Iterator[Problem]:
+    names = data["action"]["joints"]
+    joints = {joint["name"]: index for index, joint in enumerate(data["joints"])}
+    yield from _check_names(names, ("action", "joints"), data["joints"])
+    for name in names:
+        index = joints.get(name)
+        if index is not None and "limits" not in data["joints"][index]:
+            wanted = "limits: {position: [lower, upper], velocity: v}"
+            yield ("joints", index), f"joint {name} is commanded (action.joints) and needs {wanted}"
+    sources = state_sources(data)
+    positions = [source for _, source in sources if source.get("field", "position") == "position"]
+    measured = {name for source in positions for name in source["joints"]}
+    if len({source["stream"] for _, source in sources}) > 1:
+        for index, name in enumerate(names):
+            if name in joints and name not in measured:
+                text = f"joint {name} is commanded, so a state stream must name it, with field: position"
+                yield ("action", "joints", index), text
+
+
+def _check_outputs(data: Mapping[str, Any]) -> Iterator[Problem]:
+    action, timeline = data["action"], data["timeline"]
+    topics: set[str] = set()
+    for index, output in enumerate(data["outputs"]):
+        path: YamlPath = ("outputs", index)
+        if output["topic"] in topics:
+            yield (*path, "topic"), f"topic {output['topic']} is already an output"
+        topics.add(output["topic"])
+        lookahead = output.get("lookahead")
+        if output["type"] == OutputType.FLOAT64_MULTI_ARRAY:
+            if lookahead is not None:
+                text = "lookahead is for JointTrajectory; a Float64MultiArray holds one command"
+                yield (*path, "lookahead"), text
+            continue
+        if action["representation"] == Representation.VELOCITY:
+            text = "velocity actions have no positions for a JointTrajectory: use Float64MultiArray"
+            yield (*path, "type"), text
+        if lookahead is not None and lookahead < action["period"]:
+            text = f"lookahead {lookahead} s is shorter than one action period, {action['period']} s"
+            yield (*path, "lookahead"), text
+        if lookahead is not None and lookahead > timeline["open_loop_cap"]:
+            text = f"lookahead {lookahead} s is longer than open_loop_cap, {timeline['open_loop_cap']} s"
+            yield (*path, "lookahead"), text
+
+
+def _check_times(data: Mapping[str, Any]) -> Iterator[Problem]:
+    action_period, control = data["action"]["period"], data["rates"]["control"]
+    try:
+        period_ratio(to_ns(action_period), round(NS_PER_S / control))
+    except ValueError as error:
+        yield ("rates", "control"), f"rates.control {control} Hz and action.period {action_period} s: {error}"
+    cap = data["timeline"]["open_loop_cap"]
+    if to_ns(cap) < to_ns(action_period):
+        text = f"open_loop_cap {cap} s is shorter than one action period, {action_period} s"
+        yield ("timeline", "open_loop_cap"), text

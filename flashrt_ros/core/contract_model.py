@@ -1,0 +1,253 @@
+"""Data model of a robot contract: frozen dataclasses, times in int nanoseconds, no parsing.
+
+Joint mapping, used everywhere: with gain = sign * scale,
+
+    policy value = gain * robot value + offset          (positions)
+    policy value = gain * robot value                   (velocities and increments)
+
+so `scale` turns the robot's rad or m into the policy's unit (180/pi for degrees, 25 for 0..0.04 m in 0..1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .contract_yaml import SourceMap
+from .policy_check import PolicySpecLike, check_policy
+
+FloatArray = NDArray[np.float64]
+
+
+class Representation(StrEnum):
+    """What the numbers of an action mean."""
+
+    ABSOLUTE = "absolute"  # joint positions
+    DELTA = "delta"        # increments per action
+    VELOCITY = "velocity"  # joint velocities
+
+    @property
+    def code(self) -> int:
+        """ActionChunk.REPRESENTATION_* constant."""
+        return list(Representation).index(self)
+
+
+class StreamType(StrEnum):
+    """Message types that a stream may carry."""
+
+    IMAGE = "sensor_msgs/msg/Image"
+    COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
+    JOINT_STATE = "sensor_msgs/msg/JointState"
+
+
+class OutputType(StrEnum):
+    """Message types that commands may go out as."""
+
+    JOINT_TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
+    FLOAT64_MULTI_ARRAY = "std_msgs/msg/Float64MultiArray"
+
+
+class OnViolation(StrEnum):
+    """What happens to a command beyond a limit."""
+
+    CLAMP = "clamp"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True)
+class Qos:
+    """Quality of service of a subscription, in ROS's words."""
+
+    reliability: str = "best_effort"
+    durability: str = "volatile"
+    depth: int = 5
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Rectangle kept of a camera image [pixels]."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One subscribed topic; `view` is the policy's name for a camera, None for joint states."""
+
+    name: str
+    topic: str
+    type: StreamType
+    view: str | None
+    qos: Qos
+    optional: bool
+    crop: Crop | None
+    max_age: int
+
+    @property
+    def is_image(self) -> bool:
+        return self.type is not StreamType.JOINT_STATE
+
+
+@dataclass(frozen=True)
+class JointLimits:
+    """Bounds of a joint in the robot's unit: position [rad or m], speed [rad/s or m/s]."""
+
+    lower: float
+    upper: float
+    velocity: float
+
+
+@dataclass(frozen=True)
+class JointSpec:
+    """One joint; sign, scale and offset as in the module's formula."""
+
+    name: str
+    unit: str
+    sign: int
+    scale: float
+    offset: float
+    limits: JointLimits | None
+    policy_name: str
+
+    @property
+    def gain(self) -> float:
+        return self.sign * self.scale
+
+
+class JointMapping:
+    """Robot units to policy units and back for an ordered list of joints. Arrays (..., joints) float64."""
+
+    def __init__(self, joints: Sequence[JointSpec]) -> None:
+        self._gain = np.array([joint.gain for joint in joints], dtype=np.float64)
+        self._offset = np.array([joint.offset for joint in joints], dtype=np.float64)
+
+    def to_policy(self, values: ArrayLike, *, rates: bool = False) -> FloatArray:
+        """gain * robot value + offset; `rates`: velocities or increments, no offset."""
+        scaled = np.asarray(values, dtype=np.float64) * self._gain
+        return scaled if rates else scaled + self._offset
+
+    def to_robot(self, values: ArrayLike, *, rates: bool = False) -> FloatArray:
+        """(policy value - offset) / gain; `rates`: velocities or increments, no offset."""
+        array = np.asarray(values, dtype=np.float64)
+        return (array if rates else array - self._offset) / self._gain
+
+
+@dataclass(frozen=True)
+class StateSource:
+    """Part of the state vector: these joints' `field` (position or velocity) of one JointState stream."""
+
+    stream: str
+    field: str
+    joints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The state vector: its sources' joints, one after the other."""
+
+    sources: tuple[StateSource, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(len(source.joints) for source in self.sources)
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """The action vector: meaning, time between two actions [ns], joints in the policy's order."""
+
+    representation: Representation
+    period: int
+    joints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One command topic; `lookahead` [ns] is how far a JointTrajectory reaches, 0 for Float64MultiArray."""
+
+    topic: str
+    type: OutputType
+    lookahead: int
+
+
+@dataclass(frozen=True)
+class SyncSpec:
+    """Largest difference of stamps within one observation, and default largest age of its messages [ns]."""
+
+    max_skew: int
+    max_age: int
+
+
+@dataclass(frozen=True)
+class RatesSpec:
+    """Period of commands [ns]; period of inference [ns], None = back to back."""
+
+    control_period: int
+    inference_period: int | None
+
+
+@dataclass(frozen=True)
+class TimelineSpec:
+    """How long a chunk may be followed [ns], actions blended at a seam, how long a hold may last [ns]."""
+
+    open_loop_cap: int
+    blend_steps: int
+    hold_deadline: int
+
+
+@dataclass(frozen=True)
+class RobotContract:
+    """Everything the node knows about a robot; built by `load_contract` from a file of config/robots/."""
+
+    robot: str
+    streams: Mapping[str, StreamSpec]
+    joints: Mapping[str, JointSpec]
+    state: StateSpec
+    action: ActionSpec
+    outputs: tuple[OutputSpec, ...]
+    on_violation: OnViolation
+    sync: SyncSpec
+    rates: RatesSpec
+    timeline: TimelineSpec
+    source: SourceMap = field(default_factory=SourceMap, compare=False, repr=False)
+
+    @property
+    def dof(self) -> int:
+        """Width of the action vector."""
+        return len(self.action.joints)
+
+    @property
+    def action_joints(self) -> tuple[JointSpec, ...]:
+        """Specs of the commanded joints, in action order."""
+        return tuple(self.joints[name] for name in self.action.joints)
+
+    @property
+    def image_streams(self) -> tuple[StreamSpec, ...]:
+        """Streams that carry a view, in file order."""
+        return tuple(stream for stream in self.streams.values() if stream.is_image)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """View names, in file order."""
+        return tuple(stream.view for stream in self.image_streams if stream.view is not None)
+
+    @property
+    def trajectory_lookahead(self) -> int:
+        """Longest lookahead among the outputs [ns]; 0 when none is a JointTrajectory."""
+        return max(output.lookahead for output in self.outputs)
+
+    def check_policy(self, spec: PolicySpecLike) -> None:
+        """Raise PolicyMismatchError unless the checkpoint of `spec` fits; see policy_check."""
+        check_policy(self, spec)
+
+    def actions_to_robot(self, actions: ArrayLike) -> FloatArray:
+        """Policy actions (..., dof) in the policy's units -> (..., dof) float64 in the robot's units."""
+        mapping = JointMapping(self.action_joints)
+        return mapping.to_robot(actions, rates=self.action.representation is not Representation.ABSOLUTE)
