@@ -1,0 +1,74 @@
+// Launchers of the action expert's latency-bound kernels. Like those of flashrt_native.h they only enqueue work.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace flashrt {
+
+// skinny_gemm.cu
+constexpr int kSkinnyMaxRows = 64;
+
+enum class SkinnyEpilogue : int { kStore = 0, kResidual = 1, kGeglu = 2, kRope = 3 };
+
+struct SkinnyGemm {
+  bool fp8;                    // weights (and plain activations) e4m3, else bf16
+  SkinnyEpilogue epilogue;
+  int rows, n, k;              // activations (rows, k), weights (n, k)
+  const void* x;               // bf16 when norm_scale is set, else the weights' type
+  const void* weights;         // packed tiles
+  const float* norm_scale;     // (k): x * rsqrt(mean(x^2) + eps) * (1 + norm_scale) + norm_shift; null: no norm
+  const float* norm_shift;     // (k) or null
+  float eps;
+  const float* x_scale;        // fp8: real value of one quantised step of x, and of the weights
+  const float* w_scale;
+  const float* out_scale;      // kGeglu, fp8: scale of the output
+  const float* bias;           // kStore: (n) or null
+  const float* gate;           // kResidual: (n) or null for 1
+  void* out;                   // kStore, kResidual: bf16 (rows, n); kGeglu: (rows, n / 2); kRope: q, bf16
+  const float* rope_cos;       // kRope: (positions, head_dim / 2)
+  const float* rope_sin;
+  const int* prefix_length;    // kRope: slot and position of row 0, on the device
+  void* k_cache;               // kRope: bf16 (slots, kv_heads, head_dim)
+  void* v_cache;
+  int heads, kv_heads, head_dim;
+};
+
+cudaError_t skinny_gemm(const SkinnyGemm& problem, cudaStream_t stream);
+
+// expert_attention.cu
+struct ExpertAttention {
+  bool fp8_out;
+  int rows, heads, kv_heads;   // rows: queries a head; head_dim is 256
+  const void* q;               // bf16 (rows, heads, 256)
+  const void* k_cache;         // bf16 (slots, kv_heads, 256)
+  const void* v_cache;
+  const int* prefix_length;    // keys [0, prefix_length + rows) are attended
+  int capacity;                // slots of the cache: an upper bound of the keys
+  const float* out_scale;      // fp8_out: scale of the output
+  void* out;                   // bf16 or e4m3 (rows, heads * 256)
+};
+
+cudaError_t expert_attention(const ExpertAttention& problem, cudaStream_t stream);
+
+// action_step.cu
+struct ActionStep {
+  int rows, width, action_dim;   // (horizon, expert width, 32)
+  const void* hidden;            // bf16 (rows, width) or null: no output half
+  const float* norm_scale;       // (width)
+  const float* norm_shift;       // (width) or null
+  float eps;
+  const float* out_weight;       // float32 (action_dim, width)
+  const float* out_bias;
+  float dt;
+  float* x;                      // float32 (rows, action_dim), updated in place
+  const float* in_weight;        // float32 (width, action_dim) or null: no input half
+  const float* in_bias;          // float32 (width)
+  bool silu;                     // pi0: silu after the input projection
+  void* next;                    // bf16 (rows, width)
+};
+
+cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);
+
+}  // namespace flashrt

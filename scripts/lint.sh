@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Style, types and package.xml; every check runs, the status tells whether all passed.
+set -eo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/env.sh
+status=0
+
+check() {
+    local title=$1
+    shift
+    echo "==> $title"
+    "$@" || { status=1; failed+=("$title"); }
+}
+
+check "ruff" ruff check --quiet .
+check "mypy" mypy --no-error-summary
+check "clang-format" clang-format --dry-run --Werror native_kernels/*.{cu,cuh,h,cpp}
+check "package.xml" python scripts/check_package_xml.py package.xml
+if [ $status -ne 0 ]; then
+    (IFS=,; echo "flashrt: failed: ${failed[*]}" >&2)
+fi
+exit $status
