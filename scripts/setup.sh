@@ -17,6 +17,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 . scripts/lib.sh
 
 main() {
+    mkdir -p build
+    exec 9> build/.setup.lock
+    flock --nonblock 9 || { say "waiting for another set-up of this checkout"; flock 9; }
     find_ros
     find_python
     check_tools
@@ -167,7 +170,8 @@ install_flashrt() {
 build_workspace() {
     local key
     key=$({
-        hash_files package.xml CMakeLists.txt scripts/build_workspace.sh $(find msg srv native_kernels -type f)
+        find package.xml CMakeLists.txt scripts/build_workspace.sh msg srv native_kernels -type f -print0 |
+            LC_ALL=C sort -z | xargs -0 sha256sum
         find flashrt_ros flashrt_runtime launch config -type f -not -path '*/__pycache__/*' | LC_ALL=C sort
         echo "${FLASHRT_CUDA_ARCHS:-}"; command -v nvcc || true
         cat "$VENV/.made-for" "$STAMPS/build" "$STAMPS/repair" 2>/dev/null
