@@ -1,0 +1,299 @@
+"""Random checkpoints in openpi's safetensors layout, of any size, for tests, demos and benchmarks.
+
+A weight is a pure function of (key, shape, seed), so two machines make the same file without exchanging it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..config import (
+    GEMMA_2B,
+    GEMMA_300M,
+    PALIGEMMA_VOCAB_SIZE,
+    PROMPT_CAPACITY,
+    SIGLIP_SO400M,
+    GemmaConfig,
+    PolicyConfig,
+    PolicyName,
+    SiglipConfig,
+)
+from ..errors import OptionError
+from .architecture import (
+    EMBEDDING_KEY,
+    GEMMA_DUMMY,
+    LM_HEAD_KEY,
+    VISION,
+    parameter_shapes,
+    unused_shapes,
+)
+from .presets import Preset, preset_named
+from .safetensors_store import WEIGHTS_FILE, SafetensorsWriter
+from .stats import read_json_object
+from .tokenizer import train_tokenizer
+
+CHUNK = 1 << 22
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of a random checkpoint, and the vocabulary of the tokenizer trained for it."""
+
+    vision: SiglipConfig
+    prefix: GemmaConfig
+    expert: GemmaConfig
+    vocab_size: int
+    tokenizer_vocab: int
+    dtype: str
+
+
+SIZES = {
+    "tiny": Size(
+        vision=SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=4, image_size=224),
+        prefix=GEMMA_DUMMY,
+        expert=GEMMA_DUMMY,
+        vocab_size=512,
+        tokenizer_vocab=512,
+        dtype="float32",
+    ),
+    "small": Size(
+        vision=SiglipConfig(width=384, depth=6, mlp_dim=1536, num_heads=6, image_size=224),
+        prefix=GemmaConfig(width=512, depth=6, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64),
+        expert=GemmaConfig(width=256, depth=6, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=64),
+        vocab_size=1024,
+        tokenizer_vocab=512,
+        dtype="float32",
+    ),
+    "full": Size(
+        vision=SIGLIP_SO400M,
+        prefix=GEMMA_2B,
+        expert=GEMMA_300M,
+        vocab_size=PALIGEMMA_VOCAB_SIZE,
+        tokenizer_vocab=512,
+        dtype="bfloat16",
+    ),
+}
+
+
+def weight_scale(key: str, shape: tuple[int, ...], query_scale: float) -> tuple[float, float]:
+    """(offset, scale) of a tensor's normal draw.
+
+    Linear weights keep a unit variance through the layer. adaRMS weights are drawn too: a network whose
+    modulation is zero, as some initialisers leave it, passes every test of it. Queries are scaled up so that
+    attention is peaked and a wrong mask or position shows.
+    """
+    if key.endswith("dense.weight"):
+        return 0.0, 0.3 / np.sqrt(shape[1])
+    if key.endswith("dense.bias"):
+        return 0.0, 0.3
+    if "norm" in key and key.endswith("weight"):
+        layer_norm = "layer_norm" in key or "post_layernorm" in key
+        return (1.0 if layer_norm else 0.0), 0.1
+    if key.endswith(("embed_tokens.weight", "lm_head.weight")):
+        return 0.0, 0.1 / np.sqrt(shape[1])
+    if key.endswith(("position_embedding.weight", "bias")):
+        return 0.0, 0.02
+    scale = 1.0 / np.sqrt(prod(shape[1:]))
+    queries = key.endswith("self_attn.q_proj.weight") and not key.startswith(VISION)
+    return 0.0, scale * query_scale if queries else scale
+
+
+def weight_chunks(
+    key: str, shape: tuple[int, ...], seed: int, query_scale: float = 4.0, chunk: int = CHUNK
+) -> Iterator[NDArray[np.float32]]:
+    """The tensor's values in row-major order, in pieces of at most `chunk`; the same whatever `chunk` is.
+
+    Generator: PCG64 seeded by (seed, crc32 of "model." + key), the scheme of this project's parity oracles.
+    """
+    if key == LM_HEAD_KEY:
+        key = EMBEDDING_KEY
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(f"model.{key}".encode())]))
+    offset, scale = weight_scale(key, shape, query_scale)
+    remaining = prod(shape)
+    while remaining:
+        count = min(chunk, remaining)
+        values = generator.standard_normal(size=count, dtype=np.float32)
+        values *= np.float32(scale)
+        if offset:
+            values += np.float32(offset)
+        yield values
+        remaining -= count
+
+
+def draw_weight(
+    key: str, shape: tuple[int, ...], seed: int = 0, query_scale: float = 4.0
+) -> NDArray[np.float32]:
+    """One tensor as a float32 array."""
+    return np.concatenate(list(weight_chunks(key, shape, seed, query_scale))).reshape(shape)
+
+
+def storage_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """openpi's bfloat16 files keep norms of the language stacks, embeddings of patches and positions, and the
+    action projections in float32; other dtypes are uniform."""
+    if dtype != torch.bfloat16:
+        return dtype
+    in_float32 = (
+        not key.startswith("paligemma_with_expert.")
+        or key.startswith(f"{VISION}embeddings.")
+        or (not key.startswith(VISION) and "layernorm" in key)
+        or ".norm." in key
+    )
+    return torch.float32 if in_float32 else dtype
+
+
+def write_weights(
+    path: Path,
+    config: PolicyConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    query_scale: float = 4.0,
+    scales: Mapping[str, float] | None = None,
+) -> None:
+    """Write every tensor of openpi's layout to `path`, one chunk in memory per thread.
+
+    scales: further factors by canonical key, see `presets.Preset.weight_scales`.
+    """
+    factors = dict(scales or {})
+    shapes = {
+        (LM_HEAD_KEY if key == EMBEDDING_KEY else key): shape
+        for key, shape in parameter_shapes(config).items()
+    }
+    shapes |= unused_shapes(config)
+    unknown = sorted(set(factors) - set(shapes))
+    if unknown:
+        raise OptionError(f"weight_scales names {unknown[0]!r}, which this policy does not have")
+    tensors = {key: (storage_dtype(key, dtype), shape) for key, shape in shapes.items()}
+    writer = SafetensorsWriter(path, tensors, {"format": "pt"})
+
+    def write(key: str) -> None:
+        stored, shape = tensors[key]
+        offset = 0
+        for values in weight_chunks(key, shape, seed, query_scale):
+            values *= np.float32(factors.get(key, 1.0))
+            offset = writer.write(key, torch.from_numpy(values).to(stored), offset)
+
+    try:
+        with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
+            # The largest first: they are drawn by one thread each.
+            list(pool.map(write, sorted(shapes, key=lambda key: -prod(shapes[key]))))
+    except BaseException:
+        writer.abort()
+        raise
+    writer.finish()
+
+
+def random_config(size: str, preset: Preset, policy: PolicyName, num_steps: int = 10) -> PolicyConfig:
+    """Configuration of a random checkpoint. Raises OptionError for an unknown size or policy."""
+    if size not in SIZES:
+        raise OptionError(f"unknown size {size!r}: expected one of {', '.join(SIZES)}")
+    if policy not in PROMPT_CAPACITY:
+        raise OptionError(f"unknown policy {policy!r}: expected one of {', '.join(PROMPT_CAPACITY)}")
+    dims = SIZES[size]
+    return PolicyConfig(
+        policy=policy,
+        vision=dims.vision,
+        prefix=dims.prefix,
+        expert=dims.expert,
+        vocab_size=dims.vocab_size,
+        horizon=preset.horizon,
+        prompt_capacity=PROMPT_CAPACITY[policy],
+        num_steps=num_steps,
+    )
+
+
+def make_checkpoint(
+    out: str | Path,
+    *,
+    size: str = "tiny",
+    preset: str = "libero",
+    policy: PolicyName = "pi05",
+    seed: int = 0,
+    dtype: str | None = None,
+) -> Path:
+    """Write an untrained checkpoint directory in openpi's layout and return it.
+
+    size: "tiny" (2.6 MB), "small" (about 170 MB) or "full" (the published dimensions, 7.2 GB in bfloat16).
+    preset: whose robot it is for, see `presets`. dtype: "float32", "bfloat16" (mixed as openpi stores it) or
+    "float16"; default float32, bfloat16 for "full". The same arguments give the same bytes.
+
+    Holds model.safetensors, config.json, assets/<preset>/norm_stats.json and tokenizer.model. Raises
+    OptionError, also when `out` holds a checkpoint that was not made by this function.
+    """
+    robot = preset_named(preset)
+    config = random_config(size, robot, policy)
+    dtype = dtype or SIZES[size].dtype
+    if dtype not in DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    out = Path(out)
+    _refuse_foreign(out)
+    assets = out / "assets" / robot.name
+    assets.mkdir(parents=True, exist_ok=True)
+    scales = robot.weight_scales if policy == "pi05" else {}
+    write_weights(out / WEIGHTS_FILE, config, dtype=DTYPES[dtype], seed=seed, scales=scales)
+    _write_json(out / "config.json", config_json(config, robot, size, dtype))
+    _write_json(assets / "norm_stats.json", robot.norm_stats())
+    (out / "tokenizer.model").write_bytes(train_tokenizer(SIZES[size].tokenizer_vocab))
+    return out
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A trained checkpoint is never overwritten."""
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"{out} is a file: give a directory")
+    file = out / "config.json"
+    held = [
+        name for name in (WEIGHTS_FILE, "model.safetensors.index.json", "params") if (out / name).exists()
+    ]
+    if not held:
+        return
+    section = read_json_object(file).get("flashrt") if file.is_file() else None
+    if not (isinstance(section, dict) and section.get("untrained") is True):
+        raise OptionError(
+            f"{out} holds a checkpoint ({held[0]}) that is not a random one: choose another directory"
+        )
+
+
+def config_json(config: PolicyConfig, robot: Preset, size: str, dtype: str) -> dict[str, Any]:
+    """config.json as openpi's converter writes it, plus what that layout has no place for."""
+    variant = {"tiny": ("dummy", "dummy"), "full": ("gemma_2b", "gemma_300m")}.get(size, (size, size))
+    content: dict[str, Any] = {
+        "action_dim": config.action_dim,
+        "action_horizon": config.horizon,
+        "paligemma_variant": variant[0],
+        "action_expert_variant": variant[1],
+        "precision": dtype,
+    }
+    if config.policy == "pi05":
+        content["discrete_state_input"] = robot.state_in_prompt
+    if size != "full":
+        content["flashrt_dims"] = {
+            "prefix": asdict(config.prefix),
+            "expert": asdict(config.expert),
+            "vision": asdict(config.vision),
+            "vocab_size": config.vocab_size,
+        }
+    content["flashrt"] = {
+        "untrained": True,
+        "views": list(robot.views),
+        "state_names": list(robot.state_names),
+        "action_names": list(robot.action_names),
+        "action_rate_hz": robot.action_rate_hz,
+    }
+    return content
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Which family rules a checkpoint follows: chosen from its layout and configuration, overridable one by one.
+
+Sources: openpi `transforms.py`, `tokenizer.py`, `image_tools.py`; LeRobot `normalize_processor.py`,
+`processor_pi05.py`, `processor_pi0.py`, `vla_utils.py` (0.6). Only the formulas are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import get_args, get_type_hints
+
+from ..config import FamilyRules, NormalizationMode, PolicyName
+from ..errors import OptionError
+
+
+def openpi_rules(policy: PolicyName, state_in_prompt: bool | None = None) -> FamilyRules:
+    """Rules of checkpoints trained with openpi.
+
+    pi0 normalises by mean and standard deviation, every other policy by quantiles. Absent views are black
+    pixels.
+    """
+    mode: NormalizationMode = "mean_std" if policy == "pi0" else "quantile"
+    return FamilyRules(
+        family="openpi",
+        state_mode=mode,
+        action_mode=mode,
+        quantile_eps=1e-6,
+        std_eps=1e-6,
+        std_eps_inverse=1e-6,
+        zero_range_eps=0.0,
+        resize="antialias_uint8",
+        clean_underscores=True,
+        state_in_prompt=policy == "pi05" if state_in_prompt is None else state_in_prompt,
+        absent_view_fill=-1.0,
+    )
+
+
+def lerobot_rules(policy: PolicyName, eps: float = 1e-8) -> FamilyRules:
+    """Rules of checkpoints trained with LeRobot; `eps` is the normaliser step's own setting.
+
+    The normalisation modes are the policy's defaults here; the reader puts in what the checkpoint says.
+    """
+    mode: NormalizationMode = "mean_std" if policy == "pi0" else "quantile"
+    return FamilyRules(
+        family="lerobot",
+        state_mode=mode,
+        action_mode=mode,
+        quantile_eps=0.0,
+        std_eps=eps,
+        std_eps_inverse=0.0,
+        zero_range_eps=eps,
+        resize="bilinear_float",
+        clean_underscores=policy == "pi05",
+        state_in_prompt=policy == "pi05",
+        absent_view_fill=-1.0,
+    )
+
+
+def override_rules(rules: FamilyRules, changes: Mapping[str, object]) -> FamilyRules:
+    """`rules` with single fields replaced. Raises OptionError for an unknown name or a value of another
+    type."""
+    hints = get_type_hints(FamilyRules)
+    names = [entry.name for entry in fields(FamilyRules)]
+    for name, value in changes.items():
+        if name not in names:
+            raise OptionError(f"unknown rule {name!r}: expected one of {', '.join(names)}")
+        choices = get_args(hints[name])
+        if choices and value not in choices:
+            raise OptionError(f"rule {name!r} is {value!r}: expected one of {', '.join(map(repr, choices))}")
+        if not choices and not _is_a(value, hints[name]):
+            raise OptionError(f"rule {name!r} is {value!r}: expected a {hints[name].__name__}")
+    return replace(rules, **changes)  # type: ignore[arg-type]
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -1,0 +1,48 @@
+"""Entry point: commands, logging, and errors as one line with exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+from ..errors import FlashRTError
+from .console import ERRORS
+from .download_tokenizer import download_tokenizer_command
+from .make_checkpoint import make_checkpoint_command
+
+app = typer.Typer(
+    name="flashrt",
+    help="Vision-language-action policies on the robot's own computer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("make-checkpoint")(make_checkpoint_command)
+app.command("download-tokenizer")(download_tokenizer_command)
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done, to stderr.")] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    handler = RichHandler(console=ERRORS, show_time=False, show_path=False)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a check of the command did not hold, 2 a mistake in options, files or the
+    environment.
+    """
+    try:
+        app()
+    except (FlashRTError, OSError) as error:
+        ERRORS.print(f"flashrt: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

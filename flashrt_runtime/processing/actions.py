@@ -1,0 +1,53 @@
+"""Action chunks: model space to the robot's units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints.base import FeatureStats
+from ..config import FamilyRules
+from ..errors import CheckpointError, ObservationError
+from .normalize import Array, Normalizer
+
+
+class ActionTransform:
+    """Slices to the robot's width, undoes the normalisation without clipping, adds the state to delta
+    dimensions."""
+
+    def __init__(
+        self, stats: FeatureStats, rules: FamilyRules, dof: int, delta_actions: Sequence[bool] | None = None
+    ) -> None:
+        """stats: of the actions, float64 (n,) with n >= dof; delta_actions: per dimension, whether the model
+        predicts the difference to the state at the observation. Raises CheckpointError when they do not
+        fit."""
+        self.dof = dof
+        self.normalizer = Normalizer(stats, rules.action_mode, rules, dof)
+        mask = np.zeros(dof, dtype=bool) if delta_actions is None else np.asarray(delta_actions, dtype=bool)
+        if mask.shape != (dof,):
+            raise CheckpointError(
+                f"delta_actions has {mask.shape[0]} entries, the robot has {dof} action dimensions"
+            )
+        self.delta = np.flatnonzero(mask)
+
+    def to_physical(self, actions: NDArray[np.float32], state: Array | None = None) -> NDArray[np.float32]:
+        """actions: (horizon, model width) in model space; state: the raw state of the observation, in the
+        robot's units, needed by delta actions only. Returns (horizon, dof) float32 in the robot's units.
+
+        Raises ObservationError when the shapes do not fit or a needed state is missing.
+        """
+        if actions.ndim != 2 or actions.shape[1] < self.dof:
+            raise ObservationError(f"actions: expected shape (horizon, >= {self.dof}), got {actions.shape}")
+        physical = self.normalizer.inverse(actions[:, : self.dof])
+        if self.delta.size:
+            if state is None:
+                raise ObservationError("this policy predicts differences to the state: pass state=")
+            if state.shape[0] <= self.delta[-1]:
+                raise ObservationError(
+                    f"state: {state.shape[0]} dimensions, but action {int(self.delta[-1])} is a difference "
+                    "to the state"
+                )
+            physical[:, self.delta] += state[self.delta].astype(physical.dtype)
+        return physical.astype(np.float32)
