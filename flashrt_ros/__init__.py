@@ -1,6 +1,8 @@
-"""flashrt_ros: vision-language-action policies as a ROS 2 node."""
+"""ROS 2 package that runs vision-language-action policies on the robot."""
 
 from pkgutil import extend_path
+
+__version__ = "0.1.0"
 
 # With a source checkout before the installed package on sys.path (python -m ... in its root), the generated msg and
 # srv are still found: they exist only in the installed package.
