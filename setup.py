@@ -1,7 +1,7 @@
-"""Adds the native kernels to `pip install .` when a CUDA compiler is found; everything else is in pyproject.toml.
+"""Adds the native kernels to `pip install .` when a CUDA compiler is found; the rest is in pyproject.toml.
 
-FLASHRT_BUILD_KERNELS=0 leaves them out, =1 makes a missing compiler an error. FLASHRT_CUDA_ARCHS ("87;90a") names
-the architectures, by default that of this machine's GPU.
+FLASHRT_BUILD_KERNELS=0 leaves them out, =1 makes a missing compiler an error. FLASHRT_CUDA_ARCHS ("87;90a")
+names the architectures, by default that of this machine's GPU.
 """
 
 import os
@@ -22,17 +22,12 @@ class CMakeKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "kernels"
-        configure = [
-            "cmake",
-            "-S",
-            str(ROOT / "native_kernels"),
-            "-B",
-            str(build),
+        options = [
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DFLASHRT_CUDA_ARCHS={os.environ.get('FLASHRT_CUDA_ARCHS', '')}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "-S", str(ROOT / "native_kernels"), "-B", str(build), *options], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         (built,) = build.glob("_native*.so")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,4 +12,5 @@ if [ ! -d "$checkpoint" ] || [ "$(cat "$checkpoint.version" 2> /dev/null)" != "$
     flashrt make-checkpoint --size tiny --preset demo_arm --out "$checkpoint"
     echo "$version" > "$checkpoint.version"
 fi
-exec python -m flashrt_ros.demo --checkpoint "$checkpoint" "$@"
+# -P: not the source tree in the current directory, whose flashrt_ros has no messages.
+exec python -P -m flashrt_ros.demo --checkpoint "$checkpoint" "$@"

@@ -12,7 +12,7 @@ check() {
     "$@" || { status=1; failed+=("$title"); }
 }
 
-check "ruff" ruff check --quiet .
+check "ruff" ruff check --quiet --output-format concise .
 check "mypy" mypy --no-error-summary
 check "clang-format" clang-format --dry-run --Werror native_kernels/*.{cu,cuh,h,cpp}
 check "package.xml" python scripts/check_package_xml.py package.xml

@@ -12,7 +12,6 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ MODULE = "flashrt_runtime._native"
 DIRECTORY_VARIABLE = "FLASHRT_NATIVE_DIR"
 # kInterfaceVersion of native_kernels/flashrt_native.h.
 INTERFACE_VERSION = 1
+BUILD_COMMANDS = "colcon build (make kernels in a source checkout)"
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -46,7 +46,7 @@ def unavailable_reason() -> str | None:
         module.check_device()
     except RuntimeError as error:
         capability = "{}.{}".format(*torch.cuda.get_device_capability())
-        return f"{error} ({module.__file__} has no code for compute capability {capability}: build it on this machine)"
+        return f"{error} ({module.__file__} on compute capability {capability}): build it on this machine"
     return None
 
 
@@ -54,15 +54,16 @@ def unavailable_reason() -> str | None:
 def load() -> ModuleType:
     """Import the compiled module. Works without a GPU.
 
-    It is looked for in $FLASHRT_NATIVE_DIR (then nowhere else), beside the installed package, and in build/kernels
-    of a source checkout. Raises HardwareError when there is none or it was built from other sources.
+    It is looked for in $FLASHRT_NATIVE_DIR (then nowhere else), beside the installed package, and in
+    build/kernels of a source checkout. Raises HardwareError when there is none or it was built from other
+    sources.
     """
     module = _import_native()
-    version: Any = getattr(module, "interface_version", None)
+    version = getattr(module, "interface_version", None)
     if version != INTERFACE_VERSION:
         raise HardwareError(
             f"the native kernels in {module.__file__} have interface version {version}, this package needs "
-            f"{INTERFACE_VERSION}: build them again (colcon build, or make kernels in a source checkout)"
+            f"{INTERFACE_VERSION}: build them again with {BUILD_COMMANDS}"
         )
     return module
 
@@ -83,12 +84,12 @@ def _import_from(directory: Path) -> ModuleType:
     candidates = sorted(directory.glob("_native*.so"))
     if len(candidates) != 1:
         raise HardwareError(
-            f"expected one compiled module _native*.so in {directory}, found {len(candidates)}: build it with a CUDA "
-            f"compiler on PATH (colcon build, or make kernels in a source checkout), or name its directory in "
-            f"{DIRECTORY_VARIABLE}"
+            f"expected one compiled module _native*.so in {directory}, found {len(candidates)}: put a CUDA "
+            f"compiler on PATH and run {BUILD_COMMANDS}, or name its directory in {DIRECTORY_VARIABLE}"
         )
     spec = importlib.util.spec_from_file_location(MODULE, candidates[0])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -108,9 +109,10 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Residual add, then RMSNorm, as one kernel on the current stream; see `reference.add_rms_norm`.
 
-    x, residual: (..., width) contiguous CUDA tensors, one dtype of float32, float16, bfloat16; weight: (width,) of
-    that dtype or float32. out and residual_out, when given, receive the two results (out may be x, residual_out may be
-    residual). Raises ValueError for tensors of another kind and RuntimeError when the launch fails.
+    x, residual: (..., width) contiguous CUDA tensors, one dtype of float32, float16, bfloat16; weight:
+    (width,) of that dtype or float32. out and residual_out, when given, receive the two results (out may be
+    x, residual_out may be residual). Raises ValueError for tensors of another kind and RuntimeError when the
+    launch fails.
     """
     _check_rows("add_rms_norm", x=x, residual=residual, weight=weight, out=out, residual_out=residual_out)
     out = torch.empty_like(x) if out is None else out
@@ -135,7 +137,8 @@ def add_rms_norm(
 
 def _check_rows(operation: str, *, x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
     """Refuse what a kernel reading raw pointers would read or write out of bounds."""
-    if not x.is_cuda or x.dtype not in _DTYPE_CODES or x.ndim < 1 or x.shape[-1] < 1 or not x.is_contiguous():
+    usable = x.is_cuda and x.dtype in _DTYPE_CODES and x.is_contiguous()
+    if not usable or x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(
             f"{operation}: x must be a contiguous CUDA tensor (..., width) of float32, float16 or bfloat16; "
             f"got {_describe(x)}"
@@ -146,11 +149,11 @@ def _check_rows(operation: str, *, x: Tensor, weight: Tensor, **others: Tensor |
         same = tensor.shape == x.shape and tensor.dtype == x.dtype and tensor.device == x.device
         if not same or not tensor.is_contiguous():
             raise ValueError(f"{operation}: {name} must be like x, {_describe(x)}; got {_describe(tensor)}")
-    fits = weight.shape == x.shape[-1:] and weight.device == x.device and weight.dtype in (x.dtype, torch.float32)
-    if not fits or not weight.is_contiguous():
+    fits = weight.shape == x.shape[-1:] and weight.device == x.device and weight.is_contiguous()
+    if not fits or weight.dtype not in (x.dtype, torch.float32):
         raise ValueError(
-            f"{operation}: weight must be a contiguous ({x.shape[-1]},) tensor of {x.dtype} or torch.float32 on "
-            f"{x.device}; got {_describe(weight)}"
+            f"{operation}: weight must be a contiguous ({x.shape[-1]},) tensor of {x.dtype} or torch.float32 "
+            f"on {x.device}; got {_describe(weight)}"
         )
 
 
