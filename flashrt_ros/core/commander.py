@@ -1,0 +1,172 @@
+"""Timeline and limiter as one: what the control thread asks for a command, and the worker for a place for
+its chunk.
+
+Keeps the position commanded last. The first command after a start, a reset or a stop is limited from the
+measured joint positions, so commands never jump to where the arm is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .contract_model import FloatArray, OnViolation, Representation, RobotContract
+from .errors import CoreError
+from .limits import Limited, Limiter, Violation
+from .reasons import Reason
+from .timeline import Accepted, Command, CommandKind, Dropped, ObservationMark, Timeline
+from .trajectory import TrajectoryPoints, trajectory_points
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What to publish for one control tick; `values` None means silence (WAITING, STOPPED).
+
+    values: (dof,) float64 in the contract's action representation and robot units. trajectory: the same
+    command and its lookahead as positions, None when no output is a JointTrajectory. violations: wishes
+    clamped or refused now. sequence and index: chunk in force and its action, 0 and -1 when there is none.
+    """
+
+    kind: CommandKind
+    reason: Reason
+    message: str
+    values: FloatArray | None
+    trajectory: TrajectoryPoints | None
+    violations: tuple[Violation, ...]
+    sequence: int
+    index: int
+    generation: int
+
+
+class Commander:
+    """`tick` and `farewell` belong to one thread (control); `mark_observation` and `submit` to another
+    (worker)."""
+
+    def __init__(self, contract: RobotContract, measured: Callable[[], FloatArray]) -> None:
+        """`measured` returns the action joints' current positions (dof,) in robot units, or raises a
+        CoreError."""
+        self.timeline = Timeline.from_contract(contract)
+        self.limiter = Limiter(contract)
+        self._measured = measured
+        self._representation = contract.action.representation
+        self._action_period = contract.action.period
+        self._control_period = contract.rates.control_period
+        self._rejects = contract.on_violation is OnViolation.REJECT
+        self._trajectories = contract.trajectory_lookahead > 0
+        self._reference: FloatArray | None = None  # position commanded last
+
+    def mark_observation(self) -> ObservationMark:
+        """See Timeline.mark_observation."""
+        return self.timeline.mark_observation()
+
+    def submit(self, actions: ArrayLike, mark: ObservationMark) -> Accepted | Dropped:
+        """Splice in a chunk (horizon, dof) in robot units; see Timeline.submit.
+
+        When the contract rejects violations, a chunk with a command beyond a limit, at its seam or inside, is
+        dropped whole with LIMIT_POSITION or LIMIT_VELOCITY.
+        """
+        return self.timeline.submit(actions, mark, self._admit if self._rejects else None)
+
+    def _admit(self, path: FloatArray) -> Dropped | None:
+        start = self._reference  # read once: the control thread may forget it meanwhile
+        try:
+            start = self._measured() if start is None else start
+        except CoreError as error:
+            return Dropped(error.reason, str(error))
+        periods = np.full(len(path), self._control_period, dtype=np.int64)
+        violation = self.limiter.first_violation(path, start, periods)
+        return None if violation is None else Dropped(violation.reason, str(violation))
+
+    def tick(self) -> Output:
+        """The command due now, within limits; advances the timeline by one control period."""
+        if self._reference is None:
+            if not self.timeline.pending:
+                return self._silence(self.timeline.idle_reason)
+            try:
+                self._reference = self.limiter.check_start(self._measured())
+            except CoreError as error:
+                return self._silence(error.reason, str(error))
+        command = self.timeline.tick()
+        if command.values is None:
+            return self._silence(command.reason)
+        return self._limited(command)
+
+    def farewell(self) -> Output | None:
+        """The last message before going silent (deactivate, shutdown): a hold. None when nothing was
+        commanded."""
+        command = self.timeline.hold_command()
+        return None if command is None or self._reference is None else self._limited(command)
+
+    def reset(self) -> int:
+        """Fence and forget everything; call it while no control thread runs. Returns the new generation."""
+        self._reference = None
+        return self.timeline.reset()
+
+    def _silence(self, reason: Reason, message: str = "", violations: tuple[Violation, ...] = ()) -> Output:
+        self._reference = None
+        timeline = self.timeline
+        return Output(
+            timeline.kind, reason, message or reason.text, None, None, violations,
+            timeline.sequence, -1, timeline.generation,
+        )
+
+    def _limited(self, command: Command) -> Output:
+        start = self._start()
+        try:
+            limited = self._apply(command, start)
+        except CoreError as error:
+            if command.kind is not CommandKind.RUNNING:
+                return self._silence(error.reason, str(error))
+            return self._refused(error.reason, str(error), ())
+        if limited.violations and self._rejects and command.kind is CommandKind.RUNNING:
+            first = limited.violations[0]
+            return self._refused(first.reason, str(first), limited.violations)
+        values, self._reference = limited.values[0], limited.positions[0]
+        if command.kind is CommandKind.RUNNING:
+            self.timeline.confirm(values)
+        message = "" if command.reason is Reason.OK else command.reason.text
+        return Output(
+            command.kind, command.reason, message, values, self._trajectory(limited, command.offsets, start),
+            limited.violations, command.sequence, command.index, command.generation,
+        )
+
+    def _start(self) -> FloatArray:
+        """Position that this command moves on from; velocities do not know where they lead, so it is
+        measured."""
+        assert self._reference is not None
+        if self._representation is Representation.VELOCITY:
+            try:
+                return self.limiter.check_start(self._measured())
+            except CoreError:
+                return self._reference  # predicted from the last measurement until the synchroniser stops us
+        return self._reference
+
+    def _apply(self, command: Command, start: FloatArray) -> Limited:
+        assert command.values is not None
+        rows = command.values[None, :]
+        periods = np.array([self._control_period], dtype=np.int64)
+        if self._trajectories:
+            rows = np.concatenate([rows, command.lookahead])
+            periods = np.concatenate([periods, np.diff(command.offsets, prepend=0)])
+        return self.limiter.apply_path(rows, start, periods)
+
+    def _trajectory(
+        self, limited: Limited, offsets: NDArray[np.int64], previous: FloatArray
+    ) -> TrajectoryPoints | None:
+        if not self._trajectories:
+            return None
+        return trajectory_points(
+            limited.positions, offsets, action_period=self._action_period, previous=previous,
+            control_period=self._control_period,
+        )
+
+    def _refused(self, reason: Reason, message: str, violations: tuple[Violation, ...]) -> Output:
+        """Drop the chunk and hold; with nothing to hold yet, stay silent."""
+        self.timeline.refuse(reason)
+        command = self.timeline.hold_command()
+        if command is None:
+            return self._silence(reason, message, violations)
+        return replace(self._limited(command), reason=reason, message=message, violations=violations)
