@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt_ros.core.timing import stamp_to_ns
+
 # A limit that went through float32 or a text file may come back this much larger [rad, m].
 LIMIT_TOLERANCE = 1e-6
 
@@ -65,16 +67,11 @@ class Trajectory:
         )
 
 
-def stamp_ns(stamp: Any) -> int:
-    """A builtin_interfaces/Time (or Duration) as int nanoseconds."""
-    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
-
-
 def trajectory_from_message(message: Any, joint_names: Sequence[str], receipt: int) -> Trajectory:
     """Trajectory of a JointTrajectory message, its columns in the order of `joint_names`.
 
-    A zero header stamp means: starts at `receipt` [ns]. Raises CommandError for no points, other joints, wrong
-    widths, times that do not increase (all as joint_trajectory_controller does) and values not finite.
+    A zero header stamp means: starts at `receipt` [ns]. Raises CommandError for no points, other joints,
+    wrong widths, times that do not increase (as joint_trajectory_controller does) and values not finite.
     """
     if not message.points:
         raise CommandError("trajectory without points: at least one is needed")
@@ -82,8 +79,8 @@ def trajectory_from_message(message: Any, joint_names: Sequence[str], receipt: i
     if sorted(names) != sorted(joint_names):
         raise CommandError(f"trajectory for joints {names}: expected exactly {list(joint_names)}")
     columns = [names.index(name) for name in joint_names]
-    start = stamp_ns(message.header.stamp) or receipt
-    times = np.array([start + stamp_ns(point.time_from_start) for point in message.points], dtype=np.int64)
+    start = stamp_to_ns(message.header.stamp) or receipt
+    times = np.array([start + stamp_to_ns(point.time_from_start) for point in message.points], dtype=np.int64)
     if np.any(np.diff(times) <= 0):
         raise CommandError("trajectory whose time_from_start does not increase strictly from point to point")
     positions = _columns(message.points, "positions", columns)
