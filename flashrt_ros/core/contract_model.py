@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .contract_yaml import SourceMap
+from .errors import ChunkError
 from .policy_check import PolicySpecLike, check_policy
+from .reasons import Reason
 
 FloatArray = NDArray[np.float64]
 
@@ -248,6 +250,13 @@ class RobotContract:
         check_policy(self, spec)
 
     def actions_to_robot(self, actions: ArrayLike) -> FloatArray:
-        """Policy actions (..., dof) in the policy's units -> (..., dof) float64 in the robot's units."""
+        """Policy actions (horizon, dof) in the policy's units -> (horizon, dof) float64 in the robot's units.
+
+        Raises ChunkError (CHUNK_SHAPE) for any other shape.
+        """
+        shape = np.shape(actions)
+        if len(shape) != 2 or shape[1] != self.dof:
+            text = f"expected actions of shape (horizon, {self.dof}), got {shape}"
+            raise ChunkError(Reason.CHUNK_SHAPE, text)
         mapping = JointMapping(self.action_joints)
         return mapping.to_robot(actions, rates=self.action.representation is not Representation.ABSOLUTE)

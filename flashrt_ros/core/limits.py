@@ -26,7 +26,7 @@ from .reasons import Reason
 from .timing import NS_PER_S
 
 # Steps stay this much (relative) inside the velocity limit, so that rounding never carries one over it.
-MARGIN = 1e-9
+MARGIN = 1e-7
 # A wish is called a violation when it is beyond a limit by more than this (relative to the limit or 1).
 TOLERANCE = 1e-6
 

@@ -1,0 +1,271 @@
+"""Limiter and trajectory points: examples, and that nothing beyond a limit ever comes out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashrt_ros.core.contract import RobotContract
+from flashrt_ros.core.errors import ChunkError, ContractError, StartError
+from flashrt_ros.core.limits import Limiter
+from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.trajectory import TrajectoryPoints, cut, trajectory_points
+
+Small = Callable[..., RobotContract]
+PERIOD = 20_000_000
+DT = 0.02
+# Two joints: [-1, 1] at 1 rad/s and [0, 0.5] at 2 rad/s, so 0.02 and 0.04 per control period.
+
+
+def test_a_command_within_limits_passes_unchanged(small: Small) -> None:
+    limited = Limiter(small()).apply([0.01, 0.13], [0.0, 0.1])
+    assert limited.values.tolist() == limited.positions.tolist() == [0.01, 0.13]
+    assert limited.violations == ()
+
+
+def test_velocity_is_clamped_and_named(small: Small) -> None:
+    limited = Limiter(small()).apply([0.5, 0.1], [0.0, 0.1])
+    assert limited.values == pytest.approx([0.02, 0.1])
+    assert limited.values[0] < 0.02
+    (violation,) = limited.violations
+    assert (violation.reason, violation.joint) == (Reason.LIMIT_VELOCITY, "shoulder_pan")
+    assert (violation.value, violation.limit) == pytest.approx((25.0, 1.0))
+    assert str(violation) == "joint shoulder_pan: velocity 25 is beyond the limit 1"
+
+
+def test_position_is_clamped_and_named(small: Small) -> None:
+    limited = Limiter(small()).apply([0.0, -0.01], [0.0, 0.02])
+    assert limited.values.tolist() == [0.0, 0.0]
+    (violation,) = limited.violations
+    assert (violation.reason, violation.joint, violation.limit) == (Reason.LIMIT_POSITION, "shoulder_lift", 0.0)
+
+
+def test_delta_is_an_increment_on_the_position_before(small: Small) -> None:
+    limiter = Limiter(small(representation="delta"))
+    limited = limiter.apply([0.1, 0.03], [0.0, 0.49])
+    assert limited.values == pytest.approx([0.02, 0.01])
+    assert limited.positions == pytest.approx([0.02, 0.5])
+    assert {violation.reason for violation in limited.violations} == {Reason.LIMIT_POSITION, Reason.LIMIT_VELOCITY}
+
+
+def test_velocity_commands_stop_at_the_position_limit(small: Small) -> None:
+    limiter = Limiter(small(representation="velocity"))
+    limited = limiter.apply([5.0, 1.0], [0.0, 0.495])
+    assert limited.values == pytest.approx([1.0, 0.25])
+
+
+def test_velocity_commands_from_outside_may_stand_or_return_but_not_leave(small: Small) -> None:
+    limiter = Limiter(small(representation="velocity"))
+    for wish, expected in ((0.0, 0.0), (1.0, 0.0), (-0.5, -0.5), (-9.0, -1.0)):
+        assert limiter.apply([wish, 0.0], [1.5, 0.1]).values[0] == pytest.approx(expected)
+
+
+def test_the_path_is_limited_one_point_after_the_other(small: Small) -> None:
+    limiter = Limiter(small())
+    values = np.array([[0.5, 0.1]] * 4)
+    periods = np.array([PERIOD] * 4)
+    limited = limiter.apply_path(values, [0.0, 0.1], periods)
+    np.testing.assert_allclose(limited.values[:, 0], [0.02, 0.04, 0.06, 0.08], rtol=1e-6)
+    assert len(limited.violations) == 1
+    longer = limiter.apply_path(values[:1], [0.0, 0.1], np.array([PERIOD * 5]))
+    assert longer.values[0, 0] == pytest.approx(0.1)
+
+
+def test_first_violation_looks_along_the_whole_path_without_clamping(small: Small) -> None:
+    limiter = Limiter(small())
+    periods = np.full(3, PERIOD)
+    start = np.array([0.0, 0.1])
+    good = np.array([[0.01, 0.1], [0.02, 0.1], [0.03, 0.1]])
+    assert limiter.first_violation(good, start, periods) is None
+    inside = good.copy()
+    inside[2, 1] = 0.3
+    violation = limiter.first_violation(inside, start, periods)
+    assert violation is not None
+    assert (violation.reason, violation.joint) == (Reason.LIMIT_VELOCITY, "shoulder_lift")
+    seam = limiter.first_violation(good + [0.5, 0.0], start, periods)
+    assert seam is not None
+    assert seam.value == pytest.approx(25.5)
+
+
+def test_start_just_outside_is_brought_back_in_one_step(small: Small) -> None:
+    limiter = Limiter(small())
+    start = limiter.check_start([1.015, -0.03])
+    limited = limiter.apply([1.5, -0.2], start)
+    assert limited.values == pytest.approx([1.0, 0.0])
+
+
+@pytest.mark.parametrize(("measured", "text"), [
+    ([1.03, 0.1], r"joint shoulder_pan is at 1.03, its limits are \[-1, 1\]: move it inside before starting"),
+    ([0.0, -0.05], "joint shoulder_lift is at -0.05"),
+])
+def test_start_further_outside_is_refused(small: Small, measured: list[float], text: str) -> None:
+    limiter = Limiter(small())
+    for attempt in (limiter.check_start, lambda start: limiter.apply([0.0, 0.1], start)):
+        with pytest.raises(StartError, match=text) as caught:
+            attempt(measured)
+        assert caught.value.reason is Reason.START_OUTSIDE_LIMITS
+    Limiter(small(representation="velocity")).check_start(measured)
+
+
+@pytest.mark.parametrize("measured", [[np.nan, 0.0], [0.0], [[0.0, 0.0]], [np.inf, 0.0]])
+def test_start_must_be_finite_positions(small: Small, measured: list[float]) -> None:
+    with pytest.raises(StartError, match="expected 2 finite joint positions") as caught:
+        Limiter(small()).check_start(measured)
+    assert caught.value.reason is Reason.JOINT_NOT_FINITE
+
+
+@pytest.mark.parametrize("values", [[np.nan, 0.0], [np.inf, 0.0], [0.0]])
+def test_values_that_are_not_finite_are_an_error_and_never_clamped(small: Small, values: list[float]) -> None:
+    with pytest.raises(ChunkError):
+        Limiter(small()).apply(values, [0.0, 0.1])
+
+
+def test_every_action_joint_needs_limits(small: Small) -> None:
+    contract = small()
+    joints = {name: replace(joint, limits=None) for name, joint in contract.joints.items()}
+    with pytest.raises(ContractError, match="every commanded joint needs limits"):
+        Limiter(replace(contract, joints=MappingProxyType(joints)))
+
+
+def test_check_chunk(small: Small) -> None:
+    limiter = Limiter(small())
+    assert limiter.check_chunk(np.zeros((3, 2), np.float32)).dtype == np.float64
+    with pytest.raises(ChunkError, match=r"shape \(horizon, 2\), got \(3, 3\)"):
+        limiter.check_chunk(np.zeros((3, 3)))
+
+
+wild = st.one_of(
+    st.floats(-3, 3), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([0.0, 1.0, -1.0, 1e308, -1e308])
+)
+periods_of = st.lists(st.sampled_from([10**6, PERIOD, PERIOD * 3, 10**12]), min_size=1, max_size=8)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    representation=st.sampled_from(["absolute", "delta", "velocity"]), data=st.data(), periods=periods_of,
+    start=st.tuples(st.floats(-1.019, 1.019), st.floats(-0.039, 0.539)),
+    low=st.floats(-2, 0.9), velocity=st.floats(1e-3, 100),
+)
+def test_nothing_that_comes_out_is_beyond_a_limit(
+    small: Small, representation: str, data: st.DataObject, periods: list[int], start: tuple[float, float],
+    low: float, velocity: float,
+) -> None:
+    """Strictly: positions within [lower, upper], |change| <= velocity * time, whatever goes in."""
+    limiter = Limiter(small(
+        representation=representation, limits=((low, 1.0, velocity), (0.0, 0.5, 2.0)), lookahead=0,
+    ))
+    rows = data.draw(st.lists(st.tuples(wild, wild), min_size=len(periods), max_size=len(periods)))
+    try:
+        limited = limiter.apply_path(rows, start, np.array(periods))
+    except StartError as error:
+        assert representation != "velocity"
+        assert error.reason is Reason.START_OUTSIDE_LIMITS
+        reach = limiter.velocity * DT * (1 - 1e-6)
+        assert np.any(np.asarray(start) < limiter.lower - reach) or np.any(np.asarray(start) > limiter.upper + reach)
+        return
+    seconds = np.array(periods)[:, None] / 1e9
+    before = np.vstack([start, limited.positions[:-1]])
+    if representation == "velocity":
+        assert np.all(np.abs(limited.values) <= limiter.velocity)
+        assert np.all(limited.positions <= np.maximum(limiter.upper, before))
+        assert np.all(limited.positions >= np.minimum(limiter.lower, before))
+        return
+    assert np.all((limited.positions >= limiter.lower) & (limited.positions <= limiter.upper))
+    changes = np.abs(limited.positions - before)[1:]
+    assert np.all(changes <= (limiter.velocity * seconds)[1:])
+    if periods[0] >= PERIOD:  # a start outside is judged by what one control period can bring back
+        assert np.all(np.abs(limited.positions - before)[0] <= limiter.velocity * seconds[0])
+    if representation == "absolute":
+        np.testing.assert_array_equal(limited.values, limited.positions)
+    else:
+        np.testing.assert_allclose(limited.values, limited.positions - before, atol=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    representation=st.sampled_from(["absolute", "delta", "velocity"]), seed=st.integers(0, 2**31),
+    count=st.integers(1, 6),
+)
+def test_limiting_twice_changes_nothing(small: Small, representation: str, seed: int, count: int) -> None:
+    limiter = Limiter(small(representation=representation))
+    rng = np.random.default_rng(seed)
+    periods = np.full(count, PERIOD)
+    once = limiter.apply_path(rng.normal(size=(count, 2)), [0.0, 0.1], periods)
+    twice = limiter.apply_path(once.values, [0.0, 0.1], periods)
+    np.testing.assert_allclose(twice.values, once.values, atol=1e-9)
+    assert twice.violations == ()
+
+
+# Trajectory points.
+
+
+def points_of(positions: list[float], **keywords: object) -> TrajectoryPoints:
+    rows = np.array(positions)[:, None]
+    offsets = np.arange(1, len(rows), dtype=np.int64) * PERIOD
+    return trajectory_points(rows, offsets, action_period=PERIOD, **keywords)  # type: ignore[arg-type]
+
+
+def test_velocities_of_a_straight_line_that_comes_to_rest() -> None:
+    points = points_of([0.0, 0.02, 0.04, 0.06], previous=np.array([-0.02]), control_period=PERIOD)
+    np.testing.assert_allclose(points.velocities[:, 0], [1.0, 1.0, 1.0, 0.0])
+    assert points.offsets.tolist() == [0, PERIOD, 2 * PERIOD, 3 * PERIOD]
+    assert points_of([0.0, 0.02, 0.04]).velocities[0, 0] == 0.0
+
+
+def test_velocity_is_zero_where_the_direction_turns() -> None:
+    points = points_of([0.0, 0.1, 0.0, 0.0, 0.1])
+    assert points.velocities[:, 0].tolist() == [0.0] * 5
+
+
+def test_velocity_is_the_harmonic_mean_of_its_neighbours() -> None:
+    points = points_of([0.0, 0.02, 0.08])
+    assert points.velocities[1, 0] == pytest.approx(2 / (1 / 1.0 + 1 / 3.0))
+
+
+def test_a_command_without_a_future_is_followed_by_itself() -> None:
+    points = points_of([0.3])
+    assert points.positions[:, 0].tolist() == [0.3, 0.3]
+    assert points.offsets.tolist() == [0, PERIOD]
+    assert points.velocities[:, 0].tolist() == [0.0, 0.0]
+
+
+def test_cut_comes_to_rest_at_its_end() -> None:
+    points = points_of([0.0, 0.02, 0.04, 0.06])
+    shorter = cut(points, 2 * PERIOD + 1)
+    assert shorter.offsets.tolist() == [0, PERIOD, 2 * PERIOD]
+    assert shorter.velocities[-1, 0] == 0.0
+    assert points.velocities[2, 0] == pytest.approx(1.0)
+    assert cut(points, 10 * PERIOD) is points
+    assert len(cut(points, 0).offsets) == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    positions=st.lists(st.floats(-1, 1), min_size=2, max_size=8),
+    steps=st.lists(st.integers(10**6, 10**8), min_size=8, max_size=8), previous=st.none() | st.floats(-1, 1),
+)
+def test_the_spline_between_points_stays_between_them(
+    positions: list[float], steps: list[int], previous: float | None
+) -> None:
+    """Cubic Hermite interpolation, as joint_trajectory_controller does it, neither overshoots nor speeds up a lot."""
+    rows, offsets = np.array(positions)[:, None], np.cumsum(steps[: len(positions) - 1])
+    before = None if previous is None else np.array([previous])
+    points = trajectory_points(rows, offsets, action_period=PERIOD, previous=before, control_period=PERIOD)
+    assert np.all(points.velocities[-1] == 0)
+    slopes = np.diff(points.positions[:, 0]) / (np.diff(points.offsets) / 1e9)
+    arriving = [] if previous is None else [abs(positions[0] - previous) / DT]
+    assert np.abs(points.velocities).max() <= max([*np.abs(slopes), *arriving]) * (1 + 1e-9)
+    t = np.linspace(0, 1, 21)
+    for i in range(len(positions) - 1):
+        h = (points.offsets[i + 1] - points.offsets[i]) / 1e9
+        p0, p1 = positions[i], positions[i + 1]
+        v0, v1 = points.velocities[i, 0] * h, points.velocities[i + 1, 0] * h
+        curve = (
+            p0 * (2 * t**3 - 3 * t**2 + 1) + v0 * (t**3 - 2 * t**2 + t) + p1 * (3 * t**2 - 2 * t**3) + v1 * (t**3 - t**2)
+        )
+        assert curve.min() >= min(p0, p1) - 1e-9
+        assert curve.max() <= max(p0, p1) + 1e-9
