@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "expert.h"
 #include "flashrt_native.h"
 
 namespace py = pybind11;
@@ -32,6 +33,79 @@ void add_rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t o
         "add_rms_norm");
 }
 
+void skinny_gemm(bool fp8, int epilogue, int rows, int n, int k, uintptr_t x, uintptr_t weights, uintptr_t norm_scale,
+                 uintptr_t norm_shift, float eps, uintptr_t x_scale, uintptr_t w_scale, uintptr_t out_scale,
+                 uintptr_t bias, uintptr_t gate, uintptr_t out, uintptr_t rope_cos, uintptr_t rope_sin,
+                 uintptr_t prefix_length, uintptr_t k_cache, uintptr_t v_cache, int heads, int kv_heads, int head_dim,
+                 uintptr_t stream) {
+  flashrt::SkinnyGemm problem = {};
+  problem.fp8 = fp8;
+  problem.epilogue = static_cast<flashrt::SkinnyEpilogue>(epilogue);
+  problem.rows = rows;
+  problem.n = n;
+  problem.k = k;
+  problem.x = pointer(x);
+  problem.weights = pointer(weights);
+  problem.norm_scale = pointer<float>(norm_scale);
+  problem.norm_shift = pointer<float>(norm_shift);
+  problem.eps = eps;
+  problem.x_scale = pointer<float>(x_scale);
+  problem.w_scale = pointer<float>(w_scale);
+  problem.out_scale = pointer<float>(out_scale);
+  problem.bias = pointer<float>(bias);
+  problem.gate = pointer<float>(gate);
+  problem.out = pointer(out);
+  problem.rope_cos = pointer<float>(rope_cos);
+  problem.rope_sin = pointer<float>(rope_sin);
+  problem.prefix_length = pointer<int>(prefix_length);
+  problem.k_cache = pointer(k_cache);
+  problem.v_cache = pointer(v_cache);
+  problem.heads = heads;
+  problem.kv_heads = kv_heads;
+  problem.head_dim = head_dim;
+  check(flashrt::skinny_gemm(problem, reinterpret_cast<cudaStream_t>(stream)), "skinny_gemm");
+}
+
+void expert_attention(bool fp8_out, int rows, int heads, int kv_heads, uintptr_t q, uintptr_t k_cache,
+                      uintptr_t v_cache, uintptr_t prefix_length, int capacity, uintptr_t out_scale, uintptr_t out,
+                      uintptr_t stream) {
+  flashrt::ExpertAttention problem = {};
+  problem.fp8_out = fp8_out;
+  problem.rows = rows;
+  problem.heads = heads;
+  problem.kv_heads = kv_heads;
+  problem.q = pointer(q);
+  problem.k_cache = pointer(k_cache);
+  problem.v_cache = pointer(v_cache);
+  problem.prefix_length = pointer<int>(prefix_length);
+  problem.capacity = capacity;
+  problem.out_scale = pointer<float>(out_scale);
+  problem.out = pointer(out);
+  check(flashrt::expert_attention(problem, reinterpret_cast<cudaStream_t>(stream)), "expert_attention");
+}
+
+void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_t norm_scale, uintptr_t norm_shift,
+                 float eps, uintptr_t out_weight, uintptr_t out_bias, float dt, uintptr_t x, uintptr_t in_weight,
+                 uintptr_t in_bias, bool silu, uintptr_t next, uintptr_t stream) {
+  flashrt::ActionStep problem = {};
+  problem.rows = rows;
+  problem.width = width;
+  problem.action_dim = action_dim;
+  problem.hidden = pointer(hidden);
+  problem.norm_scale = pointer<float>(norm_scale);
+  problem.norm_shift = pointer<float>(norm_shift);
+  problem.eps = eps;
+  problem.out_weight = pointer<float>(out_weight);
+  problem.out_bias = pointer<float>(out_bias);
+  problem.dt = dt;
+  problem.x = pointer<float>(x);
+  problem.in_weight = pointer<float>(in_weight);
+  problem.in_bias = pointer<float>(in_bias);
+  problem.silu = silu;
+  problem.next = pointer(next);
+  check(flashrt::action_step(problem, reinterpret_cast<cudaStream_t>(stream)), "action_step");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -41,4 +115,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("out"),
              py::arg("residual_out"), py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("dtype"),
              py::arg("weight_dtype"), py::arg("stream"));
+  module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("epilogue"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("x_scale"), py::arg("w_scale"), py::arg("out_scale"), py::arg("bias"), py::arg("gate"), py::arg("out"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("stream"));
+  module.def("expert_attention", &expert_attention, py::arg("fp8_out"), py::arg("rows"), py::arg("heads"), py::arg("kv_heads"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("prefix_length"), py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("stream"));
+  module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"), py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"), py::arg("stream"));
 }

@@ -24,12 +24,12 @@ constexpr int kSplits = 8;
 constexpr int kHeadDim = 256;
 constexpr int kRowBytes = kHeadDim * 2;
 constexpr int kRowStride = kRowBytes + 16;  // bytes; ldmatrix rows fall into different banks
-constexpr int kOutStride = kHeadDim + 4;    // floats
-constexpr float kE4m3Max = 448.0f;
+constexpr int kColumns = kHeadDim / kSplits;  // a block's share of the output, and a warp's share of P V
+static_assert(kSplits == kWarps, "send_values maps a warp's columns to one block");
 
 struct Layout {
   int block_keys;  // keys a block takes at most, a multiple of 16
-  int q_offset, k_offset, v_offset, score_offset, probability_offset, row_offset, barrier_offset;
+  int q_offset, k_offset, v_offset, score_offset, probability_offset, inbox_offset, barrier_offset;
 };
 
 __host__ __device__ inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -68,11 +68,12 @@ __device__ void scores(const unsigned char* q, const unsigned char* k, float* ou
   }
 }
 
-// exp(score - row maximum) as bf16 with zeros past `keys`; the maximum and the sum of every row.
-__device__ void softmax_rows(const float* score, __nv_bfloat16* probability, float* row_max, float* row_sum, int rows,
-                             int keys, int padded_keys, int score_stride, int probability_stride) {
+// exp(score - row maximum) as bf16 with zeros past `keys`; the row's maximum and sum go to every block's inbox.
+template <int PaddedRows>
+__device__ void send_softmax(const float* score, __nv_bfloat16* probability, float2* inbox_stats, int keys,
+                             int padded_keys, int score_stride, int probability_stride) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int row = warp; row < rows; row += kWarps) {
+  for (int row = warp; row < PaddedRows; row += kWarps) {
     float maximum = -INFINITY;
     for (int key = lane; key < keys; key += kWarpSize) maximum = fmaxf(maximum, score[row * score_stride + key]);
 #pragma unroll
@@ -86,21 +87,21 @@ __device__ void softmax_rows(const float* score, __nv_bfloat16* probability, flo
     }
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane == 0) {
-      row_max[row] = maximum;
-      row_sum[row] = sum;
-    }
+#if FLASHRT_DEVICE_HAS_BULK
+    cg::cluster_group cluster = cg::this_cluster();
+    if (lane < kSplits)
+      cluster.map_shared_rank(inbox_stats, lane)[cluster.block_rank() * PaddedRows + row] = make_float2(maximum, sum);
+#endif
   }
 }
 
+// P V for this warp's 32 columns, sent to the block that merges them: column group w belongs to block w of the cluster.
 template <int RowTiles>
-__device__ void weigh_values(const unsigned char* probability, const unsigned char* v, float* out, int padded_keys,
-                             int probability_row_bytes) {
+__device__ void send_values(const unsigned char* probability, const unsigned char* v, float* inbox, int padded_keys,
+                            int probability_row_bytes) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  constexpr int kColumns = kHeadDim / kWarps;  // 32 a warp: four n tiles
   float sum[RowTiles][4][4] = {};
-  const unsigned char* v_row =
-      v + (lane % 8 + lane / 8 % 2 * 8) * kRowStride + (warp * kColumns + lane / 16 * 8) * 2;
+  const unsigned char* v_row = v + (lane % 8 + lane / 8 % 2 * 8) * kRowStride + (warp * kColumns + lane / 16 * 8) * 2;
   const unsigned char* p_row = probability + lane % 16 * probability_row_bytes + lane / 16 * 16;
   for (int key = 0; key < padded_keys; key += 16) {
     uint32_t b[2][4];
@@ -115,61 +116,59 @@ __device__ void weigh_values(const unsigned char* probability, const unsigned ch
         mma_bf16(sum[r][t], a[0], a[1], a[2], a[3], b[t / 2][t % 2 * 2], b[t / 2][t % 2 * 2 + 1]);
     }
   }
+#if FLASHRT_DEVICE_HAS_BULK
+  cg::cluster_group cluster = cg::this_cluster();
+  float* remote = cluster.map_shared_rank(inbox, warp) + cluster.block_rank() * 16 * RowTiles * kColumns;
 #pragma unroll
   for (int r = 0; r < RowTiles; ++r) {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      float* target = out + (r * 16 + lane / 4) * kOutStride + warp * kColumns + t * 8 + lane % 4 * 2;
+      float* target = remote + (r * 16 + lane / 4) * kColumns + t * 8 + lane % 4 * 2;
       *reinterpret_cast<float2*>(target) = make_float2(sum[r][t][0], sum[r][t][1]);
-      *reinterpret_cast<float2*>(target + 8 * kOutStride) = make_float2(sum[r][t][2], sum[r][t][3]);
+      *reinterpret_cast<float2*>(target + 8 * kColumns) = make_float2(sum[r][t][2], sum[r][t][3]);
     }
   }
+#endif
 }
 
-#if FLASHRT_DEVICE_HAS_BULK
-// Merge the eight partial results of a head; each block writes an eighth of the columns.
-__device__ void combine(const ExpertAttention& p, cg::cluster_group& cluster, float* partial, float* row_max,
-                        float* row_sum, int head) {
-  constexpr int kColumns = kHeadDim / kSplits;
-  const int column = cluster.block_rank() * kColumns + threadIdx.x % (kColumns / 4) * 4;
+// Merge the eight partial results that lie in this block's inbox and write its 32 columns.
+template <int RowTiles>
+__device__ void merge(const ExpertAttention& p, const float* inbox, const float2* inbox_stats, int head, int first_row,
+                      int column_group) {
+  constexpr int PaddedRows = 16 * RowTiles;
   const float quantise = p.fp8_out ? 1.0f / *p.out_scale : 1.0f;
-  for (int row = threadIdx.x / (kColumns / 4); row < p.rows; row += kThreads / (kColumns / 4)) {
-    float maxima[kSplits], maximum = -INFINITY;
+  const int column = threadIdx.x % (kColumns / 4) * 4;
+  for (int row = threadIdx.x / (kColumns / 4); row < min(PaddedRows, p.rows - first_row);
+       row += kThreads / (kColumns / 4)) {
+    float maximum = -INFINITY;
 #pragma unroll
-    for (int s = 0; s < kSplits; ++s) {
-      maxima[s] = cluster.map_shared_rank(row_max, s)[row];
-      maximum = fmaxf(maximum, maxima[s]);
-    }
+    for (int s = 0; s < kSplits; ++s) maximum = fmaxf(maximum, inbox_stats[s * PaddedRows + row].x);
     float total = 0.0f, value[4] = {};
 #pragma unroll
     for (int s = 0; s < kSplits; ++s) {
-      const float weight = __expf(maxima[s] - maximum);
-      total += weight * cluster.map_shared_rank(row_sum, s)[row];
-      const float4 part =
-          *reinterpret_cast<const float4*>(cluster.map_shared_rank(partial, s) + row * kOutStride + column);
+      const float2 stats = inbox_stats[s * PaddedRows + row];
+      const float weight = __expf(stats.x - maximum);
+      total += weight * stats.y;
+      const float4 part = *reinterpret_cast<const float4*>(inbox + (s * PaddedRows + row) * kColumns + column);
       value[0] += weight * part.x;
       value[1] += weight * part.y;
       value[2] += weight * part.z;
       value[3] += weight * part.w;
     }
-    const int64_t index = (int64_t(row) * p.heads + head) * kHeadDim + column;
+    const int64_t index = (int64_t(first_row + row) * p.heads + head) * kHeadDim + column_group * kColumns + column;
     Vector<__nv_bfloat16, 4> rounded;
 #pragma unroll
     for (int i = 0; i < 4; ++i) rounded.element[i] = from_float<__nv_bfloat16>(value[i] / total);
     if (p.fp8_out) {
       Vector<uint8_t, 4> packed;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float scaled = fminf(fmaxf(to_float(rounded.element[i]) * quantise, -kE4m3Max), kE4m3Max);
-        packed.element[i] = __nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3);
-      }
+      for (int i = 0; i < 4; ++i) packed.element[i] = to_e4m3(to_float(rounded.element[i]) * quantise);
       *reinterpret_cast<Vector<uint8_t, 4>*>(static_cast<uint8_t*>(p.out) + index) = packed;
     } else {
       *reinterpret_cast<Vector<__nv_bfloat16, 4>*>(static_cast<__nv_bfloat16*>(p.out) + index) = rounded;
     }
   }
 }
-#endif
 
 template <int RowTiles>
 __global__ void __launch_bounds__(kThreads) expert_attention_kernel(const ExpertAttention p, const Layout layout) {
@@ -181,13 +180,12 @@ __global__ void __launch_bounds__(kThreads) expert_attention_kernel(const Expert
   unsigned char* v = shared + layout.v_offset;
   float* score = reinterpret_cast<float*>(shared + layout.score_offset);
   __nv_bfloat16* probability = reinterpret_cast<__nv_bfloat16*>(shared + layout.probability_offset);
-  float* row_max = reinterpret_cast<float*>(shared + layout.row_offset);
-  float* row_sum = row_max + PaddedRows;
+  float* inbox = reinterpret_cast<float*>(shared + layout.inbox_offset);
+  float2* inbox_stats = reinterpret_cast<float2*>(inbox + kSplits * PaddedRows * kColumns);
   uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + layout.barrier_offset);
-  float* partial = reinterpret_cast<float*>(k);  // K has been read by then
 
   cg::cluster_group cluster = cg::this_cluster();
-  const int head = blockIdx.y, kv_head = head / (p.heads / p.kv_heads);
+  const int head = blockIdx.y, kv_head = head / (p.heads / p.kv_heads), first_row = blockIdx.z * PaddedRows;
   const int prefix = *p.prefix_length, total_keys = prefix + p.rows;
   const int share = round_up((total_keys + kSplits - 1) / kSplits, 16);
   const int first = blockIdx.x * share;
@@ -210,6 +208,7 @@ __global__ void __launch_bounds__(kThreads) expert_attention_kernel(const Expert
   constexpr int kVectors = kRowBytes / 16;
   for (int i = threadIdx.x; i < (padded_keys - keys) * kVectors; i += kThreads)  // 0 * garbage must stay 0
     *reinterpret_cast<uint4*>(v + (keys + i / kVectors) * kRowStride + i % kVectors * 16) = make_uint4(0, 0, 0, 0);
+  cluster.sync();  // every block of the cluster has started: its inbox may be written from now on
   dependency_wait();
   dependency_release();
 
@@ -222,9 +221,10 @@ __global__ void __launch_bounds__(kThreads) expert_attention_kernel(const Expert
   }
   for (int i = threadIdx.x; i < PaddedRows * kVectors; i += kThreads) {
     const int row = i / kVectors, byte = i % kVectors * 16;
-    const unsigned char* source = static_cast<const unsigned char*>(p.q) + (int64_t(row) * p.heads + head) * kRowBytes;
+    const unsigned char* source =
+        static_cast<const unsigned char*>(p.q) + (int64_t(first_row + row) * p.heads + head) * kRowBytes;
     *reinterpret_cast<uint4*>(q + row * kRowStride + byte) =
-        row < p.rows ? *reinterpret_cast<const uint4*>(source + byte) : make_uint4(0, 0, 0, 0);
+        first_row + row < p.rows ? *reinterpret_cast<const uint4*>(source + byte) : make_uint4(0, 0, 0, 0);
   }
   barrier_wait(barrier, 0);
   __syncthreads();
@@ -232,13 +232,12 @@ __global__ void __launch_bounds__(kThreads) expert_attention_kernel(const Expert
   const int score_stride = layout.block_keys + 4, probability_stride = layout.block_keys + 8;
   scores<RowTiles>(q, k, score, padded_keys, score_stride);
   __syncthreads();
-  softmax_rows(score, probability, row_max, row_sum, PaddedRows, keys, padded_keys, score_stride, probability_stride);
+  send_softmax<PaddedRows>(score, probability, inbox_stats, keys, padded_keys, score_stride, probability_stride);
   __syncthreads();
-  weigh_values<RowTiles>(reinterpret_cast<const unsigned char*>(probability), v, partial, padded_keys,
-                         probability_stride * 2);
+  send_values<RowTiles>(reinterpret_cast<const unsigned char*>(probability), v, inbox, padded_keys,
+                        probability_stride * 2);
   cluster.sync();
-  combine(p, cluster, partial, row_max, row_sum, head);
-  cluster.sync();  // the others may still be reading this block's shared memory
+  merge<RowTiles>(p, inbox, inbox_stats, head, first_row, blockIdx.x);
 #endif
 }
 
@@ -247,15 +246,15 @@ int plan(Layout* layout, int capacity) {
   constexpr int PaddedRows = 16 * RowTiles;
   layout->block_keys = round_up((capacity + kSplits - 1) / kSplits, 16);
   const int k_bytes = layout->block_keys * kRowStride;
-  const int partial_bytes = PaddedRows * kOutStride * static_cast<int>(sizeof(float));
   layout->q_offset = 0;
   layout->k_offset = PaddedRows * kRowStride;
-  layout->v_offset = layout->k_offset + round_up(k_bytes > partial_bytes ? k_bytes : partial_bytes, 16);
+  layout->v_offset = layout->k_offset + k_bytes;
   layout->score_offset = layout->v_offset + k_bytes;
   layout->probability_offset =
       layout->score_offset + round_up(PaddedRows * (layout->block_keys + 4) * static_cast<int>(sizeof(float)), 16);
-  layout->row_offset = layout->probability_offset + round_up(PaddedRows * (layout->block_keys + 8) * 2, 16);
-  layout->barrier_offset = layout->row_offset + 2 * PaddedRows * static_cast<int>(sizeof(float));
+  layout->inbox_offset = layout->probability_offset + round_up(PaddedRows * (layout->block_keys + 8) * 2, 16);
+  layout->barrier_offset =
+      layout->inbox_offset + kSplits * PaddedRows * static_cast<int>(kColumns * sizeof(float) + sizeof(float2));
   return layout->barrier_offset + static_cast<int>(sizeof(uint64_t));
 }
 
@@ -273,7 +272,7 @@ cudaError_t launch(const ExpertAttention& p, cudaStream_t stream) {
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kSplits, p.heads);
+  config.gridDim = dim3(kSplits, p.heads, (p.rows + 16 * RowTiles - 1) / (16 * RowTiles));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
@@ -294,9 +293,7 @@ cudaError_t expert_attention(const ExpertAttention& p, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   if (!aligned_to_16_bytes(p.q) || !aligned_to_16_bytes(p.k_cache) || !aligned_to_16_bytes(p.v_cache))
     return cudaErrorMisalignedAddress;
-  if (p.rows <= 16) return launch<1>(p, stream);
-  if (p.rows <= 32) return launch<2>(p, stream);
-  return launch<4>(p, stream);
+  return p.rows <= 16 ? launch<1>(p, stream) : launch<2>(p, stream);
 }
 
 }  // namespace flashrt

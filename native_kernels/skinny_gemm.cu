@@ -24,25 +24,22 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTileFeatures = 8;
 constexpr int kBlockBytes = 64;                          // bytes of k per tensor-core step pair
 constexpr int kTileBytes = kTileFeatures * kBlockBytes;  // one tile, one k block
-constexpr int kRowPad = 64;                              // keeps 16-byte row reads free of bank conflicts
+constexpr int kRowPadFp16 = 16, kRowPadBf16 = 64;        // keep 16-byte row reads free of bank conflicts
 constexpr int kMaxNormWidth = 1024;
 constexpr int kNormVectors = kMaxNormWidth / (kWarpSize * 8);
-constexpr float kE4m3Max = 448.0f;
 
 struct Layout {
   int k_bytes;         // bytes of one weight row
   int units;           // independent groups of tiles over the whole product
   int units_per_block;
+  int x_stride;        // bytes of one normed row in shared memory
   int x_offset, sum_offset, barrier_offset;  // in dynamic shared memory; the weights come first
 };
 
-__device__ __forceinline__ uint8_t to_e4m3(float value) {
-  return __nv_cvt_float_to_fp8(fminf(fmaxf(value, -kE4m3Max), kE4m3Max), __NV_SATFINITE, __NV_E4M3);
-}
-
+// Products of one 64-byte k block. The bytes a thread holds are k-permuted alike in A and B, which a sum over k does
+// not notice.
 template <bool Fp8>
-__device__ __forceinline__ void mma_pair(float (&d)[4], uint4 low, uint4 high, uint4 b) {
-  // the 16 bytes a thread holds are k-permuted alike in A and B, which a sum over k does not notice
+__device__ __forceinline__ void multiply(float (&d)[4], uint4 low, uint4 high, uint4 b) {
   if constexpr (Fp8) {
     mma_e4m3(d, low.x, high.x, low.y, high.y, b.x, b.y);
     mma_e4m3(d, low.z, high.z, low.w, high.w, b.z, b.w);
@@ -52,52 +49,92 @@ __device__ __forceinline__ void mma_pair(float (&d)[4], uint4 low, uint4 high, u
   }
 }
 
-// Normalise rows [0, padded_rows) of x into shared memory in the weights' type; rows past the end become zero.
-template <bool Fp8>
-__device__ void norm_rows(const SkinnyGemm& p, unsigned char* x_shared, int row_stride, int padded_rows) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int vectors = p.k / (kWarpSize * 8);
-  const float quantise = Fp8 ? 1.0f / *p.x_scale : 1.0f;
-  for (int row = threadIdx.x / kWarpSize; row < padded_rows; row += kWarps) {
-    using Eight = Vector<__nv_bfloat16, 8>;
-    Eight values[kNormVectors];
-    float squares = 0.0f;
-    if (row < p.rows) {
-      const Eight* source = reinterpret_cast<const Eight*>(static_cast<const __nv_bfloat16*>(p.x) + int64_t(row) * p.k);
+// The same with e4m3 weights already widened to fp16 (b) and fp16 activations: 32 bytes of two rows.
+__device__ __forceinline__ void multiply_f16(float (&d)[4], const uint4 (&low)[2], const uint4 (&high)[2],
+                                             const uint32_t (&b)[8]) {
+  mma_f16(d, low[0].x, high[0].x, low[0].y, high[0].y, b[0], b[1]);
+  mma_f16(d, low[0].z, high[0].z, low[0].w, high[0].w, b[2], b[3]);
+  mma_f16(d, low[1].x, high[1].x, low[1].y, high[1].y, b[4], b[5]);
+  mma_f16(d, low[1].z, high[1].z, low[1].w, high[1].w, b[6], b[7]);
+}
+
+using Eight = Vector<__nv_bfloat16, 8>;
+
+// This lane's part of the norm's scale and shift; constant over the steps, so it is read ahead of the wait.
+struct NormStyle {
+  float scale[kNormVectors][8], shift[kNormVectors][8];
+};
+
+__device__ __forceinline__ void load_style(const SkinnyGemm& p, NormStyle& style) {
 #pragma unroll
-      for (int v = 0; v < kNormVectors; ++v) {
-        if (v >= vectors) break;
-        values[v] = source[v * kWarpSize + lane];
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int column = (v * kWarpSize + threadIdx.x % kWarpSize) * 8;
+    if (column >= p.k) break;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) squares += to_float(values[v].element[i]) * to_float(values[v].element[i]);
+    for (int half = 0; half < 2; ++half) {
+      const float4 scale = *reinterpret_cast<const float4*>(p.norm_scale + column + half * 4);
+      const float4 shift = p.norm_shift == nullptr ? make_float4(0, 0, 0, 0)
+                                                   : *reinterpret_cast<const float4*>(p.norm_shift + column + half * 4);
+      const float scales[4] = {scale.x, scale.y, scale.z, scale.w}, shifts[4] = {shift.x, shift.y, shift.z, shift.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        style.scale[v][half * 4 + i] = 1.0f + scales[i];
+        style.shift[v][half * 4 + i] = shifts[i];
       }
+    }
+  }
+}
+
+__device__ __forceinline__ void load_row(const SkinnyGemm& p, int row, Eight (&values)[kNormVectors]) {
+  const Eight* source = reinterpret_cast<const Eight*>(static_cast<const __nv_bfloat16*>(p.x) + int64_t(row) * p.k);
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    if ((v * kWarpSize + threadIdx.x % kWarpSize) * 8 >= p.k) break;
+    values[v] = source[v * kWarpSize + threadIdx.x % kWarpSize];
+  }
+}
+
+// Normalise x's rows into shared memory as bf16, or fp16 for e4m3 weights, one warp a row; the next row is on its way meanwhile.
+template <bool Fp8>
+__device__ void norm_rows(const SkinnyGemm& p, const NormStyle& style, unsigned char* x_shared, int row_stride) {
+  const int lane = threadIdx.x % kWarpSize;
+  int row = threadIdx.x / kWarpSize;
+  Eight values[kNormVectors];
+  if (row < p.rows) load_row(p, row, values);
+  for (; row < p.rows; row += kWarps) {
+    Eight following[kNormVectors];
+    if (row + kWarps < p.rows) load_row(p, row + kWarps, following);
+    float squares = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v) {
+      if ((v * kWarpSize + lane) * 8 >= p.k) break;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += to_float(values[v].element[i]) * to_float(values[v].element[i]);
     }
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, offset);
     const float inverse = rsqrtf(squares / p.k + p.eps);
 #pragma unroll
     for (int v = 0; v < kNormVectors; ++v) {
-      if (v >= vectors) break;
       const int column = (v * kWarpSize + lane) * 8;
+      if (column >= p.k) break;
       Eight normed;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        float value = 0.0f;
-        if (row < p.rows) {
-          value = to_float(values[v].element[i]) * inverse * (1.0f + p.norm_scale[column + i]);
-          if (p.norm_shift != nullptr) value += p.norm_shift[column + i];
-        }
-        normed.element[i] = from_float<__nv_bfloat16>(value);
+        normed.element[i] = from_float<__nv_bfloat16>(to_float(values[v].element[i]) * inverse * style.scale[v][i] +
+                                                      style.shift[v][i]);
       }
       if constexpr (Fp8) {
-        Vector<uint8_t, 8> packed;
+        Vector<__half, 8> half;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) packed.element[i] = to_e4m3(to_float(normed.element[i]) * quantise);
-        *reinterpret_cast<Vector<uint8_t, 8>*>(x_shared + row * row_stride + column) = packed;
+        for (int i = 0; i < 8; ++i) half.element[i] = from_float<__half>(to_float(normed.element[i]));
+        *reinterpret_cast<Vector<__half, 8>*>(x_shared + row * row_stride + column * 2) = half;
       } else {
         *reinterpret_cast<Eight*>(x_shared + row * row_stride + column * 2) = normed;
       }
     }
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v) values[v] = following[v];
   }
 }
 
@@ -117,45 +154,126 @@ __device__ __forceinline__ void store_quantised(void* out, int64_t index, float 
   }
 }
 
-// One output element (two for the paired epilogues): m is the row, `column` the feature within the unit's tile.
+// What an output element needs beside the product, read ahead so that no load stands between product and store.
+struct Operands {
+  float first = 0.0f, second = 0.0f;  // kStore: bias; kResidual: gate, residual; kRope: cosine, sine
+  int position = 0;                   // kRope: slot in the cache
+};
+
+struct Element {
+  int m, n;     // row; first feature (kStore, kResidual, kGeglu), or the dimension within its head (kRope)
+  int head;     // kRope
+  __device__ __forceinline__ Element(const SkinnyGemm& p, bool rope, int unit, int element) {
+    m = element / kTileFeatures;
+    const int units_per_head = rope ? p.head_dim / (2 * kTileFeatures) : 1;
+    head = rope ? unit / units_per_head : 0;
+    n = (rope ? unit % units_per_head : unit) * kTileFeatures + element % kTileFeatures;
+  }
+};
+
+// The operands that no kernel of the chain writes.
+template <SkinnyEpilogue E>
+__device__ __forceinline__ void load_constant(const SkinnyGemm& p, const Element& e, Operands& operands) {
+  if constexpr (E == SkinnyEpilogue::kStore) {
+    operands.first = p.bias != nullptr ? p.bias[e.n] : 0.0f;
+  } else if constexpr (E == SkinnyEpilogue::kResidual) {
+    operands.first = p.gate != nullptr ? p.gate[e.n] : 1.0f;
+  } else if constexpr (E == SkinnyEpilogue::kRope) {
+    operands.position = *p.prefix_length + e.m;
+    const int64_t index = int64_t(operands.position) * (p.head_dim / 2) + e.n;
+    operands.first = p.rope_cos[index];
+    operands.second = p.rope_sin[index];
+  }
+}
+
+template <SkinnyEpilogue E>
+__device__ __forceinline__ void load_residual(const SkinnyGemm& p, const Element& e, Operands& operands) {
+  if constexpr (E == SkinnyEpilogue::kResidual)
+    operands.second = to_float(static_cast<const __nv_bfloat16*>(p.out)[int64_t(e.m) * p.n + e.n]);
+}
+
+// Store one output element, or the two of a paired epilogue.
 template <bool Fp8, SkinnyEpilogue E>
-__device__ __forceinline__ void finish(const SkinnyGemm& p, int unit, int m, int column, float first, float second) {
+__device__ __forceinline__ void finish(const SkinnyGemm& p, const Element& e, const Operands& operands, float first,
+                                       float second, float inverse_out_scale) {
   __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out);
-  if constexpr (E == SkinnyEpilogue::kStore || E == SkinnyEpilogue::kResidual) {
-    const int n = unit * kTileFeatures + column;
-    const int64_t index = int64_t(m) * p.n + n;
-    if constexpr (E == SkinnyEpilogue::kStore) {
-      if (p.bias != nullptr) first += p.bias[n];
-      out[index] = from_float<__nv_bfloat16>(first);
-    } else {
-      const float gate = p.gate != nullptr ? p.gate[n] : 1.0f;
-      out[index] = from_float<__nv_bfloat16>(to_float(out[index]) + gate * first);
-    }
+  if constexpr (E == SkinnyEpilogue::kStore) {
+    out[int64_t(e.m) * p.n + e.n] = from_float<__nv_bfloat16>(first + operands.first);
+  } else if constexpr (E == SkinnyEpilogue::kResidual) {
+    out[int64_t(e.m) * p.n + e.n] = from_float<__nv_bfloat16>(operands.second + operands.first * first);
   } else if constexpr (E == SkinnyEpilogue::kGeglu) {
-    const int n = unit * kTileFeatures + column;
-    const float inverse_scale = Fp8 ? 1.0f / *p.out_scale : 1.0f;
-    store_quantised<Fp8>(p.out, int64_t(m) * (p.n / 2) + n, gelu_tanh(first) * second, inverse_scale);
+    store_quantised<Fp8>(p.out, int64_t(e.m) * (p.n / 2) + e.n, gelu_tanh(first) * second, inverse_out_scale);
   } else {
-    const int half = p.head_dim / 2, units_per_head = half / kTileFeatures;
-    const int head = unit / units_per_head, d = unit % units_per_head * kTileFeatures + column;
-    const int position = *p.prefix_length + m;
-    if (head < p.heads + p.kv_heads) {
-      const float cosine = p.rope_cos[position * half + d], sine = p.rope_sin[position * half + d];
-      const float rotated = first * cosine - second * sine;
-      second = second * cosine + first * sine;
+    const int half = p.head_dim / 2, first_k = p.heads, first_v = p.heads + p.kv_heads;
+    if (e.head < first_v) {
+      const float rotated = first * operands.first - second * operands.second;
+      second = second * operands.first + first * operands.second;
       first = rotated;
     }
     __nv_bfloat16* target;
-    if (head < p.heads) {
-      target = out + (int64_t(m) * p.heads + head) * p.head_dim;
-    } else if (head < p.heads + p.kv_heads) {
-      target = static_cast<__nv_bfloat16*>(p.k_cache) + (int64_t(position) * p.kv_heads + head - p.heads) * p.head_dim;
+    if (e.head < first_k) {
+      target = out + (int64_t(e.m) * p.heads + e.head) * p.head_dim;
     } else {
-      target = static_cast<__nv_bfloat16*>(p.v_cache) +
-               (int64_t(position) * p.kv_heads + head - p.heads - p.kv_heads) * p.head_dim;
+      void* cache = e.head < first_v ? p.k_cache : p.v_cache;
+      const int kv_head = e.head - (e.head < first_v ? first_k : first_v);
+      target = static_cast<__nv_bfloat16*>(cache) + (int64_t(operands.position) * p.kv_heads + kv_head) * p.head_dim;
     }
-    target[d] = from_float<__nv_bfloat16>(first);
-    target[d + half] = from_float<__nv_bfloat16>(second);
+    target[e.n] = from_float<__nv_bfloat16>(first);
+    target[e.n + half] = from_float<__nv_bfloat16>(second);
+  }
+}
+
+// This warp's k blocks [begin, end) of one unit: x from shared memory when it was normed here, else from L2.
+template <bool Fp8, int RowTiles, int Tiles, bool Norm>
+__device__ __forceinline__ void accumulate(const SkinnyGemm& p, const Layout& layout, const unsigned char* x_shared,
+                                           const unsigned char* tile, [[maybe_unused]] uint64_t* barrier, int begin,
+                                           int end, float (&accumulator)[RowTiles][Tiles][4]) {
+  const int lane = threadIdx.x % kWarpSize, row = lane / 4, byte_in_block = lane % 4 * 16;
+  const int k_blocks = layout.k_bytes / kBlockBytes;
+  if constexpr (Norm) barrier_wait(barrier, 0);
+#pragma unroll 8
+  for (int block = begin; block < end; ++block) {
+    const int byte = block * kBlockBytes + byte_in_block;
+    if constexpr (Norm && Fp8) {
+      uint4 low[RowTiles][2], high[RowTiles][2];
+#pragma unroll
+      for (int r = 0; r < RowTiles; ++r) {
+        const uint4* rows = reinterpret_cast<const uint4*>(x_shared + (r * 16 + row) * layout.x_stride + byte * 2);
+        const uint4* eighth =
+            reinterpret_cast<const uint4*>(x_shared + (r * 16 + row + 8) * layout.x_stride + byte * 2);
+        low[r][0] = rows[0], low[r][1] = rows[1], high[r][0] = eighth[0], high[r][1] = eighth[1];
+      }
+#pragma unroll
+      for (int t = 0; t < Tiles; ++t) {
+        const uint4 packed = *reinterpret_cast<const uint4*>(tile + (t * k_blocks + block) * kTileBytes);
+        uint32_t b[8];
+        e4m3_to_f16(packed.x, b[0], b[1]);
+        e4m3_to_f16(packed.y, b[2], b[3]);
+        e4m3_to_f16(packed.z, b[4], b[5]);
+        e4m3_to_f16(packed.w, b[6], b[7]);
+#pragma unroll
+        for (int r = 0; r < RowTiles; ++r) multiply_f16(accumulator[r][t], low[r], high[r], b);
+      }
+    } else {
+      uint4 low[RowTiles], high[RowTiles];
+#pragma unroll
+      for (int r = 0; r < RowTiles; ++r) {
+        if constexpr (Norm) {
+          low[r] = *reinterpret_cast<const uint4*>(x_shared + (r * 16 + row) * layout.x_stride + byte);
+          high[r] = *reinterpret_cast<const uint4*>(x_shared + (r * 16 + row + 8) * layout.x_stride + byte);
+        } else {
+          low[r] = global_row(p, r * 16 + row, byte, layout.k_bytes);
+          high[r] = global_row(p, r * 16 + row + 8, byte, layout.k_bytes);
+        }
+      }
+      if constexpr (!Norm) barrier_wait(barrier, 0);
+#pragma unroll
+      for (int t = 0; t < Tiles; ++t) {
+        const uint4 b = *reinterpret_cast<const uint4*>(tile + (t * k_blocks + block) * kTileBytes);
+#pragma unroll
+        for (int r = 0; r < RowTiles; ++r) multiply<Fp8>(accumulator[r][t], low[r], high[r], b);
+      }
+    }
   }
 }
 
@@ -167,7 +285,7 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
   unsigned char* weights = shared;
   unsigned char* x_shared = shared + layout.x_offset;
   float* sums = reinterpret_cast<float*>(shared + layout.sum_offset);
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + layout.barrier_offset);
+  [[maybe_unused]] uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + layout.barrier_offset);
 
   const int first_unit = blockIdx.x * layout.units_per_block;
   const int units = min(layout.units_per_block, layout.units - first_unit);
@@ -188,13 +306,36 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
   }
   async_copy_wait();
 #endif
+  constexpr bool Rope = E == SkinnyEpilogue::kRope;
+  constexpr int UnitElements = PaddedRows * kTileFeatures;
+  constexpr int kAhead = 2;  // outputs of a thread whose operands are read ahead
+  Operands ahead[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int index = threadIdx.x + i * kThreads;
+    const Element e(p, Rope, first_unit + index / UnitElements, index % UnitElements);
+    if (index < units * UnitElements && e.m < p.rows) load_constant<E>(p, e, ahead[i]);
+  }
+  const float scale = Fp8 ? (Norm ? 1.0f : *p.x_scale) * *p.w_scale : 1.0f;
+  const float inverse_out_scale = Fp8 && E == SkinnyEpilogue::kGeglu ? 1.0f / *p.out_scale : 1.0f;
+  [[maybe_unused]] NormStyle style;
+  if constexpr (Norm) {
+    load_style(p, style);
+    for (int byte = threadIdx.x * 16; byte < (PaddedRows - p.rows) * layout.x_stride; byte += kThreads * 16)
+      *reinterpret_cast<uint4*>(x_shared + p.rows * layout.x_stride + byte) = make_uint4(0, 0, 0, 0);
+  }
   __syncthreads();
   dependency_wait();
   dependency_release();
 
-  const int row_stride = layout.k_bytes + kRowPad;
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int index = threadIdx.x + i * kThreads;
+    const Element e(p, Rope, first_unit + index / UnitElements, index % UnitElements);
+    if (index < units * UnitElements && e.m < p.rows) load_residual<E>(p, e, ahead[i]);
+  }
   if constexpr (Norm) {
-    norm_rows<Fp8>(p, x_shared, row_stride, PaddedRows);
+    norm_rows<Fp8>(p, style, x_shared, layout.x_stride);
     __syncthreads();
   }
 
@@ -205,38 +346,10 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
   const int begin = k_blocks * part / warps_per_unit, end = k_blocks * (part + 1) / warps_per_unit;
   float accumulator[RowTiles][Tiles][4] = {};
   if (unit < units) {
-    const int row = lane / 4, byte_in_block = lane % 4 * 16;
     const unsigned char* tile = weights + unit * unit_bytes + lane * 16;
-#if FLASHRT_DEVICE_HAS_BULK
-    if constexpr (Norm) barrier_wait(barriers + unit, 0);
-#endif
-#pragma unroll 4
-    for (int block = begin; block < end; ++block) {
-      uint4 low[RowTiles], high[RowTiles];
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-        const int byte = block * kBlockBytes + byte_in_block;
-        if constexpr (Norm) {
-          low[r] = *reinterpret_cast<const uint4*>(x_shared + (r * 16 + row) * row_stride + byte);
-          high[r] = *reinterpret_cast<const uint4*>(x_shared + (r * 16 + row + 8) * row_stride + byte);
-        } else {
-          low[r] = global_row(p, r * 16 + row, byte, layout.k_bytes);
-          high[r] = global_row(p, r * 16 + row + 8, byte, layout.k_bytes);
-        }
-      }
-#if FLASHRT_DEVICE_HAS_BULK
-      if constexpr (!Norm) barrier_wait(barriers + unit, 0);
-#endif
-#pragma unroll
-      for (int t = 0; t < Tiles; ++t) {
-        const uint4 b = *reinterpret_cast<const uint4*>(tile + (t * k_blocks + block) * kTileBytes);
-#pragma unroll
-        for (int r = 0; r < RowTiles; ++r) mma_pair<Fp8>(accumulator[r][t], low[r], high[r], b);
-      }
-    }
+    accumulate<Fp8, RowTiles, Tiles, Norm>(p, layout, x_shared, tile, barriers + unit, begin, end, accumulator);
   }
 
-  constexpr int UnitElements = PaddedRows * kTileFeatures;
   float* own = sums + warp * Tiles * UnitElements;
 #pragma unroll
   for (int t = 0; t < Tiles; ++t) {
@@ -250,19 +363,26 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
   }
   __syncthreads();
 
-  const float scale = Fp8 ? *p.x_scale * *p.w_scale : 1.0f;
-  for (int index = threadIdx.x; index < units * UnitElements; index += kThreads) {
+#pragma unroll kAhead
+  for (int i = 0; i * kThreads < units * UnitElements; ++i) {
+    const int index = threadIdx.x + i * kThreads;
     const int local_unit = index / UnitElements, element = index % UnitElements;
-    const int m = element / kTileFeatures;
-    if (m >= p.rows) continue;
+    const Element e(p, Rope, first_unit + local_unit, element);
+    if (index >= units * UnitElements || e.m >= p.rows) continue;
+    Operands operands;
+    if (i < kAhead) {
+      operands = i == 0 ? ahead[0] : ahead[1];
+    } else {
+      load_constant<E>(p, e, operands);
+      load_residual<E>(p, e, operands);
+    }
     float total[Tiles] = {};
     for (int w = 0; w < warps_per_unit; ++w) {
       const float* part_sums = sums + (local_unit * warps_per_unit + w) * Tiles * UnitElements + element;
 #pragma unroll
       for (int t = 0; t < Tiles; ++t) total[t] += part_sums[t * UnitElements];
     }
-    finish<Fp8, E>(p, first_unit + local_unit, m, element % kTileFeatures, total[0] * scale,
-                   total[Tiles - 1] * scale);
+    finish<Fp8, E>(p, e, operands, total[0] * scale, total[Tiles - 1] * scale, inverse_out_scale);
   }
 }
 
@@ -286,7 +406,7 @@ cudaError_t device_limits(DeviceLimits* limits) {
 int plan(Layout* layout, int units_per_block, int tiles, int padded_rows, bool norm) {
   layout->units_per_block = units_per_block;
   layout->x_offset = units_per_block * tiles * kTileFeatures * layout->k_bytes;
-  layout->sum_offset = layout->x_offset + (norm ? padded_rows * (layout->k_bytes + kRowPad) : 0);
+  layout->sum_offset = layout->x_offset + (norm ? padded_rows * layout->x_stride : 0);
   layout->barrier_offset =
       layout->sum_offset + kWarps * tiles * padded_rows * kTileFeatures * static_cast<int>(sizeof(float));
   return layout->barrier_offset + units_per_block * static_cast<int>(sizeof(uint64_t));
@@ -301,10 +421,11 @@ cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
   if (Fp8 && limits.major * 10 + limits.minor < 89) return cudaErrorNotSupported;
   Layout layout = {};
   layout.k_bytes = p.k * (Fp8 ? 1 : 2);
+  layout.x_stride = p.k * 2 + (Fp8 ? kRowPadFp16 : kRowPadBf16);
   layout.units = p.n / (Tiles * kTileFeatures);
   // the fewest units a block that still fit the product on the chip at once
   int units_per_block = 1;
-  while (units_per_block < kWarps && (layout.units + units_per_block - 1) / units_per_block > limits.multiprocessors * 5 / 4)
+  while (units_per_block < kWarps && (layout.units + units_per_block - 1) / units_per_block > limits.multiprocessors)
     units_per_block *= 2;
   int bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
   while (bytes > limits.shared_bytes && units_per_block > 1) {
