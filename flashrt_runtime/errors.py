@@ -52,3 +52,7 @@ class ActionError(FlashRTError, RuntimeError):
 
 class ClosedError(FlashRTError, RuntimeError):
     """The policy was used after `close()`."""
+
+
+class ParityError(FlashRTError, RuntimeError):
+    """The other implementation is not installed, or its run failed (the message says how to go on)."""

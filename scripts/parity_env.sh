@@ -43,8 +43,8 @@ install_openpi() {
 share_torch() {
     local site
     site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-    .venv/bin/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)' \
-        > "$site/zz_torch_of_venv.pth"
+    .venv/bin/python -c 'import importlib.util, pathlib
+print(pathlib.Path(importlib.util.find_spec("torch").origin).parent.parent)' > "$site/zz_torch_of_venv.pth"
 }
 
 check() {

@@ -13,6 +13,7 @@ from ..errors import FlashRTError
 from .console import ERRORS
 from .download_tokenizer import download_tokenizer_command
 from .make_checkpoint import make_checkpoint_command
+from .parity import parity_command
 
 app = typer.Typer(
     name="flashrt",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command("make-checkpoint")(make_checkpoint_command)
 app.command("download-tokenizer")(download_tokenizer_command)
+app.command("parity")(parity_command)
 
 
 @app.callback()

@@ -29,9 +29,11 @@ class ReferencePolicy:
 
     tensor: returns a checkpoint tensor of any float dtype by its openpi PyTorch key (the token embedding as
     `…language_model.embed_tokens.weight`); it should raise KeyError for an unknown key.
-    rope_bf16: round the RoPE frequencies to bfloat16 (checkpoints fine-tuned in torch bfloat16 saw those).
-    timestep_fp32: round t = 1 - i/N once to float32, as every published implementation stores it. The fastest
-    component turns 1571 radians per unit of t, so this rounding is visible at 1e-5 of the embedding.
+    rope_bf16: round the RoPE frequencies to bfloat16, which is what fine-tuning in torch bfloat16 sees.
+    angles_fp32: round to float32 what published implementations hold in float32 and then feed to sin and cos:
+    t = 1 - i/N (the fastest component turns 1571 rad per unit of t) and position * RoPE frequency. Both show
+    at 1e-6 to 1e-5 of the result; False computes the equations as written.
+    accumulate_time: add -1/N to t in float32 at every step, as openpi does and LeRobot does not.
     """
 
     def __init__(
@@ -40,14 +42,15 @@ class ReferencePolicy:
         tensor: Callable[[str], NDArray[np.generic]],
         *,
         rope_bf16: bool = False,
-        timestep_fp32: bool = True,
+        angles_fp32: bool = True,
+        accumulate_time: bool = False,
     ) -> None:
         self.config = config
-        self.timestep_fp32 = timestep_fp32
+        self.angles_fp32 = angles_fp32
+        self.accumulate_time = accumulate_time
         self._read = tensor
         self._expert_cache: dict[str, Array] = {}
-        self._frequencies = maths.rope_frequencies(config.prefix.head_dim, round_to_bf16=rope_bf16)
-        self._expert_frequencies = maths.rope_frequencies(config.expert.head_dim, round_to_bf16=rope_bf16)
+        self.rope_bf16 = rope_bf16
 
     def run(self, inputs: Inputs) -> Stages:
         """All stages for one observation. Raises ObservationError when a shape does not fit."""
@@ -64,9 +67,13 @@ class ReferencePolicy:
 
     def timesteps(self) -> Iterator[float]:
         """t = 1, 1 - 1/N, …, 1/N."""
-        for step in range(self.config.num_steps):
-            time = 1.0 - step / self.config.num_steps
-            yield float(np.float32(time)) if self.timestep_fp32 else time
+        steps = self.config.num_steps
+        if self.accumulate_time:
+            yield from np.cumsum([1.0] + [-1.0 / steps] * (steps - 1), dtype=np.float32).tolist()
+            return
+        for step in range(steps):
+            time = 1.0 - step / steps
+            yield float(np.float32(time)) if self.angles_fp32 else time
 
     def vision_tower(self, images: NDArray[np.floating]) -> Array:
         """SigLIP with its final norm: (views, 3, H, W) in [-1, 1] → (views, tokens, vision width)."""
@@ -101,7 +108,7 @@ class ReferencePolicy:
         for layer in range(config.depth):
             root = f"{LANGUAGE}layers.{layer}."
             h = maths.rms_norm(x, self._weight(root + "input_layernorm.weight"))
-            query, key, value = self._query_key_value(h, root, config, positions, self._frequencies)
+            query, key, value = self._query_key_value(h, root, config, positions)
             keys.append(key)
             values.append(value)
             mixed = maths.attention(query, key, value, visible)
@@ -123,7 +130,7 @@ class ReferencePolicy:
         for layer in range(config.depth):
             root = f"{EXPERT}layers.{layer}."
             h, gate = self._expert_norm(x, root + "input_layernorm", condition)
-            query, key, value = self._query_key_value(h, root, config, positions, self._expert_frequencies)
+            query, key, value = self._query_key_value(h, root, config, positions)
             mixed = maths.attention(
                 query, np.concatenate([keys[layer], key]), np.concatenate([values[layer], value]), visible
             )
@@ -160,7 +167,7 @@ class ReferencePolicy:
         return maths.adaptive_rms_norm(x, condition, weight, bias)
 
     def _query_key_value(
-        self, x: Array, root: str, config: GemmaConfig, positions: Array, frequencies: Array
+        self, x: Array, root: str, config: GemmaConfig, positions: Array
     ) -> tuple[Array, Array, Array]:
         """Projections split into heads, rotated where RoPE applies: (n, heads, d), (n, kv, d), (n, kv, d)."""
 
@@ -168,8 +175,9 @@ class ReferencePolicy:
             projected = maths.linear(x, self._weight(f"{root}self_attn.{name}.weight"))
             return projected.reshape(len(x), count, config.head_dim)
 
-        query = maths.rope(heads("q_proj", config.num_heads), positions, frequencies)
-        key = maths.rope(heads("k_proj", config.num_kv_heads), positions, frequencies)
+        angles = maths.rope_angles(positions, config.head_dim, bf16=self.rope_bf16, fp32=self.angles_fp32)
+        query = maths.rope(heads("q_proj", config.num_heads), angles)
+        key = maths.rope(heads("k_proj", config.num_kv_heads), angles)
         return query, key, heads("v_proj", config.num_kv_heads)
 
     def _gated_mlp(self, x: Array, root: str) -> Array:

@@ -29,12 +29,14 @@ def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
     """(x - mean) / sqrt(var + 1e-6) * w + b over the last axis (arXiv:1607.06450)."""
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = np.mean(centred**2, axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + LAYER_NORM_EPS) * weight + bias
+    normed: Array = centred / np.sqrt(variance + LAYER_NORM_EPS)
+    return normed * weight + bias
 
 
 def rms_unit(x: Array) -> Array:
     """x / sqrt(mean(x^2) + 1e-6) over the last axis (arXiv:1910.07467, without its gain)."""
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + RMS_EPS)
+    normed: Array = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + RMS_EPS)
+    return normed
 
 
 def rms_norm(x: Array, weight: Array) -> Array:
@@ -54,7 +56,8 @@ def adaptive_rms_norm(x: Array, condition: Array, weight: Array, bias: Array) ->
 
 def gelu_tanh(x: Array) -> Array:
     """GELU by its tanh approximation (arXiv:1606.08415, section 2)."""
-    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+    bent: Array = np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))
+    return 0.5 * x * (1.0 + bent)
 
 
 def silu(x: Array) -> Array:
@@ -64,8 +67,9 @@ def silu(x: Array) -> Array:
 
 def softmax(logits: Array) -> Array:
     """Softmax over the last axis; entries of -inf get weight zero."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    shifted: Array = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    total: Array = shifted.sum(axis=-1, keepdims=True)
+    return shifted / total
 
 
 def attention(query: Array, key: Array, value: Array, visible: Mask) -> Array:
@@ -84,20 +88,25 @@ def attention(query: Array, key: Array, value: Array, visible: Mask) -> Array:
     return out.reshape(rows, heads * dim)
 
 
-def rope_frequencies(head_dim: int, *, round_to_bf16: bool = False) -> Array:
-    """Angular frequencies 10000^(-2 i / head_dim), i = 0 .. head_dim/2 - 1 (arXiv:2104.09864).
+def rope_angles(positions: Array, head_dim: int, *, bf16: bool = False, fp32: bool = False) -> Array:
+    """position * 10000^(-2 i / head_dim), i = 0 .. head_dim/2 - 1: (n, head_dim/2) (arXiv:2104.09864).
 
-    round_to_bf16 reproduces models whose frequency buffer was cast to bfloat16 together with the weights.
+    bf16 rounds the frequencies as models do whose buffers were cast to bfloat16 together with the weights;
+    fp32 rounds frequencies and angles to float32.
     """
     frequencies = ROPE_BASE ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return to_bfloat16(frequencies) if round_to_bf16 else frequencies
+    if bf16:
+        frequencies = to_bfloat16(frequencies)
+    if fp32:
+        frequencies = to_float32(frequencies)
+    angles = positions[:, None] * frequencies
+    return to_float32(angles) if fp32 else angles
 
 
-def rope(x: Array, positions: Array, frequencies: Array) -> Array:
-    """Rotate the pairs (i, i + d/2) by position * frequency_i. x (n, heads, d), positions (n,)."""
-    angle = positions[:, None, None] * frequencies
+def rope(x: Array, angles: Array) -> Array:
+    """Rotate the pairs (i, i + d/2) of every head by angle i. x (n, heads, d), angles (n, d/2)."""
     first, second = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -119,6 +128,11 @@ def patches(images: Array, size: int) -> Array:
     rows, columns = height // size, width // size
     cut = images[:, :, : rows * size, : columns * size].reshape(views, channels, rows, size, columns, size)
     return cut.transpose(0, 2, 4, 1, 3, 5).reshape(views, rows * columns, channels * size * size)
+
+
+def to_float32(x: Array) -> Array:
+    """Round to the nearest float32."""
+    return x.astype(np.float32).astype(np.float64)
 
 
 def to_bfloat16(x: Array) -> Array:
