@@ -1,0 +1,179 @@
+"""Joint messages by name, snapshots to observations, measured start positions. Messages are stand-ins."""
+
+import array
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashrt_ros.core.contract import RobotContract, load_contract
+from flashrt_ros.core.errors import IngestError
+from flashrt_ros.core.ingest import Ingest, JointReader, MeasuredPositions
+from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.sync import Snapshot, Stamped, Synchroniser
+
+Messages = Callable[..., SimpleNamespace]
+NAMES = ["shoulder_pan", "shoulder_lift", "elbow", "wrist_1", "wrist_2", "wrist_3", "gripper"]
+VALUES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.007]
+
+
+def refused(action: Callable[[], Any], reason: Reason, text: str) -> None:
+    with pytest.raises(IngestError, match=text) as caught:
+        action()
+    assert caught.value.reason is reason
+    assert caught.value.stream == "joint_states"
+
+
+def test_state_in_policy_order_and_units(tmp_path: Path, demo_text: str, joint_message: Messages) -> None:
+    path = tmp_path / "robot.yaml"
+    path.write_text(
+        demo_text.replace("unit: m, ", "unit: m, sign: -1, scale: 25, offset: 1, ")
+        .replace("joints: [shoulder_pan, shoulder_lift,", "joints: [shoulder_lift, shoulder_pan,", 1)
+    )
+    state = JointReader(load_contract(path)).state_from_message(joint_message(NAMES, VALUES))
+    assert state.dtype == np.float32
+    np.testing.assert_allclose(state, [0.2, 0.1, 0.3, 0.4, 0.5, 0.6, 1 - 25 * 0.007], rtol=1e-6)
+
+
+@given(order=st.permutations(range(9)))
+def test_order_of_the_message_does_not_matter(demo: RobotContract, order: list[int]) -> None:
+    names, values = [*NAMES, "left_finger", "right_finger"], [*VALUES, np.nan, 5.0]
+    message = SimpleNamespace(
+        name=[names[i] for i in order], position=array.array("d", [values[i] for i in order]), velocity=[]
+    )
+    np.testing.assert_allclose(JointReader(demo).state_from_message(message), VALUES, rtol=1e-6)
+
+
+def test_order_may_change_between_messages(demo: RobotContract, joint_message: Messages) -> None:
+    reader = JointReader(demo)
+    for names, values in ((NAMES, VALUES), (NAMES[::-1], VALUES[::-1]), (NAMES, VALUES)):
+        np.testing.assert_allclose(reader.state_from_message(joint_message(names, values)), VALUES, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("names", "values", "reason", "text"), [
+    (NAMES[:-1], VALUES[:-1], Reason.JOINT_MISSING, "joint gripper is not in the message, which has shoulder_pan"),
+    ([*NAMES[:-1], "Gripper"], VALUES, Reason.JOINT_MISSING, "joint gripper is not in the message"),
+    ([], [], Reason.JOINT_MISSING, "which has none"),
+    ([*NAMES, "elbow"], [*VALUES, 0.0], Reason.JOINT_DUPLICATE, "joint elbow is named more than once"),
+    (NAMES, VALUES[:-1], Reason.JOINT_FIELD, "7 joint names, but 6 values of position"),
+    (NAMES, [], Reason.JOINT_FIELD, "but 0 values"),
+    (NAMES, [*VALUES[:-1], np.nan], Reason.JOINT_NOT_FINITE, "position of joint gripper is nan"),
+    (NAMES, [-np.inf, *VALUES[1:]], Reason.JOINT_NOT_FINITE, "position of joint shoulder_pan is -inf"),
+    (NAMES, [1e300, *VALUES[1:]], Reason.JOINT_NOT_FINITE, "joint shoulder_pan is beyond what a policy can take"),
+])
+def test_bad_joint_messages(
+    demo: RobotContract, joint_message: Messages, names: list[str], values: list[float], reason: Reason, text: str
+) -> None:
+    reader = JointReader(demo)
+    reader.state_from_message(joint_message(NAMES, VALUES))
+    refused(lambda: reader.state_from_message(joint_message(names, values)), reason, text)
+    np.testing.assert_allclose(reader.state_from_message(joint_message(NAMES, VALUES)), VALUES, rtol=1e-6)
+
+
+def test_state_from_two_streams_and_fields(tmp_path: Path, demo_text: str, joint_message: Messages) -> None:
+    start = demo_text.index("state:\n")
+    end = demo_text.index("action:\n")
+    text = (
+        demo_text[:start]
+        + "state:\n  - {stream: joint_states, joints: [elbow]}\n"
+        + "  - {stream: joint_states, field: velocity, joints: [elbow]}\n"
+        + "  - {stream: hand, joints: [gripper]}\n"
+        + demo_text[end:].replace("joints: [shoulder_pan, shoulder_lift, elbow, wrist_1, wrist_2, wrist_3, gripper]",
+                                  "joints: [gripper, elbow]")
+    ).replace("joint_states:\n    topic", "hand: {topic: hand, type: sensor_msgs/msg/JointState}\n  joint_states:\n    topic")
+    text = text.replace("name: elbow,", "name: elbow, offset: 10,")
+    path = tmp_path / "robot.yaml"
+    path.write_text(text)
+    contract = load_contract(path)
+    arm = joint_message(NAMES, VALUES, [7.0] * 7)
+    hand = joint_message(["gripper"], [0.03])
+    state = JointReader(contract).state({"joint_states": arm, "hand": hand})
+    np.testing.assert_allclose(state, [10.3, 7.0, 0.03], rtol=1e-6)
+    sync = Synchroniser(contract)
+    sync.push("joint_states", 0, 5, arm)
+    sync.push("hand", 0, 5, hand)
+    np.testing.assert_allclose(MeasuredPositions(contract, sync)(6), [0.03, 0.3])
+
+
+def snapshot_of(joint_message: Messages, base: np.ndarray, wrist: np.ndarray, **changes: Any) -> Snapshot:
+    """A complete set for the demo arm: raw base camera, JPEG wrist camera."""
+    done, jpeg = cv2.imencode(".png", wrist[..., ::-1])
+    assert done
+    payloads = {
+        "base_camera": SimpleNamespace(
+            height=base.shape[0], width=base.shape[1], step=base.shape[1] * 3, encoding="rgb8",
+            data=array.array("B", base.tobytes()),
+        ),
+        "wrist_camera": SimpleNamespace(format="png", data=array.array("B", jpeg.tobytes())),
+        "joint_states": joint_message(NAMES, VALUES),
+    }
+    payloads.update(changes)
+    stamps = {"base_camera": 30, "wrist_camera": 50, "joint_states": 60}
+    return Snapshot({name: Stamped(stamps[name], 0, payload) for name, payload in payloads.items()}, 30)
+
+
+BASE = np.random.default_rng(1).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+WRIST = np.random.default_rng(2).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+
+
+def test_observation_of_a_snapshot(demo: RobotContract, joint_message: Messages) -> None:
+    observation = Ingest(demo).observe(snapshot_of(joint_message, BASE, WRIST))
+    assert list(observation.images) == ["base_0_rgb", "left_wrist_0_rgb"]
+    np.testing.assert_array_equal(observation.images["base_0_rgb"], BASE)
+    np.testing.assert_array_equal(observation.images["left_wrist_0_rgb"], WRIST)
+    np.testing.assert_allclose(observation.state, VALUES, rtol=1e-6)
+    assert observation.stamps == {"base_camera": 30, "wrist_camera": 50, "joint_states": 60}
+    assert observation.newest_image_stamp == 50
+
+
+def test_crop_of_the_contract(tmp_path: Path, demo_text: str, joint_message: Messages) -> None:
+    path = tmp_path / "robot.yaml"
+    crop = "crop: {x: 4, y: 2, width: 8, height: 6}"
+    path.write_text(
+        demo_text.replace("view: base_0_rgb", f"view: base_0_rgb\n    {crop}")
+        .replace("view: left_wrist_0_rgb", f"view: left_wrist_0_rgb\n    {crop}")
+    )
+    observation = Ingest(load_contract(path)).observe(snapshot_of(joint_message, BASE, WRIST))
+    np.testing.assert_array_equal(observation.images["base_0_rgb"], BASE[2:8, 4:12])
+    np.testing.assert_array_equal(observation.images["left_wrist_0_rgb"], WRIST[2:8, 4:12])
+
+
+def test_a_camera_that_changes_its_format_is_refused_until_reset(
+    demo: RobotContract, joint_message: Messages
+) -> None:
+    ingest = Ingest(demo)
+    ingest.observe(snapshot_of(joint_message, BASE, WRIST))
+    with pytest.raises(IngestError, match="size changed from 32 x 24 to 16 x 12 pixels: activate anew") as caught:
+        ingest.observe(snapshot_of(joint_message, WRIST, WRIST))
+    assert (caught.value.reason, caught.value.stream) == (Reason.IMAGE_SIZE, "base_camera")
+    turned = SimpleNamespace(height=24, width=32, step=96, encoding="bgr8", data=BASE.tobytes())
+    with pytest.raises(IngestError, match="encoding changed from 'rgb8' to 'bgr8'") as caught:
+        ingest.observe(snapshot_of(joint_message, BASE, WRIST, base_camera=turned))
+    assert caught.value.reason is Reason.IMAGE_ENCODING
+    ingest.observe(snapshot_of(joint_message, BASE, WRIST))
+    ingest.reset()
+    ingest.observe(snapshot_of(joint_message, WRIST, WRIST))
+
+
+def test_fallback_decoder_is_handed_through(demo: RobotContract, joint_message: Messages) -> None:
+    exotic = SimpleNamespace(height=24, width=32, step=64, encoding="yuv422", data=bytes(24 * 64))
+    ingest = Ingest(demo, fallback_decoder=lambda message: BASE)
+    observation = ingest.observe(snapshot_of(joint_message, BASE, WRIST, base_camera=exotic))
+    np.testing.assert_array_equal(observation.images["base_0_rgb"], BASE)
+
+
+def test_measured_positions_are_fresh_or_an_error(demo: RobotContract, joint_message: Messages) -> None:
+    sync = Synchroniser(demo)
+    measured = MeasuredPositions(demo, sync)
+    refused(lambda: measured(0), Reason.NO_MESSAGE, "no joint positions yet")
+    sync.push("joint_states", 0, 1000, joint_message(NAMES[::-1], VALUES[::-1]))
+    np.testing.assert_allclose(measured(1000), VALUES)
+    refused(lambda: measured(400_001_000), Reason.STALE_RECEIPT, "joint positions are 0.400 s old")
+    sync.push("joint_states", 0, 400_000_000, joint_message(NAMES[:3], VALUES[:3]))
+    refused(lambda: measured(400_000_000), Reason.JOINT_MISSING, "wrist_1, wrist_2, wrist_3, gripper")
