@@ -1,0 +1,200 @@
+"""The one list of nodes and launch arguments, used by the launch files and by `flashrt_ros.runner`.
+
+Only the standard library is imported here and the syntax is that of Python 3.10: launch files are also read
+by tools whose interpreter cannot load this installation's compiled modules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+PACKAGE = "flashrt_ros"
+
+LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
+PRECISIONS = ("", "fp32", "bf16", "fp16", "fp8", "nvfp4")
+
+# Fast DDS's default shared-memory segment (512 KB) cannot hold one 640x480 RGB image, and the segment is the
+# publisher's: without a larger one, two thirds of raw camera images are lost.
+FASTDDS_PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE"
+FASTDDS_PROFILE_FILE = os.path.join("config", "fastdds_images.xml")
+
+# Without these, glibc maps and unmaps every image buffer: page faults double the CPU time of each message.
+MALLOC_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "268435456",
+    "MALLOC_TRIM_THRESHOLD_": "536870912",
+    "MALLOC_TOP_PAD_": "33554432",
+}
+
+
+class BringupError(ValueError):
+    """Launch arguments that cannot be used: what was expected, what came, what to do."""
+
+
+@dataclass(frozen=True)
+class LaunchArgument:
+    """One `name:=value` argument. `choices` empty means any text."""
+
+    name: str
+    default: str
+    description: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One node to start. Parameter files come first, then `parameters`, which win.
+
+    namespace is "" for none; remappings are (from, to); env is added to the inherited environment;
+    arguments are passed to the program before `--ros-args`. A required node's end stops all the others.
+    """
+
+    package: str
+    executable: str
+    name: str
+    namespace: str = ""
+    parameter_files: tuple[str, ...] = ()
+    parameters: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    remappings: tuple[tuple[str, str], ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    log_level: str = "info"
+    required: bool = True
+
+
+PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
+    LaunchArgument("checkpoint", "", "directory of the Pi0.5 checkpoint (required)"),
+    LaunchArgument("robot", "demo_arm", "robot contract: a name from config/robots, or a YAML file"),
+    LaunchArgument("prompt", "", "task prompt; empty: the parameter file's, or wait for ~/set_prompt"),
+    LaunchArgument(
+        "precision", "", "fp32 | bf16 | fp16 | fp8 | nvfp4; empty: the device's default", PRECISIONS
+    ),
+    LaunchArgument("namespace", "", "namespace of the node and of every topic in the contract"),
+    LaunchArgument("params_file", "", "ROS parameter file; empty: config/pi05.yaml of this package"),
+    LaunchArgument("log_level", "info", "debug | info | warn | error | fatal", LOG_LEVELS),
+    LaunchArgument("use_sim_time", "false", "take the time from /clock", ("true", "false")),
+)
+
+DEMO_PROMPT = "pick up the red block"
+
+DEMO_ARGUMENTS: tuple[LaunchArgument, ...] = tuple(
+    LaunchArgument("prompt", DEMO_PROMPT, "task prompt") if argument.name == "prompt" else argument
+    for argument in PI05_ARGUMENTS
+)
+
+ARGUMENTS: dict[str, tuple[LaunchArgument, ...]] = {"pi05": PI05_ARGUMENTS, "demo": DEMO_ARGUMENTS}
+
+
+def share_directory() -> str:
+    """This package's share directory: the installed one, else the source tree that this file lies in.
+
+    Raises BringupError when neither has this package's config/.
+    """
+    source_tree = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.isfile(os.path.join(source_tree, "package.xml")):
+        return source_tree
+    try:
+        from ament_index_python.packages import get_package_share_directory
+
+        return str(get_package_share_directory(PACKAGE))
+    except (ImportError, LookupError) as error:
+        raise BringupError(
+            f"share directory of {PACKAGE} not found ({error}): source the workspace's setup script first"
+        ) from error
+
+
+def resolve_arguments(declared: Sequence[LaunchArgument], given: Mapping[str, str]) -> dict[str, str]:
+    """Every declared argument with its value as text; raises BringupError on unknown names and bad values."""
+    known = [argument.name for argument in declared]
+    for name in given:
+        if name not in known:
+            raise BringupError(f"unknown launch argument '{name}': expected one of {', '.join(known)}")
+    values = {argument.name: str(given.get(argument.name, argument.default)) for argument in declared}
+    for argument in declared:
+        value = values[argument.name].lower() if argument.name == "use_sim_time" else values[argument.name]
+        if argument.choices and value not in argument.choices:
+            allowed = ", ".join(choice or "(empty)" for choice in argument.choices)
+            raise BringupError(f"launch argument {argument.name}:={value}: expected one of {allowed}")
+        values[argument.name] = value
+    return values
+
+
+def pi05_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
+    """The policy node alone, for a robot whose drivers already run.
+
+    args: text by name, as in PI05_ARGUMENTS; what is absent takes its default. Raises BringupError.
+    """
+    values = resolve_arguments(PI05_ARGUMENTS, args)
+    return [_policy_node(values)]
+
+
+def demo_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
+    """The simulated robot and the policy node that drives it; args as in DEMO_ARGUMENTS.
+
+    Raises BringupError.
+    """
+    values = resolve_arguments(DEMO_ARGUMENTS, args)
+    robot = NodeSpec(
+        package=PACKAGE,
+        executable="demo_robot_node",
+        name="demo_robot",
+        namespace=values["namespace"],
+        parameters={"use_sim_time": values["use_sim_time"] == "true"},
+        env=node_environment(),
+        log_level=values["log_level"],
+    )
+    return [robot, _policy_node(values)]
+
+
+def node_environment() -> dict[str, str]:
+    """Environment that camera images need; a Fast DDS profile already chosen by the user is left alone."""
+    environment = dict(MALLOC_ENVIRONMENT, PYTHONUNBUFFERED="1")
+    chosen = (FASTDDS_PROFILE_VARIABLE, "FASTDDS_DEFAULT_PROFILES_FILE")
+    if not any(os.environ.get(variable) for variable in chosen):
+        environment[FASTDDS_PROFILE_VARIABLE] = os.path.join(share_directory(), FASTDDS_PROFILE_FILE)
+    return environment
+
+
+def _policy_node(values: Mapping[str, str]) -> NodeSpec:
+    parameters: dict[str, bool | int | float | str] = {
+        "checkpoint": _existing_directory("checkpoint", values["checkpoint"]),
+        "robot": values["robot"],
+        "autostart": True,
+        "use_sim_time": values["use_sim_time"] == "true",
+    }
+    # An empty text leaves the choice to the parameter file.
+    parameters.update({name: values[name] for name in ("prompt", "precision") if values[name]})
+    return NodeSpec(
+        package=PACKAGE,
+        executable="policy_node",
+        name="policy_node",
+        namespace=values["namespace"],
+        parameter_files=(_params_file(values["params_file"]),),
+        parameters=parameters,
+        env=node_environment(),
+        log_level=values["log_level"],
+    )
+
+
+def _existing_directory(name: str, value: str) -> str:
+    if not value.strip():
+        raise BringupError(
+            f"no {name} given: pass {name}:=DIR, a policy's directory "
+            f"(`flashrt make-checkpoint --size tiny --preset demo_arm --out DIR` writes an untrained one)"
+        )
+    path = os.path.abspath(os.path.expanduser(value))
+    if not os.path.isdir(path):
+        raise BringupError(
+            f"{name}:={value}: no such directory ({path}); pass the directory that holds the model"
+        )
+    return path
+
+
+def _params_file(value: str) -> str:
+    if not value:
+        return os.path.join(share_directory(), "config", "pi05.yaml")
+    path = os.path.abspath(os.path.expanduser(value))
+    if not os.path.isfile(path):
+        raise BringupError(f"params_file:={value}: no such file ({path})")
+    return path

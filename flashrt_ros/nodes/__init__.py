@@ -1,0 +1,1 @@
+"""Lifecycle nodes: thin layers over `flashrt_ros.core` and `flashrt_runtime`."""

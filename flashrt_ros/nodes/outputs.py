@@ -1,0 +1,125 @@
+"""Messages that leave the policy node: commands of a control tick, and action chunks."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from numpy.typing import NDArray
+from std_msgs.msg import Float64MultiArray, Header
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from flashrt_ros.core.commander import Output
+from flashrt_ros.core.contract import OutputType, RobotContract
+from flashrt_ros.core.timing import NS_PER_S, to_s
+from flashrt_ros.core.trajectory import TrajectoryPoints, cut
+from flashrt_ros.msg import ActionChunk
+
+if TYPE_CHECKING:
+    from rclpy.node import Node
+
+COMMAND_DEPTH = 10
+
+_OUTPUT_MESSAGES: dict[OutputType, type] = {
+    OutputType.JOINT_TRAJECTORY: JointTrajectory,
+    OutputType.FLOAT64_MULTI_ARRAY: Float64MultiArray,
+}
+
+
+def time_message(nanoseconds: int) -> Time:
+    """ROS time in ns as builtin_interfaces/Time."""
+    seconds, rest = divmod(nanoseconds, NS_PER_S)
+    return Time(sec=seconds, nanosec=rest)
+
+
+def trajectory_message(points: TrajectoryPoints, joints: tuple[str, ...], stamp: int) -> JointTrajectory:
+    """JointTrajectory whose first point is due at `stamp` [ns, ROS time]."""
+    message = JointTrajectory(header=Header(stamp=time_message(stamp)), joint_names=list(joints))
+    rows = zip(points.offsets, points.positions, points.velocities, strict=True)
+    message.points = [
+        JointTrajectoryPoint(
+            positions=_doubles(position),
+            velocities=_doubles(velocity),
+            time_from_start=_duration(int(offset)),
+        )
+        for offset, position, velocity in rows
+    ]
+    return message
+
+
+def chunk_message(
+    actions: NDArray[np.float64],
+    contract: RobotContract,
+    *,
+    due: int,
+    prompt: str,
+    sequence: int,
+    generation: int,
+    stamps: Mapping[str, int],
+    inference_time: float,
+) -> ActionChunk:
+    """ActionChunk of actions (horizon, dof) in robot units; `due`: when action 0 is due [ns, ROS time].
+
+    stamps: header stamp [ns, ROS time] of each stream the observation was made of; inference_time [s].
+    """
+    horizon, dof = actions.shape
+    return ActionChunk(
+        header=Header(stamp=time_message(due)),
+        joint_names=list(contract.action.joints),
+        representation=contract.action.representation.code,
+        step_period=to_s(contract.action.period),
+        horizon=horizon,
+        dof=dof,
+        data=_doubles(actions),
+        prompt=prompt,
+        sequence=sequence,
+        generation=generation,
+        observation_streams=list(stamps),
+        observation_stamps=[time_message(stamp) for stamp in stamps.values()],
+        inference_time=inference_time,
+    )
+
+
+class CommandPublisher:
+    """The contract's command topics. `publish` is for one thread at a time: control, and whoever ended it."""
+
+    def __init__(self, node: Node, contract: RobotContract) -> None:
+        self._joints = contract.action.joints
+        self._topics = [
+            (output, node.create_publisher(_OUTPUT_MESSAGES[output.type], output.topic, COMMAND_DEPTH))
+            for output in contract.outputs
+        ]
+
+    def publish(self, output: Output, stamp: int) -> None:
+        """Send one tick's command, due at `stamp` [ns, ROS time], on every topic; silence sends nothing."""
+        if output.values is None:
+            return
+        for spec, publisher in self._topics:
+            if spec.type is OutputType.FLOAT64_MULTI_ARRAY:
+                publisher.publish(Float64MultiArray(data=_doubles(output.values)))
+            elif output.trajectory is not None:
+                points = cut(output.trajectory, spec.lookahead)
+                publisher.publish(trajectory_message(points, self._joints, stamp))
+
+    def topics(self) -> list[str]:
+        """Resolved names of the command topics."""
+        return [publisher.topic_name for _, publisher in self._topics]
+
+    def destroy(self, node: Node) -> None:
+        """Take the publishers down."""
+        for _, publisher in self._topics:
+            node.destroy_publisher(publisher)
+        self._topics = []
+
+
+def _doubles(values: NDArray[np.float64]) -> Any:
+    # array.array is the only type that rclpy takes without checking every element.
+    return array.array("d", np.ascontiguousarray(values, dtype=np.float64).tobytes())
+
+
+def _duration(nanoseconds: int) -> Duration:
+    seconds, rest = divmod(nanoseconds, NS_PER_S)
+    return Duration(sec=seconds, nanosec=rest)
