@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped, unused-ignore]
-from jsonschema.exceptions import ValidationError  # type: ignore[import-untyped, unused-ignore]
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
 
 from .errors import ContractError, ContractProblem
 
@@ -139,7 +139,8 @@ def dotted(path: YamlPath) -> str:
 def _describe(error: ValidationError) -> tuple[YamlPath, str]:
     """Path and one-line text of a schema violation: what was expected, what came."""
     path: YamlPath = tuple(error.absolute_path)
-    where, value, schema = dotted(path), error.instance, error.schema
+    value: Any = error.instance
+    where, schema = dotted(path), error.schema
     if not isinstance(schema, dict):
         return path, f"{where}: {error.message}"
     if error.validator == "required":

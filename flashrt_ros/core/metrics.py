@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .timing import NS_PER_S, to_s
 
@@ -48,7 +49,7 @@ class LatencyWindow:
         """Samples added since the last clear, also those that left the window."""
         return self._count
 
-    def samples(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def samples(self) -> NDArray[np.float64]:
         """A copy of the window [s], in no particular order."""
         with self._lock:
             return self._samples[: min(self._count, len(self._samples))].copy()

@@ -75,7 +75,9 @@ def _monotone_slope(
     weight_left = (2.0 * right_step + left_step)[:, None]
     weight_right = (right_step + 2.0 * left_step)[:, None]
     same = np.sign(left) * np.sign(right) > 0
-    safe_left, safe_right = np.where(same, left, 1.0), np.where(same, right, 1.0)
-    mean = (weight_left + weight_right) / (weight_left / safe_left + weight_right / safe_right)
+    with np.errstate(over="ignore"):  # a slope next to zero gives a mean of zero
+        mean = (weight_left + weight_right) / (
+            weight_left / np.where(same, left, 1.0) + weight_right / np.where(same, right, 1.0)
+        )
     result: FloatArray = np.where(same, mean, 0.0)
     return result

@@ -1,5 +1,8 @@
-"""Contracts for the tests, all variations of the shipped demo arm. Messages here are stand-ins with the attributes of
-the ROS types (core is duck-typed and runs without ROS); test/ros has the real ones."""
+"""Contracts for the tests, all variations of the shipped demo arm.
+
+Messages here are stand-ins with the attributes of the ROS types: core is duck-typed and runs without ROS; the
+real ones are in test/ros.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,7 +72,10 @@ def small_contract(
         on_violation=OnViolation(on_violation),
         rates=replace(demo.rates, control_period=control_period),
         timeline=replace(
-            demo.timeline, open_loop_cap=to_ns(cap), blend_steps=blend_steps, hold_deadline=to_ns(hold_deadline)
+            demo.timeline,
+            open_loop_cap=to_ns(cap),
+            blend_steps=blend_steps,
+            hold_deadline=to_ns(hold_deadline),
         ),
     )
 

@@ -123,7 +123,8 @@ def test_core_imports_neither_ros_nor_torch() -> None:
 MISTAKES = [
     ("contract_version: 1", "contract_version: 2", "contract_version", r"expected 1, .* got 2"),
     ("robot: demo_arm", "robot: demo arm", "robot:", "robot: expected a name of letters"),
-    ("robot: demo_arm", "robot: demo_arm\nrobots: 2", "robots:", "unknown key robots; known: contract_version"),
+    ("robot: demo_arm", "robot: demo_arm\nrobots: 2", "robots:",
+     "unknown key robots; known: contract_version"),
     ("sync: {max_skew: 0.05, max_age: 0.25}\n", "", "contract_version", "missing sync; required:"),
     ("sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/PointCloud2", "PointCloud2",
      r"streams.wrist_camera.type: expected one of sensor_msgs/msg/Image.*got 'sensor_msgs/msg/PointCloud2'"),
@@ -134,19 +135,22 @@ MISTAKES = [
     ("topic: joint_states\n", "topic: joint states\n", "topic: joint states", "expected a ROS topic name"),
     ("topic: joint_states\n", "topic: joint_states\n    optional: true\n", "stream: joint_states",
      "carries the state and cannot be optional"),
-    ("depth: 20", "depth: 0", "depth: 0", "depth: expected a whole number of messages, 1 or more, got 0"),
+    ("depth: 20", "depth: 0", "depth: 0", "depth: expected a whole number of messages, .* got 0"),
     ("name: wrist_2, ", "name: elbow, ", None, "joint name elbow is given twice"),
-    ("name: wrist_2, ", "name: other, ", "joints: [shoulder_pan", "unknown joint wrist_2; joints are .*other"),
+    ("name: wrist_2, ", "name: other, ", "joints: [shoulder_pan",
+     "unknown joint wrist_2; joints are .*other"),
     (", limits: {position: [-2.6, 2.6], velocity: 1.5}}", "}", "name: elbow",
      "joint elbow is commanded .* needs limits"),
-    ("position: [-2.6, 2.6]", "position: [2.6, -2.6]", "name: elbow", "lower position limit 2.6 is not below"),
+    ("position: [-2.6, 2.6]", "position: [2.6, -2.6]", "name: elbow",
+     "lower position limit 2.6 is not below the upper"),
     ("position: [-2.6, 2.6]", "position: [2.6]", "name: elbow", r"expected \[lower, upper\]"),
     ("position: [-2.6, 2.6]", "position: [-.inf, 2.6]", "name: elbow", "expected a finite number, got -inf"),
     ("velocity: 0.1", "velocity: 0", "name: gripper", "expected a speed above 0 .* got 0"),
     ("velocity: 0.1", "velocity: 1e-1", "name: gripper", "got '1e-1' .*write 0.1, with a decimal point"),
     ("unit: m, ", "unit: cm, ", "name: gripper", "expected one of rad, m; got 'cm'"),
     ("unit: m, ", "unit: m, sign: 0, ", "name: gripper", "expected one of 1, -1; got 0"),
-    ("  stream: joint_states", "  stream: joints", "stream: joints", "stream joints is unknown; .* joint_states"),
+    ("  stream: joint_states", "  stream: joints", "stream: joints",
+     "stream joints is unknown; JointState streams: joint_states"),
     ("  stream: joint_states", "  stream: base_camera", "stream: base_camera", "is not a JointState stream"),
     ("  field: position", "  field: torque", "field: torque", "expected one of position, velocity"),
     ("representation: absolute", "representation: relative", "representation: relative",
@@ -158,7 +162,8 @@ MISTAKES = [
      r"control rate \(30 Hz\) must be an integer multiple of the action rate \(50 Hz\): set 50 or"),
     ("control: 50.0", "control: 75.0", "rates:", "set 50 or 100 Hz"),
     ("inference: back_to_back", "inference: sometimes", "rates:", "expected back_to_back, or a rate in Hz"),
-    ("open_loop_cap: 0.5", "open_loop_cap: 0.01", "timeline:", "open_loop_cap 0.01 s is shorter than one action"),
+    ("open_loop_cap: 0.5", "open_loop_cap: 0.01", "timeline:",
+     "open_loop_cap 0.01 s is shorter than one action"),
     ("blend_steps: 4", "blend_steps: 1.5", "timeline:", "expected a whole number of actions"),
     ("lookahead: 0.1}", "lookahead: 0.6}", "lookahead: 0.6", "longer than open_loop_cap, 0.5 s"),
     ("lookahead: 0.1}", "lookahead: 0.01}", "lookahead: 0.01", "shorter than one action period, 0.02 s"),
@@ -195,10 +200,12 @@ def test_each_mistake_is_one_line_with_its_place(
 def test_all_problems_are_told_at_once_in_file_order(
     load: Callable[[str], RobotContract], demo_text: str
 ) -> None:
-    changed = demo_text.replace("control: 50.0", "control: 30.0").replace("view: left_wrist_0_rgb", "view: base_0_rgb")
+    changed = demo_text.replace("control: 50.0", "control: 30.0").replace("left_wrist_0_rgb", "base_0_rgb")
     with pytest.raises(ContractError) as caught:
         load(changed)
-    assert ["base_0_rgb" in line or "control" in line for line in str(caught.value).splitlines()] == [True, True]
+    first, second = str(caught.value).splitlines()
+    assert "base_0_rgb" in first
+    assert "control" in second
     lines = [problem.line for problem in caught.value.problems]
     assert lines == sorted(lines)
 
@@ -228,11 +235,13 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_options_off_the_demo(load: Callable[[str], RobotContract], demo_text: str) -> None:
+    raw = "{topic: /raw, type: std_msgs/msg/Float64MultiArray}"
+    crop_line = "crop: {x: 0, y: 8, width: 32, height: 16}"
     text = (
         demo_text.replace("inference: back_to_back", "inference: 5")
         .replace("control: 50.0", "control: 100")
-        .replace("lookahead: 0.1}", "lookahead: 0.1}\n  - {topic: /raw, type: std_msgs/msg/Float64MultiArray}")
-        .replace("view: base_0_rgb", "view: base_0_rgb\n    crop: {x: 0, y: 8, width: 32, height: 16}\n    max_age: 1")
+        .replace("lookahead: 0.1}", f"lookahead: 0.1}}\n  - {raw}")
+        .replace("view: base_0_rgb", f"view: base_0_rgb\n    {crop_line}\n    max_age: 1")
         .replace("unit: m, ", "unit: m, sign: -1, scale: 25, offset: 1, policy_name: gripper.pos, ")
     )
     contract = load(text)
@@ -297,7 +306,9 @@ def test_joint_mapping_and_its_inverse(
     np.testing.assert_allclose(mapping.to_robot(policy, rates=rates), values, atol=1e-9 * 1e4)
 
 
-def test_actions_to_robot_units(demo: RobotContract, load: Callable[[str], RobotContract], demo_text: str) -> None:
+def test_actions_to_robot_units(
+    demo: RobotContract, load: Callable[[str], RobotContract], demo_text: str
+) -> None:
     text = demo_text.replace("unit: m, ", "unit: m, sign: -1, scale: 25, offset: 1, ")
     chunk = np.zeros((3, 7), dtype=np.float32)
     chunk[:, 6] = [0.0, 0.5, 1.0]
@@ -327,14 +338,17 @@ def test_a_fitting_checkpoint_passes(demo: RobotContract, changes: dict[str, obj
 
 @pytest.mark.parametrize(("changes", "blame", "text"), [
     ({"views": ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")}, "streams:",
-     "no stream serves the checkpoint's view right_wrist_0_rgb; the contract has base_0_rgb, left_wrist_0_rgb"),
+     "no stream serves the checkpoint's view right_wrist_0_rgb; the contract has base_0_rgb, left_wrist"),
     ({"views": ("base_0_rgb",)}, "view: left_wrist_0_rgb",
      "view left_wrist_0_rgb is not among the checkpoint's"),
-    ({"state_dim": 8, "state_names": None}, "  joints: [", "state has 7 joints .*the checkpoint's state has width 8"),
+    ({"state_dim": 8, "state_names": None}, "  joints: [",
+     "state has 7 joints .*the checkpoint's state has width 8"),
     ({"action_dim": 6, "action_names": None}, "  joints: [", "action has 7 joints .* action has width 6"),
-    ({"action_rate_hz": 30.0}, "period: 0.02", "action.period 0.02 s is 50 Hz, the checkpoint's actions 30 Hz"),
+    ({"action_rate_hz": 30.0}, "period: 0.02",
+     "action.period 0.02 s is 50 Hz, the checkpoint's actions 30 Hz"),
     ({"action_names": ("shoulder_lift", "shoulder_pan", "elbow", "wrist_1", "wrist_2", "wrist_3", "gripper")},
-     "  joints: [", "action joints are shoulder_pan, .*the checkpoint's are shoulder_lift, .*first at index 0"),
+     "  joints: [",
+     "action joints are shoulder_pan, .*the checkpoint's are shoulder_lift, .*first at index 0"),
     ({"state_names": ("a", "b")}, "  joints: [", "state joints are .*the checkpoint's are a, b"),
 ])
 def test_each_disagreement_names_line_and_checkpoint(

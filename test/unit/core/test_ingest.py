@@ -57,7 +57,7 @@ def test_order_may_change_between_messages(demo: RobotContract, joint_message: M
 
 
 @pytest.mark.parametrize(("names", "values", "reason", "text"), [
-    (NAMES[:-1], VALUES[:-1], Reason.JOINT_MISSING, "joint gripper is not in the message, which has shoulder_pan"),
+    (NAMES[:-1], VALUES[:-1], Reason.JOINT_MISSING, "gripper is not in the message, which has shoulder_pan"),
     ([*NAMES[:-1], "Gripper"], VALUES, Reason.JOINT_MISSING, "joint gripper is not in the message"),
     ([], [], Reason.JOINT_MISSING, "which has none"),
     ([*NAMES, "elbow"], [*VALUES, 0.0], Reason.JOINT_DUPLICATE, "joint elbow is named more than once"),
@@ -65,10 +65,11 @@ def test_order_may_change_between_messages(demo: RobotContract, joint_message: M
     (NAMES, [], Reason.JOINT_FIELD, "but 0 values"),
     (NAMES, [*VALUES[:-1], np.nan], Reason.JOINT_NOT_FINITE, "position of joint gripper is nan"),
     (NAMES, [-np.inf, *VALUES[1:]], Reason.JOINT_NOT_FINITE, "position of joint shoulder_pan is -inf"),
-    (NAMES, [1e300, *VALUES[1:]], Reason.JOINT_NOT_FINITE, "joint shoulder_pan is beyond what a policy can take"),
+    (NAMES, [1e300, *VALUES[1:]], Reason.JOINT_NOT_FINITE, "shoulder_pan is beyond what a policy can take"),
 ])
 def test_bad_joint_messages(
-    demo: RobotContract, joint_message: Messages, names: list[str], values: list[float], reason: Reason, text: str
+    demo: RobotContract, joint_message: Messages, names: list[str], values: list[float], reason: Reason,
+    text: str,
 ) -> None:
     reader = JointReader(demo)
     reader.state_from_message(joint_message(NAMES, VALUES))
@@ -77,27 +78,28 @@ def test_bad_joint_messages(
 
 
 def test_state_from_two_streams_and_fields(tmp_path: Path, demo_text: str, joint_message: Messages) -> None:
-    start = demo_text.index("state:\n")
-    end = demo_text.index("action:\n")
+    before, after = demo_text.split("state:\n")[0], demo_text[demo_text.index("action:\n") :]
+    sources = (
+        "state:\n  - {stream: joint_states, joints: [elbow]}\n"
+        "  - {stream: joint_states, field: velocity, joints: [elbow]}\n"
+        "  - {stream: hand, joints: [gripper]}\n"
+    )
+    hand = "streams:\n  hand: {topic: hand, type: sensor_msgs/msg/JointState}\n"
     text = (
-        demo_text[:start]
-        + "state:\n  - {stream: joint_states, joints: [elbow]}\n"
-        + "  - {stream: joint_states, field: velocity, joints: [elbow]}\n"
-        + "  - {stream: hand, joints: [gripper]}\n"
-        + demo_text[end:].replace("joints: [shoulder_pan, shoulder_lift, elbow, wrist_1, wrist_2, wrist_3, gripper]",
-                                  "joints: [gripper, elbow]")
-    ).replace("joint_states:\n    topic", "hand: {topic: hand, type: sensor_msgs/msg/JointState}\n  joint_states:\n    topic")
-    text = text.replace("name: elbow,", "name: elbow, offset: 10,")
+        (before + sources + after.replace(f"joints: [{', '.join(NAMES)}]", "joints: [gripper, elbow]"))
+        .replace("streams:\n", hand)
+        .replace("name: elbow,", "name: elbow, offset: 10,")
+    )
     path = tmp_path / "robot.yaml"
     path.write_text(text)
     contract = load_contract(path)
     arm = joint_message(NAMES, VALUES, [7.0] * 7)
-    hand = joint_message(["gripper"], [0.03])
-    state = JointReader(contract).state({"joint_states": arm, "hand": hand})
+    fingers = joint_message(["gripper"], [0.03])
+    state = JointReader(contract).state({"joint_states": arm, "hand": fingers})
     np.testing.assert_allclose(state, [10.3, 7.0, 0.03], rtol=1e-6)
     sync = Synchroniser(contract)
     sync.push("joint_states", 0, 5, arm)
-    sync.push("hand", 0, 5, hand)
+    sync.push("hand", 0, 5, fingers)
     np.testing.assert_allclose(MeasuredPositions(contract, sync)(6), [0.03, 0.3])
 
 
@@ -149,7 +151,7 @@ def test_a_camera_that_changes_its_format_is_refused_until_reset(
 ) -> None:
     ingest = Ingest(demo)
     ingest.observe(snapshot_of(joint_message, BASE, WRIST))
-    with pytest.raises(IngestError, match="size changed from 32 x 24 to 16 x 12 pixels: activate anew") as caught:
+    with pytest.raises(IngestError, match="size changed from 32 x 24 to 16 x 12 pixels") as caught:
         ingest.observe(snapshot_of(joint_message, WRIST, WRIST))
     assert (caught.value.reason, caught.value.stream) == (Reason.IMAGE_SIZE, "base_camera")
     turned = SimpleNamespace(height=24, width=32, step=96, encoding="bgr8", data=BASE.tobytes())

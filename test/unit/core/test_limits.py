@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flashrt_ros.core.contract import RobotContract
@@ -41,7 +41,8 @@ def test_position_is_clamped_and_named(small: Small) -> None:
     limited = Limiter(small()).apply([0.0, -0.01], [0.0, 0.02])
     assert limited.values.tolist() == [0.0, 0.0]
     (violation,) = limited.violations
-    assert (violation.reason, violation.joint, violation.limit) == (Reason.LIMIT_POSITION, "shoulder_lift", 0.0)
+    assert (violation.reason, violation.joint) == (Reason.LIMIT_POSITION, "shoulder_lift")
+    assert violation.limit == 0.0
 
 
 def test_delta_is_an_increment_on_the_position_before(small: Small) -> None:
@@ -49,7 +50,8 @@ def test_delta_is_an_increment_on_the_position_before(small: Small) -> None:
     limited = limiter.apply([0.1, 0.03], [0.0, 0.49])
     assert limited.values == pytest.approx([0.02, 0.01])
     assert limited.positions == pytest.approx([0.02, 0.5])
-    assert {violation.reason for violation in limited.violations} == {Reason.LIMIT_POSITION, Reason.LIMIT_VELOCITY}
+    reasons = [violation.reason for violation in limited.violations]
+    assert reasons == [Reason.LIMIT_POSITION, Reason.LIMIT_VELOCITY]
 
 
 def test_velocity_commands_stop_at_the_position_limit(small: Small) -> None:
@@ -86,7 +88,7 @@ def test_first_violation_looks_along_the_whole_path_without_clamping(small: Smal
     violation = limiter.first_violation(inside, start, periods)
     assert violation is not None
     assert (violation.reason, violation.joint) == (Reason.LIMIT_VELOCITY, "shoulder_lift")
-    seam = limiter.first_violation(good + [0.5, 0.0], start, periods)
+    seam = limiter.first_violation(good + np.array([0.5, 0.0]), start, periods)
     assert seam is not None
     assert seam.value == pytest.approx(25.5)
 
@@ -139,7 +141,9 @@ def test_check_chunk(small: Small) -> None:
 
 
 wild = st.one_of(
-    st.floats(-3, 3), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([0.0, 1.0, -1.0, 1e308, -1e308])
+    st.floats(-3, 3),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from([0.0, 1.0, -1.0, 1e308, -1e308]),
 )
 periods_of = st.lists(st.sampled_from([10**6, PERIOD, PERIOD * 3, 10**12]), min_size=1, max_size=8)
 
@@ -159,14 +163,14 @@ def test_nothing_that_comes_out_is_beyond_a_limit(
         representation=representation, limits=((low, 1.0, velocity), (0.0, 0.5, 2.0)), lookahead=0,
     ))
     rows = data.draw(st.lists(st.tuples(wild, wild), min_size=len(periods), max_size=len(periods)))
-    try:
-        limited = limiter.apply_path(rows, start, np.array(periods))
-    except StartError as error:
-        assert representation != "velocity"
-        assert error.reason is Reason.START_OUTSIDE_LIMITS
-        reach = limiter.velocity * DT * (1 - 1e-6)
-        assert np.any(np.asarray(start) < limiter.lower - reach) or np.any(np.asarray(start) > limiter.upper + reach)
+    # How far each joint is beyond what one control period can bring back; the verge is left to rounding.
+    excess = np.maximum(limiter.lower - start, start - limiter.upper) - limiter.velocity * DT
+    assume((np.abs(excess) > 1e-6).all())
+    if representation != "velocity" and (excess > 0).any():
+        with pytest.raises(StartError):
+            limiter.apply_path(rows, start, np.array(periods))
         return
+    limited = limiter.apply_path(rows, start, np.array(periods))
     seconds = np.array(periods)[:, None] / 1e9
     before = np.vstack([start, limited.positions[:-1]])
     if representation == "velocity":
@@ -251,7 +255,7 @@ def test_cut_comes_to_rest_at_its_end() -> None:
 def test_the_spline_between_points_stays_between_them(
     positions: list[float], steps: list[int], previous: float | None
 ) -> None:
-    """Cubic Hermite interpolation, as joint_trajectory_controller does it, neither overshoots nor speeds up a lot."""
+    """Cubic Hermite interpolation, as joint_trajectory_controller does it, does not overshoot."""
     rows, offsets = np.array(positions)[:, None], np.cumsum(steps[: len(positions) - 1])
     before = None if previous is None else np.array([previous])
     points = trajectory_points(rows, offsets, action_period=PERIOD, previous=before, control_period=PERIOD)
@@ -264,8 +268,7 @@ def test_the_spline_between_points_stays_between_them(
         h = (points.offsets[i + 1] - points.offsets[i]) / 1e9
         p0, p1 = positions[i], positions[i + 1]
         v0, v1 = points.velocities[i, 0] * h, points.velocities[i + 1, 0] * h
-        curve = (
-            p0 * (2 * t**3 - 3 * t**2 + 1) + v0 * (t**3 - 2 * t**2 + t) + p1 * (3 * t**2 - 2 * t**3) + v1 * (t**3 - t**2)
-        )
+        ease = 3 * t**2 - 2 * t**3
+        curve = p0 * (1 - ease) + p1 * ease + v0 * (t**3 - 2 * t**2 + t) + v1 * (t**3 - t**2)
         assert curve.min() >= min(p0, p1) - 1e-9
         assert curve.max() <= max(p0, p1) + 1e-9

@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +42,8 @@ def ages(snapshot: Snapshot) -> dict[str, float]:
 
 def test_takes_the_newest_set_within_the_skew(demo: RobotContract) -> None:
     sync = Synchroniser(demo)
-    fill(sync, {"base_camera": [90, 57, 24], "wrist_camera": [110, 70], "joint_states": [50, 40, 30, 20, 10, 0]})
+    joints = [50, 40, 30, 20, 10, 0]
+    fill(sync, {"base_camera": [90, 57, 24], "wrist_camera": [110, 70], "joint_states": joints})
     snapshot = ready(sync.select(NOW, MONO))
     # The wrist camera lags: everything else may be at most 50 ms newer than its newest, 70 ms old.
     assert ages(snapshot) == {"base_camera": 24, "wrist_camera": 70, "joint_states": 20}
@@ -180,7 +180,9 @@ stamps = st.lists(st.integers(0, 60), max_size=7)
 @settings(max_examples=300, deadline=None)
 @given(streams=st.lists(stamps, min_size=1, max_size=3), skew=st.integers(0, 30))
 def test_newest_within_equals_exhaustive_search(streams: list[list[int]], skew: int) -> None:
-    buffers = {str(i): [Stamped(stamp, 0, None) for stamp in sorted(items)] for i, items in enumerate(streams)}
+    buffers = {
+        str(i): [Stamped(stamp, 0, None) for stamp in sorted(items)] for i, items in enumerate(streams)
+    }
     fitting = [
         combination for combination in itertools.product(*(sorted(items) for items in streams))
         if max(combination) - min(combination) <= skew
@@ -202,7 +204,8 @@ def test_newest_within_equals_exhaustive_search(streams: list[list[int]], skew: 
     joints=st.lists(st.tuples(st.integers(-80, 300), st.integers(-50, 50)), max_size=8),
 )
 def test_whatever_is_selected_is_within_every_bound(
-    demo: RobotContract, base: list[tuple[int, int]], wrist: list[tuple[int, int]], joints: list[tuple[int, int]]
+    demo: RobotContract, base: list[tuple[int, int]], wrist: list[tuple[int, int]],
+    joints: list[tuple[int, int]],
 ) -> None:
     sync = Synchroniser(demo)
     for stream, items in (("base_camera", base), ("wrist_camera", wrist), ("joint_states", joints)):
@@ -221,7 +224,7 @@ def test_whatever_is_selected_is_within_every_bound(
         assert MONO - item.receipt <= demo.sync.max_age
 
 
-def test_pushes_from_many_threads_while_selecting(small: Callable[..., RobotContract], demo: RobotContract) -> None:
+def test_pushes_from_many_threads_while_selecting(demo: RobotContract) -> None:
     sync = Synchroniser(replace(demo, sync=replace(demo.sync, max_skew=10**12)))
     stop = threading.Event()
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -218,24 +219,29 @@ def test_withdrawn_jobs_do_not_run(model: Model) -> None:
 
 def test_commands_come_before_jobs_in_order_and_on_the_same_thread(model: Model) -> None:
     worker = started(model)
-    order: list[object] = []
+    order: list[tuple[int, int, threading.Thread]] = []
     worker.offer("first")
     assert model.entered.acquire(timeout=LONG)
     worker.offer("second")
-    futures = [worker.call(lambda i=i: order.append((i, len(model.jobs), threading.current_thread()))) for i in (1, 2)]
+
+    def note(number: int) -> None:
+        order.append((number, len(model.jobs), threading.current_thread()))
+
+    futures = [worker.call(partial(note, number)) for number in (1, 2)]
     model.release.release(2)
     for future in futures:
         assert future.result(LONG) is None
     model.finished.wait_for(2)
-    assert [(i, jobs) for i, jobs, _ in order] == [(1, 1), (2, 1)]  # type: ignore[misc]
-    assert {thread for _, _, thread in order} == model.threads  # type: ignore[misc]
+    assert [(i, jobs) for i, jobs, _ in order] == [(1, 1), (2, 1)]
+    assert {thread for _, _, thread in order} == model.threads
     assert worker.stop(LONG)
 
 
 def test_errors_become_results_and_the_thread_lives(model: Model) -> None:
     worker = started(model)
     model.release.release(10)
-    for count, error in enumerate((RuntimeError("no memory"), IngestError(Reason.IMAGE_DECODE, "camera", "bad")), 1):
+    errors = RuntimeError("no memory"), IngestError(Reason.IMAGE_DECODE, "camera", "bad")
+    for count, error in enumerate(errors, 1):
         worker.offer(error)
         model.finished.wait_for(count)
     first, second = model.results
