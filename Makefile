@@ -32,9 +32,6 @@ lint: setup  ## ruff, mypy, clang-format, package.xml
 kernels: setup  ## native kernels for every supported GPU architecture, into build/kernels
 	@scripts/kernels.sh
 
-parity-env: setup  ## environment of the parity tests (LeRobot beside this torch), .venv-parity
-	@scripts/parity_env.sh
-
 sample-bag: setup  ## rosbag2 of the demo robot: OUT=directory DURATION=seconds
 	@test -n "$(OUT)" || { echo "make sample-bag: name the directory to write: OUT=my_bag" >&2; exit 1; }
 	@scripts/in_env.sh python -P -m flashrt_ros.demo.sample_bag --out "$(OUT)" --duration "$(DURATION)"

@@ -2,10 +2,12 @@
 # colcon build of this package into build/ and install/, in the environment that scripts/env.sh gives.
 set -eo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/env.sh
-# The workspace's own earlier build must not be an underlay of the new one.
-export AMENT_PREFIX_PATH=${AMENT_PREFIX_PATH//"$PWD/install/flashrt_ros:"/}
-export CMAKE_PREFIX_PATH=${CMAKE_PREFIX_PATH//"$PWD/install/flashrt_ros:"/}
+# Not on top of whatever workspace the calling shell has sourced, this one's earlier build included.
+unset AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH PYTHONPATH
+FLASHRT_NO_OVERLAY=1 . scripts/env.sh
+
+# Links to files that are gone would be left in install/.
+[ ! -d install ] || find install -xtype l -delete
 
 args=(--symlink-install --base-paths . --event-handlers console_direct+)
 [ -z "${COLCON_LOG_PATH:-}" ] && export COLCON_LOG_PATH="$PWD/log"

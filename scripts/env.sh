@@ -3,7 +3,7 @@
 # Sourcing it twice changes nothing. It ends with status 1 and one line when `make setup` has not been run.
 
 _flashrt_env() {
-    local root="$1" shell="$2" venv="$1/.venv" nounset=0 status=0
+    local root="$1" shell="$2" venv="$1/.venv" nounset=0 failed=0
     if [ ! -f "$venv/flashrt.env" ]; then
         echo "flashrt: $root is not set up: run 'make setup' there first" >&2
         return 1
@@ -29,7 +29,7 @@ $(find "$venv"/lib/python3.12/site-packages -maxdepth 1 -name 'ros_*.libs')
 EOF
         _flashrt_prepend LD_LIBRARY_PATH "$venv/lib"
     else
-        . "$FLASHRT_ROS/setup.$shell" || status=1
+        . "$FLASHRT_ROS/setup.$shell" || failed=1
     fi
     # CMake's FindPython3 follows VIRTUAL_ENV.
     export VIRTUAL_ENV="$venv"
@@ -38,9 +38,12 @@ EOF
     # Off-screen rendering of the demo robot's cameras; a value set by the user wins.
     [ -n "$FLASHRT_MUJOCO_GL" ] && export MUJOCO_GL="${MUJOCO_GL:-$FLASHRT_MUJOCO_GL}"
 
-    [ -f "$root/install/local_setup.$shell" ] && { . "$root/install/local_setup.$shell" || status=1; }
+    # FLASHRT_NO_OVERLAY: only what this workspace is built on (scripts/build_workspace.sh).
+    if [ -z "${FLASHRT_NO_OVERLAY:-}" ] && [ -f "$root/install/local_setup.$shell" ]; then
+        . "$root/install/local_setup.$shell" || failed=1
+    fi
     [ "$nounset" = 1 ] && set -u
-    return $status
+    return $failed
 }
 
 # _flashrt_prepend VARIABLE ENTRY: put ENTRY first in a colon-separated variable unless it is there.

@@ -64,20 +64,22 @@ first_prefix_with_setup() {
     done
 }
 
-# PYTHON = a Python 3.12: named by the user, ROS's own, on PATH, or from pyenv.
+# PYTHON = a Python 3.12: named by the user, that of .venv, ROS's own, on PATH, or from pyenv.
 find_python() {
     local candidate candidates=()
     if [ -n "${FLASHRT_PYTHON:-}" ]; then
         candidates=("$FLASHRT_PYTHON")
     else
+        [ "$(tail -n 1 "$VENV/.made-for" 2> /dev/null)" != "$ROS" ] || candidates+=("$VENV/bin/python")
         [ "$ROS" = wheels ] || candidates+=(/usr/bin/python3)  # the interpreter that the ROS packages are built for
         candidates+=(python3.12 python3 python /usr/bin/python3.12 /usr/bin/python3)
         candidates+=("${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3)
     fi
     for candidate in "${candidates[@]}"; do
         # Executed, not only looked up: a pyenv shim is on PATH also when its version is not selected.
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
-            PYTHON=$("$candidate" -c 'import sys; print(sys.executable)')
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2> /dev/null; then
+            # The interpreter behind it: also .venv's own python may come first on PATH.
+            PYTHON=$("$candidate" -c 'import os, sys; print(os.path.realpath(sys._base_executable))')
             return
         fi
     done
@@ -99,7 +101,7 @@ check_tools() {
 make_venv() {
     local flags=() key
     [ "$ROS" = wheels ] || flags=(--system-site-packages)  # rclpy and the messages come from there
-    key="$PYTHON $("$PYTHON" -V) $ROS"
+    key=$(printf '%s\n%s\n%s' "$PYTHON" "$("$PYTHON" -V)" "$ROS")
     if [ -d "$VENV" ] && [ "$(cat "$VENV/.made-for" 2>/dev/null)" != "$key" ]; then
         say "The Python or ROS that .venv was made for has changed: making it again"
         rm -rf "$VENV" build/flashrt_ros install
