@@ -1,0 +1,158 @@
+"""The runner: real processes, but of recording executables (see conftest.py), so that no ROS is needed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flashrt_ros import runner
+from flashrt_ros.bringup import BringupError, NodeSpec, demo_nodes, pi05_nodes
+from flashrt_ros.runner import Runner, node_command, parse_arguments
+
+from .conftest import read_records
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.02)
+
+
+def executable(prefix: Path, name: str, text: str) -> NodeSpec:
+    """A node whose program is this shell script."""
+    path = prefix / "lib/flashrt_ros" / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return NodeSpec("flashrt_ros", name, name)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_nodes_get_what_the_node_list_says(recorder_prefix: Path, checkpoint: Path, tmp_path: Path) -> None:
+    prompt = 'say "yes": 1 \\ 2'
+    nodes = demo_nodes({"checkpoint": str(checkpoint), "namespace": "left", "prompt": prompt})
+    with Runner(nodes, on_line=lambda *_: None) as started:
+        wait_until(lambda: len(list((tmp_path / "records").glob("*.json"))) == 2)
+        found = read_records(tmp_path / "records")
+        statuses = started.stop()
+    assert set(found) == {"/left/demo_robot", "/left/policy_node"}
+    policy = found["/left/policy_node"]
+    assert policy.parameters["prompt"] == prompt
+    assert policy.parameters["checkpoint"] == str(checkpoint)
+    assert policy.parameters["autostart"] is True
+    assert policy.parameters["seed"] == -1  # of the parameter file
+    assert policy.env["FASTRTPS_DEFAULT_PROFILES_FILE"].endswith("fastdds_images.xml")
+    assert statuses == {"left/demo_robot": 0, "left/policy_node": 0}
+
+
+@pytest.mark.parametrize("text", ["1.5", "true", "null", "", "a: b", "ends with \\", "tab\there", "ümlaut"])
+def test_texts_stay_texts(recorder_prefix: Path, checkpoint: Path, text: str) -> None:
+    import yaml
+
+    spec = NodeSpec("flashrt_ros", "policy_node", "policy_node", parameters={"prompt": text})
+    command = node_command(spec)
+    name, _, value = command[command.index("-p") + 1].partition(":=")
+    assert (name, yaml.safe_load(value)) == ("prompt", text)
+
+
+def test_output_carries_the_nodes_name(recorder_prefix: Path) -> None:
+    lines: list[tuple[str, str]] = []
+    spec = executable(recorder_prefix, "talker", "echo hello; echo problem >&2; exec sleep 60")
+    with Runner([spec], on_line=lambda name, line: lines.append((name, line))):
+        wait_until(lambda: len(lines) == 2)
+    assert sorted(lines) == [("talker", "hello"), ("talker", "problem")]
+
+
+def test_the_end_of_a_required_node_is_reported(recorder_prefix: Path) -> None:
+    failing = executable(recorder_prefix, "failing", "exit 3")
+    lasting = executable(recorder_prefix, "lasting", "exec sleep 60")
+    with Runner([lasting, failing]) as started:
+        assert started.wait(timeout=10.0) == 3
+        pid = started.process_ids()["lasting"]
+    assert not alive(pid)
+
+
+def test_a_node_that_ignores_signals_is_killed(recorder_prefix: Path) -> None:
+    stubborn = executable(recorder_prefix, "stubborn", "trap '' INT TERM; echo up; while :; do sleep 0.1; done")
+    lines: list[str] = []
+    started = Runner([stubborn], on_line=lambda _, line: lines.append(line), grace=0.2)
+    started.start()
+    wait_until(lambda: lines == ["up"])
+    begin = time.monotonic()
+    assert started.stop() == {"stubborn": -signal.SIGKILL}
+    assert time.monotonic() - begin < 2.0
+
+
+def test_nothing_is_left_when_one_cannot_be_started(recorder_prefix: Path) -> None:
+    lasting = executable(recorder_prefix, "lasting", "exec sleep 60")
+    missing = NodeSpec("flashrt_ros", "not_built", "not_built")
+    started = Runner([lasting, missing])
+    with pytest.raises(BringupError, match=r"'not_built' of package 'flashrt_ros' not found.*make setup"):
+        started.start()
+    assert started.process_ids() == {}
+
+
+def test_two_nodes_of_one_name_are_refused(checkpoint: Path) -> None:
+    node = pi05_nodes({"checkpoint": str(checkpoint)})[0]
+    with pytest.raises(BringupError, match=r"node names must differ"):
+        Runner([node, node])
+
+
+@pytest.mark.parametrize("text", ["checkpoint=x", ":=x", "checkpoint"])
+def test_malformed_arguments_are_refused(text: str) -> None:
+    with pytest.raises(BringupError, match=r"expected name:=value"):
+        parse_arguments([text])
+
+
+def test_values_may_hold_anything() -> None:
+    assert parse_arguments(["prompt:=a:=b c", "robot:="]) == {"prompt": "a:=b c", "robot": ""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pi05"], "error: no checkpoint given"),
+        (["demo"], "error: no checkpoint given"),
+        (["pi05", "checkpoint:=/does/not/exist"], "error: checkpoint:=/does/not/exist: no such directory"),
+        (["pi06"], "usage: python -m flashrt_ros.runner {pi05,demo}"),
+        ([], "usage: python -m flashrt_ros.runner {pi05,demo}"),
+    ],
+)
+def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_line_ends_with_its_nodes(recorder_prefix: Path, checkpoint: Path, number: int) -> None:
+    command = [sys.executable, "-P", "-m", "flashrt_ros.runner", "demo", f"checkpoint:={checkpoint}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert sorted(lines) == ["[demo_robot] recorded\n", "[policy_node] recorded\n"]
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 0
+
+
+def test_command_line_takes_over_a_nodes_exit_status(recorder_prefix: Path, checkpoint: Path) -> None:
+    executable(recorder_prefix, "policy_node", "echo cannot configure; exit 1")
+    command = [sys.executable, "-P", "-m", "flashrt_ros.runner", "demo", f"checkpoint:={checkpoint}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert "[policy_node] cannot configure" in done.stdout.splitlines()
