@@ -11,8 +11,8 @@ from flashrt_runtime.ops import native, reference
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Gemma 2B and its action expert; one element; one vector; a warp; not whole vectors; several vectors a thread;
-# more than the registers hold (scalar kernel).
+# Gemma 2B and its action expert; one element; one vector; a warp; not whole vectors; several vectors a
+# thread; more than the registers hold (scalar kernel).
 WIDTHS = (2048, 1024, 1, 8, 256, 1030, 1155, 16384, 40960)
 ROWS = (1, 3, 10, 50, 64)
 
