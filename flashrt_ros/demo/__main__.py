@@ -31,7 +31,7 @@ from .processes import Processes, demo_processes
 from .recording import statuses_reason, still_missing, summarise
 
 ROBOT = "demo_arm"
-UPDATE_PERIOD = 0.25  # of the live view [s]
+UPDATE_PERIOD = 0.5  # of the live view [s]; drawing it costs the nodes CPU time
 GRACE = 0.8  # a node that ignores SIGINT gets SIGTERM after this long, and SIGKILL after as long again [s]
 FRAMES = 8  # images kept of each camera
 LAST_LINES = 15  # of a node's output, shown when it fails

@@ -56,12 +56,14 @@ class LiveView:
     def update(self, progress: str) -> None:
         """Show the present state; progress: time so far, in words."""
         now = self._clock()
+        if self._live is None and now < self._next_line:
+            return
+        self._next_line = now + round(LINE_PERIOD * 1e9)
         figures = live_figures(self._recording, self._robot, now)
-        if self._live:
-            self._live.update(self._render(figures, progress, now), refresh=True)
-        elif now >= self._next_line:
-            self._next_line = now + round(LINE_PERIOD * 1e9)
+        if self._live is None:
             self._console.print(Text(plain_line(figures, progress)), soft_wrap=True)
+        else:
+            self._live.update(self._render(figures, progress, now), refresh=True)
 
     def _render(self, figures: Mapping[str, Any], progress: str, now: int) -> RenderableType:
         streams = Table(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.qos import QoSProfile
 from rclpy.serialization import deserialize_message
+from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from trajectory_msgs.msg import JointTrajectory
 
@@ -26,6 +29,7 @@ MESSAGE_TYPES: dict[str, type] = {
     StreamType.COMPRESSED_IMAGE: CompressedImage,
     StreamType.JOINT_STATE: JointState,
 }
+POLL_PERIOD = 0.02  # [s]
 STATE_NAMES = {
     getattr(PolicyStatus, name): name.removeprefix("STATE_").lower()
     for name in dir(PolicyStatus)
@@ -53,31 +57,59 @@ class Observer(SpinningNode):
         self._robot_name = robot_name
         self._frame_period = round(frame_period * NS_PER_S)
         self._next_frame = {stream.name: 0 for stream in contract.image_streams}
+        self._handlers: list[tuple[Subscription, Callable[[Any, dict[str, Any]], None]]] = []
         for stream in contract.streams.values():
             self._subscribe_stream(stream)
-        subscribe = self.node.create_subscription
         for output in contract.outputs:
             if output.type is OutputType.JOINT_TRAJECTORY:
-                subscribe(JointTrajectory, output.topic, self._on_command, reliable(50))
-        subscribe(ActionChunk, f"{policy_node}/action_chunk", self._on_chunk, reliable(50))
-        subscribe(PolicyStatus, f"{policy_node}/status", self._on_status, reliable(10))
-        subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, reliable(10))
+                self._subscribe(JointTrajectory, output.topic, self._on_command, reliable(50))
+        self._subscribe(ActionChunk, f"{policy_node}/action_chunk", self._on_chunk, reliable(50))
+        self._subscribe(PolicyStatus, f"{policy_node}/status", self._on_status, reliable(10))
+        self._subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, reliable(10))
+
+    def _subscribe(
+        self,
+        message_type: type,
+        topic: str,
+        handle: Callable[[Any, dict[str, Any]], None],
+        qos: QoSProfile,
+        raw: bool = False,
+    ) -> None:
+        def unused(_message: Any) -> None:
+            """Messages are taken by polling."""
+
+        subscription = self.node.create_subscription(message_type, topic, unused, qos, raw=raw)
+        self._handlers.append((subscription, handle))
+
+    def _receive(self) -> None:
+        # An executor builds a wait set per message: four times the CPU time, taken from the nodes observed.
+        while not self._stopping.wait(POLL_PERIOD):
+            for subscription, handle in self._handlers:
+                while (taken := self._take(subscription)) is not None:
+                    handle(*taken)
+
+    @staticmethod
+    def _take(subscription: Subscription) -> tuple[Any, dict[str, Any]] | None:
+        with subscription.handle:
+            taken = subscription.handle.take_message(subscription.msg_type, subscription.raw)
+        return None if taken is None else (taken[0], taken[1])
 
     def _subscribe_stream(self, stream: StreamSpec) -> None:
         message_type, qos = MESSAGE_TYPES[stream.type], qos_profile(stream.qos)
+        qos.depth = max(qos.depth, 50)  # what one late poll may find waiting
         if stream.is_image:
             # Serialised: only the few images kept for the contact sheet are worth deserialising.
-            def on_image(data: bytes, name: str = stream.name, kind: type = message_type) -> None:
-                self._on_image(name, kind, data)
+            def on_image(data: bytes, _info: dict[str, Any], name: str = stream.name) -> None:
+                self._on_image(name, message_type, data)
 
-            self.node.create_subscription(message_type, stream.topic, on_image, qos, raw=True)
+            self._subscribe(message_type, stream.topic, on_image, qos, raw=True)
         else:
             reader = NamedValues(self.robot.joint_names, stream=stream.name)
 
-            def on_joints(message: JointState, name: str = stream.name) -> None:
+            def on_joints(message: JointState, _info: dict[str, Any], name: str = stream.name) -> None:
                 self._on_joints(name, reader, message)
 
-            self.node.create_subscription(message_type, stream.topic, on_joints, qos)
+            self._subscribe(message_type, stream.topic, on_joints, qos)
 
     def _on_image(self, stream: str, message_type: type, data: bytes) -> None:
         now, stamp = self.now(), stamp_of_serialised(data)
@@ -129,12 +161,12 @@ class Observer(SpinningNode):
             )
         )
 
-    def _on_status(self, message: PolicyStatus) -> None:
+    def _on_status(self, message: PolicyStatus, _info: dict[str, Any]) -> None:
         fields = {name: getattr(message, name) for name in message.get_fields_and_field_types()}
         fields["state_name"] = STATE_NAMES.get(message.state, str(message.state))
         self.recording.statuses.append(fields)
 
-    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+    def _on_diagnostics(self, message: DiagnosticArray, _info: dict[str, Any]) -> None:
         for status in message.status:
             if status.name == self._robot_name:
                 self.recording.robot = {item.key: item.value for item in status.values}

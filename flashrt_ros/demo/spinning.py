@@ -21,11 +21,11 @@ class SpinningNode:
         self.failure: Exception | None = None
         self._context = Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
-        self.node = Node(name, context=self._context)
+        self.node = Node(name, context=self._context, start_parameter_services=False)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._spin, name=name)
+        self._thread = threading.Thread(target=self._run, name=name)
 
     def start(self) -> None:
         """Begin to receive."""
@@ -45,12 +45,16 @@ class SpinningNode:
         """ROS time [ns]."""
         return int(self.node.get_clock().now().nanoseconds)
 
-    def _spin(self) -> None:
+    def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
-                self._executor.spin_once(timeout_sec=0.1)
+            self._receive()
         except Exception as error:
             self.failure = error
+
+    def _receive(self) -> None:
+        """Handle messages until `_stopping` is set."""
+        while not self._stopping.is_set():
+            self._executor.spin_once(timeout_sec=0.1)
 
 
 def qos_profile(qos: Qos) -> QoSProfile:

@@ -32,7 +32,7 @@ def recording(known_run):
 def known_run():
     """Ten seconds with known figures.
 
-    Commands every 20 ms: pan rises by 0.1 rad/s, lift rests at 0.5 rad, the gripper at 0.02 m. The arm follows
+    Commands every 20 ms: pan rises by 0.1 rad/s, lift rests at 0.5 rad, the gripper at 2 cm. The arm follows
     exactly 0.01 rad (pan), 0.02 rad (lift) and 0.001 m (gripper) short of that. A chunk every 100 ms, 60 ms
     after its newest image, inference 40 ms. Cameras at 25 Hz.
     """
