@@ -45,7 +45,7 @@ def run(*command: object, env: dict[str, str] | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources: setuptools writes beside them. The kernels have tests of their own."""
+    """Built from a copy of the sources: setuptools writes beside them. The kernels have their own tests."""
     source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("flashrt_runtime", "native_kernels"):
