@@ -176,7 +176,7 @@ build_workspace() {
             LC_ALL=C sort -z | xargs -0 sha256sum
         find flashrt_ros flashrt_runtime launch config -type f -not -path '*/__pycache__/*' | LC_ALL=C sort
         echo "${FLASHRT_CUDA_ARCHS:-}"; command -v nvcc || true
-        cat "$VENV/.made-for" "$STAMPS/build" "$STAMPS/repair" 2>/dev/null
+        cat "$VENV/.made-for" "$STAMPS/build" "$STAMPS/repair" 2> /dev/null || true  # no repair of an installed ROS
     } | sha256sum)
     if [ ! -f install/local_setup.bash ] || [ "$(cat "$STAMPS/workspace" 2>/dev/null)" != "$key" ]; then
         run colcon "workspace (colcon build)" bash scripts/build_workspace.sh
