@@ -142,9 +142,10 @@ def velocity_violations(recording: Recording, robot: RobotView, tolerance: float
     first = np.array([command.positions[0] for _, command in recording.commands])
     if len(due) < 2:
         return 0
-    seconds = np.diff(due)[:, None] * 1e-9
+    # A tick that comes early makes its step no faster: commands are meant to be followed at the nominal rate.
+    seconds = np.maximum(np.diff(due)[:, None] * 1e-9, 1.0 / robot.control_rate)
     allowed = robot.velocity * (1 + tolerance) * seconds + LIMIT_TOLERANCE
-    return int(np.sum(np.any((np.abs(np.diff(first, axis=0)) > allowed) & (seconds > 0), axis=1)))
+    return int(np.sum(np.any(np.abs(np.diff(first, axis=0)) > allowed, axis=1)))
 
 
 def percentile(values: Sequence[float] | FloatArray, percent: float) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import queue
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
+from rosbags.interfaces import Connection
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.rosbag2.errors import WriterError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
@@ -55,6 +57,7 @@ class BagRecorder(SpinningNode):
         self.counts: Counter[str] = Counter()
         self.recording = threading.Event()
         self._seen: set[str] = set()
+        self._waiting: queue.SimpleQueue[tuple[Connection, int, bytes]] = queue.SimpleQueue()
         self._writer = writer
         self._typestore = get_typestore(Stores.ROS2_JAZZY)
         for path in sorted(Path(share_directory(), "msg").glob("*.msg")):
@@ -72,6 +75,11 @@ class BagRecorder(SpinningNode):
         """Topics that have carried nothing yet."""
         return [topic for topic in self.counts if topic not in self._seen]
 
+    def write(self) -> None:
+        """Write what has come to the bag; only the thread that opened the bag may do so."""
+        while not self._waiting.empty():
+            self._writer.write(*self._waiting.get())
+
     def _record(self, message_type: type, type_name: str, topic: str, qos: Any) -> None:
         connection = self._writer.add_connection(f"/{topic}", type_name, typestore=self._typestore)
         self.counts[topic] = 0
@@ -79,7 +87,7 @@ class BagRecorder(SpinningNode):
         def on_message(data: bytes) -> None:
             self._seen.add(topic)
             if self.recording.is_set():
-                self._writer.write(connection, self.now(), data)
+                self._waiting.put((connection, self.now(), data))
                 self.counts[topic] += 1
 
         self.node.create_subscription(message_type, topic, on_message, qos, raw=True)
@@ -159,6 +167,7 @@ def record(options: argparse.Namespace) -> int:
                 problem = _wait(recorder, nodes, stop, options.duration)
             finally:
                 recorder.stop()
+                recorder.write()
                 nodes.stop()
     finally:
         for number, handler in previous.items():
@@ -178,6 +187,7 @@ def _wait(recorder: BagRecorder, nodes: Processes, stop: threading.Event, second
     """Until the recording is complete or stopped (""), or something fails (what)."""
     deadline = time.monotonic() + STARTUP_TIMEOUT
     while not stop.wait(0.05):
+        recorder.write()
         if (status := nodes.poll()) is not None:
             return f"a node ended while recording (status {status})"
         if recorder.failure is not None:

@@ -353,7 +353,7 @@ def _time(nanoseconds: int) -> Time:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; 1 when physics or rendering failed."""
+    """Run the node until SIGINT or SIGTERM; 1 when physics or rendering failed, 2 on wrong parameters."""
     rclpy.init(args=args)
     node: DemoRobot | None = None
     try:
@@ -362,6 +362,9 @@ def main(args: list[str] | None = None) -> int:
         rclpy.spin(node)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except ValueError as error:
+        print(f"demo_robot: {error}", file=sys.stderr)
+        return 2
     finally:
         # A thread still inside a native call at interpreter exit would abort the process.
         if node is not None:

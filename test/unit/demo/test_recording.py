@@ -153,3 +153,12 @@ def test_the_policy_nodes_reason_in_words():
     assert statuses_reason([]) == ""
     status = {"state_name": "waiting", "message": "no message of base_camera has come", "reason": 101}
     assert statuses_reason([status]) == "waiting: no message of base_camera has come (code 101)"
+
+
+def test_an_early_tick_is_no_velocity_violation(recording, robot):
+    paths = [path for _, path in recording.commands[:3]]
+    early = dataclasses.replace(paths[1], times=paths[1].times - 19 * MS)
+    fast = early.positions + np.array([0.015, 0.0, 0.0])  # 17 mrad in 1 ms, but within 20 ms of motion
+    commands = [paths[0], dataclasses.replace(early, positions=fast)]
+    recording.commands[:] = [(int(path.times[0]), path) for path in commands]
+    assert summarise(recording, robot)["velocity_limit_violations"] == 0
