@@ -14,6 +14,7 @@ import torch
 from flashrt_runtime.layers.rope import rope_tables
 from flashrt_runtime.ops import expert
 from flashrt_runtime.ops.expert import Epilogue, PackedLinear
+from flashrt_runtime.ops.expert_steps import ExpertBuffers, ExpertWeights, expert_steps
 
 SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}
 
@@ -45,6 +46,27 @@ def graph_time(work, repeats: int = 50) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times[5:])
+
+
+def persistent(args, fp8: bool, rope, length, k, v) -> float:
+    """Milliseconds of ten steps of the whole expert as one kernel."""
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    ones = torch.ones(args.layers, 4, device="cuda") / 100, torch.ones(args.layers, 2, device="cuda") / 50
+    products = {
+        name: torch.stack([random_linear(n, width, fp8).data for _ in range(args.layers)])
+        for name, (n, width) in SHAPES.items()
+    }
+    weights = ExpertWeights(
+        products,
+        torch.randn(10, 2 * args.layers + 1, 3, 1024, device="cuda") * 0.1,
+        (torch.randn(1024, 32, device="cuda") / 6, torch.randn(1, 1024, device="cuda")),
+        (torch.randn(32, 1024, device="cuda") / 32, torch.randn(32, device="cuda")),
+        ones[0] if fp8 else None,
+        ones[1] if fp8 else None,
+    )
+    x = torch.randn(args.rows, 32, device="cuda")
+    buffers = ExpertBuffers.allocate(args.rows, dtype, x.device)
+    return graph_time(lambda: expert_steps(weights, buffers, x, 10, rope, length, k, v))
 
 
 def main() -> None:
@@ -102,6 +124,8 @@ def main() -> None:
         us = graph_time(lambda: chain(parts.values())) * 1e3 / visits
         total = sum(n * k for n, k in SHAPES.values()) * (1 if fp8 else 2)
         print(f"  {'layer':10s} {us:7.2f}  {total / us / 1e6:6.2f} TB/s   ten steps {us * visits / 1e3:.3f} ms")
+        us = persistent(args, fp8, rope, length, k, v) * 1e3 / visits
+        print(f"  {'persistent':10s} {us:7.2f}  {total / us / 1e6:6.2f} TB/s   ten steps {us * visits / 1e3:.3f} ms")
 
 
 if __name__ == "__main__":

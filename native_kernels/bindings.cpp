@@ -12,6 +12,8 @@
 
 namespace py = pybind11;
 
+void bind_prefix(py::module_& module);  // bindings_prefix.cpp
+
 namespace {
 
 void check(cudaError_t status, const char* operation) {
@@ -106,11 +108,58 @@ void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_
   check(flashrt::action_step(problem, reinterpret_cast<cudaStream_t>(stream)), "action_step");
 }
 
+void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
+                  uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
+                  uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
+                  float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length, uintptr_t k_cache,
+                  uintptr_t v_cache, int capacity, uintptr_t x, uintptr_t in_weight, uintptr_t in_bias,
+                  int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias, uintptr_t h, uintptr_t q,
+                  uintptr_t attended, uintptr_t hidden, uintptr_t inboxes, uintptr_t barrier, uintptr_t stream) {
+  flashrt::ExpertSteps problem = {};
+  problem.fp8 = fp8;
+  problem.rows = rows;
+  problem.layers = layers;
+  problem.steps = steps;
+  problem.action_dim = action_dim;
+  problem.weights[flashrt::kQkv] = pointer(qkv);
+  problem.weights[flashrt::kOut] = pointer(out);
+  problem.weights[flashrt::kGateUp] = pointer(gate_up);
+  problem.weights[flashrt::kDown] = pointer(down);
+  problem.weight_scale = pointer<float>(weight_scale);
+  problem.input_scale = pointer<float>(input_scale);
+  problem.norm_scale = pointer<float>(norm_scale);
+  problem.norm_shift = pointer<float>(norm_shift);
+  problem.gate = pointer<float>(gate);
+  problem.step_stride = step_stride;
+  problem.norm_stride = norm_stride;
+  problem.eps = eps;
+  problem.rope_cos = pointer<float>(rope_cos);
+  problem.rope_sin = pointer<float>(rope_sin);
+  problem.prefix_length = pointer<int>(prefix_length);
+  problem.k_cache = pointer(k_cache);
+  problem.v_cache = pointer(v_cache);
+  problem.capacity = capacity;
+  problem.x = pointer<float>(x);
+  problem.in_weight = pointer<float>(in_weight);
+  problem.in_bias = pointer<float>(in_bias);
+  problem.in_bias_stride = in_bias_stride;
+  problem.out_weight = pointer<float>(out_weight);
+  problem.out_bias = pointer<float>(out_bias);
+  problem.h = pointer(h);
+  problem.q = pointer(q);
+  problem.attended = pointer(attended);
+  problem.hidden = pointer(hidden);
+  problem.inboxes = pointer<float>(inboxes);
+  problem.barrier = pointer<unsigned>(barrier);
+  check(flashrt::expert_steps(problem, reinterpret_cast<cudaStream_t>(stream)), "expert_steps");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CUDA kernels of flashrt_runtime; use flashrt_runtime.ops.native";
   module.attr("interface_version") = flashrt::kInterfaceVersion;
+  bind_prefix(module);
   module.def("check_device", [] { check(flashrt::device_supported(), "native kernels"); });
   module.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("out"),
              py::arg("residual_out"), py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("dtype"),
@@ -118,4 +167,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("epilogue"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("x_scale"), py::arg("w_scale"), py::arg("out_scale"), py::arg("bias"), py::arg("gate"), py::arg("out"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("stream"));
   module.def("expert_attention", &expert_attention, py::arg("fp8_out"), py::arg("rows"), py::arg("heads"), py::arg("kv_heads"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("prefix_length"), py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("stream"));
   module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"), py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"), py::arg("stream"));
+  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"), py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("eps"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"), py::arg("out_weight"), py::arg("out_bias"), py::arg("h"), py::arg("q"), py::arg("attended"), py::arg("hidden"), py::arg("inboxes"), py::arg("barrier"), py::arg("stream"));
 }

@@ -71,4 +71,44 @@ struct ActionStep {
 
 cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);
 
+// expert_steps.cu
+enum ExpertProduct : int { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kProducts = 4 };
+
+constexpr int kExpertBarrierWords = 2 + 16;            // grid, blocks done, and one for each team of a head
+constexpr int kExpertInboxFloats = 16 * 8 * 8 * 32 * 34;
+
+struct ExpertSteps {
+  bool fp8;
+  int rows, layers, steps, action_dim;  // width 1024, mlp 4096, 8 heads of 256, 1 kv head
+  const void* weights[kProducts];       // packed chunks, layer after layer
+  const float* weight_scale;            // fp8: (layers, kProducts)
+  const float* input_scale;             // fp8: (layers, 2): inputs of out and of down
+  const float* norm_scale;              // (steps, 2 * layers + 1, 1024), by the strides below, in floats
+  const float* norm_shift;              // the same, or null
+  const float* gate;                    // the same, or null for 1
+  int64_t step_stride, norm_stride;
+  float eps;
+  const float* rope_cos;                // (positions, 128)
+  const float* rope_sin;
+  const int* prefix_length;             // on the device: slot and position of the first action
+  void* k_cache;                        // bf16 (layers, capacity, 1, 256)
+  void* v_cache;
+  int capacity;
+  float* x;                             // float32 (rows, action_dim): noise in, actions out
+  const float* in_weight;               // float32 (1024, action_dim)
+  const float* in_bias;                 // float32 (steps or 1, 1024), `in_bias_stride` floats apart
+  int64_t in_bias_stride;
+  const float* out_weight;              // float32 (action_dim, 1024)
+  const float* out_bias;
+  void* h;                              // scratch: bf16 (rows, 1024)
+  void* q;                              // bf16 (rows, 2048)
+  void* attended;                       // weights' type (rows, 2048)
+  void* hidden;                         // weights' type (rows, 4096)
+  float* inboxes;                       // scratch: kExpertInboxFloats
+  unsigned* barrier;                    // kExpertBarrierWords, zero before the first launch; left zero
+};
+
+// cudaErrorNotSupported where the device cannot hold the whole grid at once: use the single kernels there.
+cudaError_t expert_steps(const ExpertSteps& problem, cudaStream_t stream);
+
 }  // namespace flashrt

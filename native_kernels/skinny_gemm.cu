@@ -13,18 +13,13 @@
 // cores see the activations as A (16 rows) and 8 features as B; the warps of a block split k and add up in shared
 // memory in a fixed order, so results are bit-identical from run to run.
 #include "expert.h"
-#include "hopper.cuh"
-#include "vector.cuh"
+#include "product_tiles.cuh"
 
 namespace flashrt {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kTileFeatures = 8;
-constexpr int kBlockBytes = 64;                          // bytes of k per tensor-core step pair
-constexpr int kTileBytes = kTileFeatures * kBlockBytes;  // one tile, one k block
-constexpr int kRowPadFp16 = 16, kRowPadBf16 = 64;        // keep 16-byte row reads free of bank conflicts
 constexpr int kMaxNormWidth = 1024;
 constexpr int kNormVectors = kMaxNormWidth / (kWarpSize * 8);
 
@@ -35,28 +30,6 @@ struct Layout {
   int x_stride;        // bytes of one normed row in shared memory
   int x_offset, sum_offset, barrier_offset;  // in dynamic shared memory; the weights come first
 };
-
-// Products of one 64-byte k block. The bytes a thread holds are k-permuted alike in A and B, which a sum over k does
-// not notice.
-template <bool Fp8>
-__device__ __forceinline__ void multiply(float (&d)[4], uint4 low, uint4 high, uint4 b) {
-  if constexpr (Fp8) {
-    mma_e4m3(d, low.x, high.x, low.y, high.y, b.x, b.y);
-    mma_e4m3(d, low.z, high.z, low.w, high.w, b.z, b.w);
-  } else {
-    mma_bf16(d, low.x, high.x, low.y, high.y, b.x, b.y);
-    mma_bf16(d, low.z, high.z, low.w, high.w, b.z, b.w);
-  }
-}
-
-// The same with e4m3 weights already widened to fp16 (b) and fp16 activations: 32 bytes of two rows.
-__device__ __forceinline__ void multiply_f16(float (&d)[4], const uint4 (&low)[2], const uint4 (&high)[2],
-                                             const uint32_t (&b)[8]) {
-  mma_f16(d, low[0].x, high[0].x, low[0].y, high[0].y, b[0], b[1]);
-  mma_f16(d, low[0].z, high[0].z, low[0].w, high[0].w, b[2], b[3]);
-  mma_f16(d, low[1].x, high[1].x, low[1].y, high[1].y, b[4], b[5]);
-  mma_f16(d, low[1].z, high[1].z, low[1].w, high[1].w, b[6], b[7]);
-}
 
 using Eight = Vector<__nv_bfloat16, 8>;
 
@@ -247,10 +220,7 @@ __device__ __forceinline__ void accumulate(const SkinnyGemm& p, const Layout& la
       for (int t = 0; t < Tiles; ++t) {
         const uint4 packed = *reinterpret_cast<const uint4*>(tile + (t * k_blocks + block) * kTileBytes);
         uint32_t b[8];
-        e4m3_to_f16(packed.x, b[0], b[1]);
-        e4m3_to_f16(packed.y, b[2], b[3]);
-        e4m3_to_f16(packed.z, b[4], b[5]);
-        e4m3_to_f16(packed.w, b[6], b[7]);
+        widen(packed, b);
 #pragma unroll
         for (int r = 0; r < RowTiles; ++r) multiply_f16(accumulator[r][t], low[r], high[r], b);
       }

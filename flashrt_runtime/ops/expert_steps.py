@@ -1,0 +1,137 @@
+"""All denoise steps of the action expert as one kernel; see native_kernels/expert_steps.cu."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+from .expert import geglu_order, pack_tiles, rope_order
+
+CHUNK_BYTES = 16384
+# kExpertInboxFloats and kExpertBarrierWords of native_kernels/expert.h
+INBOX_FLOATS = 16 * 8 * 8 * 32 * 34
+BARRIER_WORDS = 18
+TILE_BLOCK_BYTES = 512
+PRODUCTS = ("qkv", "out", "gate_up", "down")
+WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256
+# tiles of 8 features that share an epilogue
+UNIT_TILES = {"qkv": 2, "out": 1, "gate_up": 2, "down": 1}
+SHAPES = {"qkv": (2560, WIDTH), "out": (WIDTH, 2048), "gate_up": (2 * MLP, WIDTH), "down": (WIDTH, MLP)}
+
+
+def pack_chunks(weight: Tensor, product: str) -> Tensor:
+    """Weights (n, k) of one product, bf16 or e4m3, in the order in which the kernel streams them: (n * k,)."""
+    if tuple(weight.shape) != SHAPES[product]:
+        raise ValueError(f"{product}: expected weights of shape {SHAPES[product]}, got {tuple(weight.shape)}")
+    orders = {"qkv": rope_order(HEADS + 2, HEAD_DIM), "gate_up": geglu_order(MLP)}
+    order = orders[product].to(weight.device) if product in orders else None
+    tiles = UNIT_TILES[product]
+    blocks = CHUNK_BYTES // TILE_BLOCK_BYTES // tiles
+    raw = pack_tiles(weight, order).view(torch.uint8).view(-1, tiles, weight.shape[1] * weight.element_size() // 64, 512)
+    raw = raw.view(raw.shape[0], tiles, -1, blocks, TILE_BLOCK_BYTES).permute(0, 2, 1, 3, 4)
+    return raw.reshape(-1).view(weight.dtype)
+
+
+@dataclass
+class ExpertBuffers:
+    """Scratch of one expert: allocated once, written by the kernel."""
+
+    h: Tensor
+    q: Tensor
+    attended: Tensor
+    hidden: Tensor
+    inboxes: Tensor
+    barrier: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, dtype: torch.dtype, device: torch.device) -> ExpertBuffers:
+        """rows: actions of a chunk, 1 to 64; dtype: bfloat16 or float8_e4m3fn, the weights' type."""
+        bf16 = torch.bfloat16
+        return cls(
+            h=torch.empty(rows, WIDTH, dtype=bf16, device=device),
+            q=torch.empty(rows, HEADS * HEAD_DIM, dtype=bf16, device=device),
+            attended=torch.empty(rows, HEADS * HEAD_DIM, dtype=dtype, device=device),
+            hidden=torch.empty(rows, MLP, dtype=dtype, device=device),
+            inboxes=torch.empty(INBOX_FLOATS, dtype=torch.float32, device=device),
+            barrier=torch.zeros(BARRIER_WORDS, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights and conditioning of the whole expert on the device.
+
+    products: packed, (layers, n * k) each; weight_scale: (layers, 4) and input_scale: (layers, 2) float32, e4m3 only;
+    norms: (steps or 1, 2 * layers + 1, 3 or 1, 1024) float32, rows scale, shift, gate, or scale alone;
+    project_in, project_out: (weight, bias) float32, the bias of project_in (steps or 1, 1024).
+    """
+
+    products: dict[str, Tensor]
+    norms: Tensor
+    project_in: tuple[Tensor, Tensor]
+    project_out: tuple[Tensor, Tensor]
+    weight_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+def expert_steps(
+    weights: ExpertWeights,
+    buffers: ExpertBuffers,
+    x: Tensor,
+    steps: int,
+    rope: tuple[Tensor, Tensor],
+    prefix_length: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    eps: float = 1e-6,
+) -> None:
+    """Integrate x: (rows, action_dim) float32 in place over all denoise steps, as one kernel on the current stream.
+
+    rope: (cos, sin) float32 (positions, 128); prefix_length: int32 scalar on the device; k_cache, v_cache: bf16
+    (layers, capacity, 1, 256), whose slots from prefix_length on are overwritten. Raises RuntimeError where the device
+    cannot run the kernel (cudaErrorNotSupported).
+    """
+    norms = weights.norms
+    adaptive = norms.shape[2] == 3
+    step_stride = norms.stride(0) if norms.shape[0] > 1 else 0
+    base, row = norms.data_ptr(), norms.stride(2) * norms.element_size()
+    in_bias = weights.project_in[1]
+    products = weights.products
+    native.load().expert_steps(
+        products["qkv"].dtype == torch.float8_e4m3fn,
+        x.shape[0],
+        products["qkv"].shape[0],
+        steps,
+        x.shape[1],
+        *(products[name].data_ptr() for name in PRODUCTS),
+        0 if weights.weight_scale is None else weights.weight_scale.data_ptr(),
+        0 if weights.input_scale is None else weights.input_scale.data_ptr(),
+        base,
+        base + row if adaptive else 0,
+        base + 2 * row if adaptive else 0,
+        step_stride,
+        norms.stride(1),
+        eps,
+        rope[0].data_ptr(),
+        rope[1].data_ptr(),
+        prefix_length.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k_cache.shape[1],
+        x.data_ptr(),
+        weights.project_in[0].data_ptr(),
+        in_bias.data_ptr(),
+        in_bias.stride(0) if in_bias.shape[0] > 1 else 0,
+        weights.project_out[0].data_ptr(),
+        weights.project_out[1].data_ptr(),
+        buffers.h.data_ptr(),
+        buffers.q.data_ptr(),
+        buffers.attended.data_ptr(),
+        buffers.hidden.data_ptr(),
+        buffers.inboxes.data_ptr(),
+        buffers.barrier.data_ptr(),
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )
