@@ -54,9 +54,9 @@ def unavailable_reason() -> str | None:
 def load() -> ModuleType:
     """Import the compiled module. Works without a GPU.
 
-    It is looked for in $FLASHRT_NATIVE_DIR (then nowhere else), beside the installed package, and in
-    build/kernels of a source checkout. Raises HardwareError when there is none or it was built from other
-    sources.
+    It is looked for in $FLASHRT_NATIVE_DIR (then nowhere else), beside the installed package, and in the
+    build directories of a source checkout (the newest). Raises HardwareError when there is none or it was
+    built from other sources.
     """
     module = _import_native()
     version = getattr(module, "interface_version", None)
@@ -77,7 +77,11 @@ def _import_native() -> ModuleType:
             return importlib.import_module(MODULE)
         except ImportError as error:
             raise HardwareError(f"the native kernels cannot be loaded: {error}") from error
-    return _import_from(Path(__file__).resolve().parents[2] / "build" / "kernels")
+    build = Path(__file__).resolve().parents[2] / "build"
+    # `make kernels` and colcon's build
+    directories = [build / "kernels", build / "flashrt_ros" / "native_kernels"]
+    built = [path for directory in directories for path in directory.glob("_native*.so")]
+    return _import_from(max(built, key=lambda path: path.stat().st_mtime).parent if built else directories[0])
 
 
 def _import_from(directory: Path) -> ModuleType:
