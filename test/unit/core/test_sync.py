@@ -112,6 +112,18 @@ def test_an_aligned_set_that_is_too_old_does_not_count(demo: RobotContract) -> N
     assert set(ages(ready(old_enough.select(NOW, MONO))).values()) == {240}
 
 
+@pytest.mark.parametrize(("stamp_age", "receipt_age"), [(260, 200), (200, 260)])
+def test_each_clock_alone_makes_an_aligned_set_too_old(
+    demo: RobotContract, stamp_age: int, receipt_age: int
+) -> None:
+    """Aligned history is too old by one clock; the newest messages are fresh but do not align."""
+    sync = Synchroniser(demo)
+    for stream, newest in (("base_camera", 150), ("wrist_camera", 10), ("joint_states", 5)):
+        sync.push(stream, NOW - stamp_age * MS, MONO - receipt_age * MS, "old")
+        sync.push(stream, NOW - newest * MS, MONO - newest * MS, "new")
+    assert not_ready(sync.select(NOW, MONO)).reason is Reason.SKEW
+
+
 @pytest.fixture
 def optional_wrist(tmp_path: Path, demo_text: str) -> RobotContract:
     path = tmp_path / "robot.yaml"
@@ -169,7 +181,9 @@ def test_buffer_keeps_what_is_recent_in_order_of_stamps() -> None:
     for time in (0, 5, 12, 30):
         spanned.push(time, time, None)
     assert [item.stamp for item in spanned.items()] == [30]
-    assert len(spanned) == 1
+    spanned.push(31, 31, None)
+    spanned.push(15, 32, "the clock jumped back")
+    assert len(spanned) == spanned.jumps == 1
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         StreamBuffer(0)
 

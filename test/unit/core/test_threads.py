@@ -2,8 +2,10 @@
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from flashrt_ros.core.trigger import InferenceTrigger
 from flashrt_ros.core.worker import InferenceResult, InferenceWorker
 
 MS = 1_000_000
+Keep = Callable[[Any], Any]
 LONG = 20.0  # seconds any condition here may take on a busy machine
 
 
@@ -39,13 +42,27 @@ class Counter:
             assert self._condition.wait_for(lambda: self.count >= count, LONG)
 
 
+@pytest.fixture
+def keep() -> Iterator[Keep]:
+    """Registers threads to be stopped after the test: as they are no daemons, a failing run would hang."""
+    kept: list[Any] = []
+
+    def register(thread: Any) -> Any:
+        kept.append(thread)
+        return thread
+
+    yield register
+    for thread in kept:
+        thread.stop(LONG)
+
+
 # Control thread.
 
 
-def test_control_keeps_its_rate_over_time_without_drift() -> None:
+def test_control_keeps_its_rate_over_time_without_drift(keep: Keep) -> None:
     """Deadlines are absolute: ticks and skipped ones together fill the time exactly, whatever the load."""
     counter = Counter()
-    control = ControlThread(5 * MS, counter)
+    control = keep(ControlThread(5 * MS, counter))
     began = time.monotonic_ns()
     control.start()
     first = control.next_deadline_ns
@@ -61,7 +78,7 @@ def test_control_keeps_its_rate_over_time_without_drift() -> None:
     assert control.duration.total == control.ticks
 
 
-def test_control_skips_missed_deadlines_and_never_bursts() -> None:
+def test_control_skips_missed_deadlines_and_never_bursts(keep: Keep) -> None:
     counter, starts = Counter(), []
 
     def callback() -> None:
@@ -70,7 +87,7 @@ def test_control_skips_missed_deadlines_and_never_bursts() -> None:
             time.sleep(0.055)
         counter()
 
-    control = ControlThread(10 * MS, callback)
+    control = keep(ControlThread(10 * MS, callback))
     control.start()
     counter.wait_for(6)
     control.stop()
@@ -81,14 +98,14 @@ def test_control_skips_missed_deadlines_and_never_bursts() -> None:
     assert gaps.sum() >= (len(gaps) + 4) * 10 * MS - 5 * MS
 
 
-def test_an_error_in_the_callback_is_reported_and_the_thread_goes_on() -> None:
+def test_an_error_in_the_callback_is_reported_and_the_thread_goes_on(keep: Keep) -> None:
     counter, seen = Counter(), []
 
     def callback() -> None:
         counter()
         raise ValueError(f"call {counter.count}")
 
-    control = ControlThread(2 * MS, callback, on_error=seen.append)
+    control = keep(ControlThread(2 * MS, callback, on_error=seen.append))
     control.start()
     counter.wait_for(5)
     assert control.stop()
@@ -97,8 +114,8 @@ def test_an_error_in_the_callback_is_reported_and_the_thread_goes_on() -> None:
     assert isinstance(control.last_error, ValueError)
 
 
-def test_control_stops_from_its_own_callback_before_start_and_twice() -> None:
-    control = ControlThread(MS, lambda: None)
+def test_control_stops_from_its_own_callback_before_start_and_twice(keep: Keep) -> None:
+    control = keep(ControlThread(MS, lambda: None))
     assert control.stop()
     stopped = threading.Event()
 
@@ -106,7 +123,7 @@ def test_control_stops_from_its_own_callback_before_start_and_twice() -> None:
         assert own.stop()
         stopped.set()
 
-    own = ControlThread(2 * MS, callback)
+    own = keep(ControlThread(2 * MS, callback))
     own.start()
     assert stopped.wait(LONG)
     assert own.stop()
@@ -118,14 +135,14 @@ def test_control_stops_from_its_own_callback_before_start_and_twice() -> None:
         ControlThread(0, lambda: None)
 
 
-def test_a_callback_that_hangs_is_told_by_stop() -> None:
+def test_a_callback_that_hangs_is_told_by_stop(keep: Keep) -> None:
     entered, release = threading.Event(), threading.Event()
 
     def callback() -> None:
         entered.set()
         release.wait(LONG)
 
-    control = ControlThread(MS, callback)
+    control = keep(ControlThread(MS, callback))
     control.start()
     assert entered.wait(LONG)
     assert control.stop(timeout=0.01) is False
@@ -133,8 +150,8 @@ def test_a_callback_that_hangs_is_told_by_stop() -> None:
     assert control.stop(LONG)
 
 
-def test_a_stop_does_not_wait_for_a_long_period() -> None:
-    control = ControlThread(60_000 * MS, lambda: None)
+def test_a_stop_does_not_wait_for_a_long_period(keep: Keep) -> None:
+    control = keep(ControlThread(60_000 * MS, lambda: None))
     control.start()
     assert control.stop(LONG)
     assert control.ticks == 0
@@ -169,12 +186,17 @@ class Model:
 
 
 @pytest.fixture
-def model() -> Model:
-    return Model()
+def model(keep: Keep) -> Iterator[Model]:
+    """Set up after `keep`, so that it lets its jobs go before their worker is joined."""
+    model = Model()
+    yield model
+    model.release.release(1000)
 
 
-def started(model: Model) -> InferenceWorker[object, object]:
-    worker = InferenceWorker(model.infer, model.on_result)
+@pytest.fixture
+def worker(model: Model, keep: Keep) -> InferenceWorker[object, object]:
+    """A started worker."""
+    worker: InferenceWorker[object, object] = keep(InferenceWorker(model.infer, model.on_result))
     worker.start()
     return worker
 
@@ -186,8 +208,9 @@ def wait_idle(worker: InferenceWorker[object, object]) -> None:
         time.sleep(0.001)
 
 
-def test_a_busy_worker_takes_the_latest_job_only_and_says_that_it_is_busy(model: Model) -> None:
-    worker = started(model)
+def test_a_busy_worker_takes_the_latest_job_only_and_says_that_it_is_busy(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     assert worker.idle
     assert worker.offer(1)
     assert model.entered.acquire(timeout=LONG)
@@ -205,8 +228,9 @@ def test_a_busy_worker_takes_the_latest_job_only_and_says_that_it_is_busy(model:
     assert not worker.running
 
 
-def test_withdrawn_jobs_do_not_run(model: Model) -> None:
-    worker = started(model)
+def test_withdrawn_jobs_do_not_run(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     worker.offer(1)
     assert model.entered.acquire(timeout=LONG)
     worker.offer(2)
@@ -217,8 +241,9 @@ def test_withdrawn_jobs_do_not_run(model: Model) -> None:
     assert worker.stop(LONG)
 
 
-def test_commands_come_before_jobs_in_order_and_on_the_same_thread(model: Model) -> None:
-    worker = started(model)
+def test_commands_come_before_jobs_in_order_and_on_the_same_thread(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     order: list[tuple[int, int, threading.Thread]] = []
     worker.offer("first")
     assert model.entered.acquire(timeout=LONG)
@@ -237,8 +262,9 @@ def test_commands_come_before_jobs_in_order_and_on_the_same_thread(model: Model)
     assert worker.stop(LONG)
 
 
-def test_errors_become_results_and_the_thread_lives(model: Model) -> None:
-    worker = started(model)
+def test_errors_become_results_and_the_thread_lives(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     model.release.release(10)
     errors = RuntimeError("no memory"), IngestError(Reason.IMAGE_DECODE, "camera", "bad")
     for count, error in enumerate(errors, 1):
@@ -257,7 +283,7 @@ def test_errors_become_results_and_the_thread_lives(model: Model) -> None:
     assert worker.stop(LONG)
 
 
-def test_an_error_while_handling_a_result_is_reported(model: Model) -> None:
+def test_an_error_while_handling_a_result_is_reported(keep: Keep) -> None:
     seen: list[Exception] = []
     handled = threading.Event()
 
@@ -268,7 +294,7 @@ def test_an_error_while_handling_a_result_is_reported(model: Model) -> None:
     def on_result(result: object) -> None:
         raise ValueError("publisher is gone")
 
-    worker = InferenceWorker(lambda job: job, on_result, on_error)
+    worker = keep(InferenceWorker(lambda job: job, on_result, on_error))
     worker.start()
     worker.offer(1)
     assert handled.wait(LONG)
@@ -277,8 +303,9 @@ def test_an_error_while_handling_a_result_is_reported(model: Model) -> None:
     assert worker.stop(LONG)
 
 
-def test_stop_lets_the_job_end_cancels_commands_and_refuses_more(model: Model) -> None:
-    worker = started(model)
+def test_stop_lets_the_job_end_cancels_commands_and_refuses_more(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     worker.offer(1)
     assert model.entered.acquire(timeout=LONG)
     worker.offer(2)
@@ -294,16 +321,18 @@ def test_stop_lets_the_job_end_cancels_commands_and_refuses_more(model: Model) -
     assert len(model.results) == 1
 
 
-def test_stop_before_start_and_from_the_worker_itself(model: Model) -> None:
+def test_stop_before_start_and_from_the_worker_itself(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     assert InferenceWorker(model.infer, model.on_result).stop()
-    worker = started(model)
     with pytest.raises(RuntimeError, match="cannot stop itself"):
         worker.call(worker.stop).result(LONG)
     assert worker.stop(LONG)
 
 
-def test_a_cancelled_command_does_not_run(model: Model) -> None:
-    worker = started(model)
+def test_a_cancelled_command_does_not_run(
+    model: Model, worker: InferenceWorker[object, object]
+) -> None:
     worker.offer(1)
     assert model.entered.acquire(timeout=LONG)
     ran: list[int] = []
