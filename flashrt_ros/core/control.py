@@ -67,7 +67,7 @@ class ControlThread:
 
     @property
     def next_deadline_ns(self) -> int:
-        """When the next call is due [ns, monotonic clock]."""
+        """When the next call is due, during a call when that one was [ns, monotonic clock]."""
         return self._next_deadline
 
     def _run(self) -> None:

@@ -17,6 +17,7 @@ from flashrt_ros.core.control import ControlThread
 from flashrt_ros.core.errors import IngestError, WorkerStoppedError
 from flashrt_ros.core.metrics import LatencyWindow, RateMeter
 from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.timing import to_s
 from flashrt_ros.core.trigger import InferenceTrigger
 from flashrt_ros.core.worker import InferenceResult, InferenceWorker
 
@@ -74,15 +75,16 @@ def test_control_keeps_its_rate_over_time_without_drift(keep: Keep) -> None:
     assert (control.next_deadline_ns - first) // (5 * MS) == control.ticks + control.missed
     assert elapsed >= (control.ticks + control.missed - 1) * 5 * MS
     assert control.jitter.total == control.ticks - 1
-    assert control.jitter.summary().p50 < 0.005
+    assert control.jitter.max >= to_s(control.longest_gap_ns - 5 * MS)
     assert control.duration.total == control.ticks
 
 
 def test_control_skips_missed_deadlines_and_never_bursts(keep: Keep) -> None:
-    counter, starts = Counter(), []
+    counter, starts, deadlines = Counter(), [], []
 
     def callback() -> None:
         starts.append(time.monotonic_ns())
+        deadlines.append(control.next_deadline_ns)
         if counter.count == 2:
             time.sleep(0.055)
         counter()
@@ -93,9 +95,12 @@ def test_control_skips_missed_deadlines_and_never_bursts(keep: Keep) -> None:
     control.stop()
     assert control.missed >= 5
     assert control.longest_gap_ns >= 55 * MS
-    gaps = np.diff(starts)
-    assert gaps[2] >= 55 * MS
-    assert gaps.sum() >= (len(gaps) + 4) * 10 * MS - 5 * MS
+    assert starts[3] - starts[2] >= 55 * MS
+    assert all(start >= deadline for start, deadline in zip(starts, deadlines, strict=True))
+    steps = np.diff(deadlines) // (10 * MS)
+    assert (np.diff(deadlines) % (10 * MS) == 0).all()
+    assert (steps >= 1).all()
+    assert steps[2] >= 6
 
 
 def test_an_error_in_the_callback_is_reported_and_the_thread_goes_on(keep: Keep) -> None:
