@@ -34,6 +34,7 @@ from flashrt_ros.core.worker import InferenceResult, InferenceWorker
 from .failures import describe, reason_of
 
 FloatArray = NDArray[np.float64]
+ANY_PROMPT = "task"
 
 
 class PolicyLike(Protocol):
@@ -141,21 +142,23 @@ class Pipeline:
         """Time since start [s]."""
         return to_s(time.monotonic_ns() - self._started)
 
-    def load(self, loader: Callable[[], PolicyLike], wait: Callable[[], bool]) -> None:
-        """Load the policy on the worker thread and check it against the contract.
+    def load(self, loader: Callable[[], PolicyLike], prompt: str, wait: Callable[[], bool]) -> None:
+        """Load the policy on the worker thread, check it against the contract, set the prompt ("" for none).
 
-        `wait` is asked every 50 ms whether to go on. Raises what the loader raises, PolicyMismatchError, or
-        InterruptedError when `wait` says no.
+        `wait` is asked every 50 ms whether to go on. Raises what the loader and the prompt raise,
+        PolicyMismatchError, or InterruptedError when `wait` says no.
         """
 
         def load_and_check() -> None:
             policy = loader()
             try:
                 self.contract.check_policy(policy.spec)
+                # Without a prompt any text will do: a missing tokenizer is to show now, not in mid-operation.
+                policy.set_prompt(prompt or ANY_PROMPT)
             except Exception:
                 policy.close()
                 raise
-            self.policy = policy
+            self.policy, self.prompt = policy, prompt
 
         future = self.worker.call(load_and_check)
         while True:

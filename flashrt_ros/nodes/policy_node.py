@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
@@ -44,6 +46,8 @@ FIRST_MESSAGE = 1.0  # a stream may take this long after activation before the l
 # thread would be late by that much.
 SWITCH_INTERVAL = 0.0005
 WORKER_NICENESS = 5
+# A second signal after this long ends the process at once, whatever the model does; the hold went out [s].
+PATIENCE = 2.0
 
 PolicyLoader = Callable[[PolicyParameters, RobotContract], PolicyLike]
 
@@ -72,10 +76,10 @@ class PolicyNode(LifecycleNode):
     """ROS interface of a Pipeline: parameters, topics, services and life cycle."""
 
     def __init__(
-        self, load: PolicyLoader = load_policy, stopping: Callable[[], bool] = lambda: False
+        self, load: PolicyLoader = load_policy, stopping: Callable[[], bool] = lambda: False, **options: Any
     ) -> None:
-        """`stopping` is asked while a checkpoint loads whether to give up."""
-        super().__init__("policy_node")
+        """`stopping` is asked while a checkpoint loads whether to give up; `options` are those of a Node."""
+        super().__init__("policy_node", **options)
         parameters.declare(self)
         self._load = load
         self._stopping = stopping
@@ -138,6 +142,7 @@ class PolicyNode(LifecycleNode):
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the model and the contract's topics."""
         self._release()
+        gc.unfreeze()
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -149,6 +154,15 @@ class PolicyNode(LifecycleNode):
         """Back to unconfigured, with nothing commanded and nothing loaded."""
         self._release()
         return TransitionCallbackReturn.SUCCESS
+
+    def _LifecycleNodeMixin__change_state(self, transition_id: int) -> TransitionCallbackReturn:
+        """Refuse a transition that the state does not have, where rclpy's own would end the node."""
+        possible = [transition[0] for transition in self._state_machine.available_transitions]
+        if transition_id not in possible:
+            state = self._state_machine.current_state[1]
+            self.get_logger().error(f"transition {transition_id} refused: impossible in state {state}")
+            return TransitionCallbackReturn.FAILURE
+        return super()._LifecycleNodeMixin__change_state(transition_id)
 
     def destroy_node(self) -> None:
         """End the threads first: they publish."""
@@ -172,9 +186,7 @@ class PolicyNode(LifecycleNode):
             seed=values.seed,
         )
         self._pipeline, self._values = pipeline, values
-        pipeline.load(lambda: self._load(values, contract), lambda: not self._stopping())
-        if values.prompt:
-            pipeline.set_prompt(values.prompt, reset=False)
+        pipeline.load(lambda: self._load(values, contract), values.prompt, lambda: not self._stopping())
         self._commands = CommandPublisher(self, contract)
         self._stream_subscriptions = streams.subscribe(
             self, contract, pipeline.synchroniser, on_image=pipeline.wake
@@ -196,7 +208,6 @@ class PolicyNode(LifecycleNode):
         if self._commands is not None:
             self._commands.destroy(self)
             self._commands = None
-        gc.unfreeze()
 
     # Messages out: the first on the control thread, the next two on the worker's or the control thread
 
@@ -231,17 +242,18 @@ class PolicyNode(LifecycleNode):
 
     # Timers, on the executor's thread
 
-    def _report(self) -> PolicyStatus:
+    def report(self) -> PolicyStatus:
+        """What ~/status says now."""
         stamp = self.get_clock().now().to_msg()
         return status.policy_status(self._pipeline, stamp, self._configure_problem)
 
     def _publish_status(self) -> None:
-        self._status.publish(self._report())
+        self._status.publish(self.report())
 
     def _publish_diagnostics(self) -> None:
         robot = self._pipeline.contract.robot if self._pipeline is not None else ""
         name = f"{self.get_fully_qualified_name()}: policy"
-        self._diagnostics.publish(status.diagnostics(self._pipeline, self._report(), name, robot))
+        self._diagnostics.publish(status.diagnostics(self._pipeline, self.report(), name, robot))
 
     def _wake(self) -> None:
         if self._pipeline is not None:
@@ -252,11 +264,16 @@ def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int
     """Run the node until SIGINT or SIGTERM: 0. With `autostart`, 1 when it cannot start itself."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     stop = threading.Event()
+    asked = 0.0
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():  # asked twice: do not wait for the model
+        nonlocal asked
+        now = time.monotonic()
+        if not stop.is_set():
+            asked = now
+            stop.set()
+        elif now - asked > PATIENCE:  # a terminal and a launcher may both pass one Ctrl-C on
             os._exit(1)
-        stop.set()
 
     # rclpy's own handlers would take the publishers away before the hold could be sent.
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
@@ -269,12 +286,22 @@ def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int
         if node.autostart and not _start(node) and not stop.is_set():
             return 1
         while not stop.is_set():
-            executor.spin_once(timeout_sec=0.1)
+            _spin_once(executor, node)
         return 0
     finally:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
+        gc.freeze()  # else the interpreter spends most of a second on the collector before it ends
+
+
+def _spin_once(executor: SingleThreadedExecutor, node: PolicyNode) -> None:
+    """One callback; what it raises is logged, as a robot must not lose its node to one bad message."""
+    try:
+        executor.spin_once(timeout_sec=0.1)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        node.get_logger().error(f"callback failed: {text}", throttle_duration_sec=LOG_PERIOD)
 
 
 def _start(node: PolicyNode) -> bool:

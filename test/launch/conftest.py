@@ -7,6 +7,7 @@ command line and environment; the runner is tested in the same way.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -107,8 +108,7 @@ def recorder_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read_records(records: Path) -> dict[str, ResolvedNode]:
     """What the recording executables were started with."""
     found = [json.loads(path.read_text()) for path in records.glob("*.json")]
-    nodes = [node_from_command(record["argv"], record["env"]) for record in found]
-    return {full_name: node for full_name, node in nodes}
+    return dict(node_from_command(record["argv"], record["env"]) for record in found)
 
 
 def node_from_command(argv: list[str], env: dict[str, str]) -> tuple[str, ResolvedNode]:
@@ -117,8 +117,7 @@ def node_from_command(argv: list[str], env: dict[str, str]) -> tuple[str, Resolv
     remappings: dict[str, str] = {}
     log_level = ""
     ros_arguments = argv[argv.index("--ros-args") + 1 :]
-    pairs = [(flag, value) for flag, value in zip(ros_arguments, ros_arguments[1:], strict=False)]
-    for flag, value in pairs:
+    for flag, value in itertools.pairwise(ros_arguments):
         if flag == "-r":
             source, _, target = value.partition(":=")
             remappings[source] = target
@@ -132,9 +131,8 @@ def node_from_command(argv: list[str], env: dict[str, str]) -> tuple[str, Resolv
             log_level = value
     name, namespace = remappings.pop("__node"), remappings.pop("__ns", "").rstrip("/")
     executable = Path(argv[0])
-    node = ResolvedNode(
-        executable.parent.name, executable.name, namespace, parameters, list(remappings.items()), env, log_level
-    )
+    package, pairs = executable.parent.name, list(remappings.items())
+    node = ResolvedNode(package, executable.name, namespace, parameters, pairs, env, log_level)
     return f"{namespace}/{name}", node
 
 

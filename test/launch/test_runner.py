@@ -87,7 +87,8 @@ def test_the_end_of_a_required_node_is_reported(recorder_prefix: Path) -> None:
 
 
 def test_a_node_that_ignores_signals_is_killed(recorder_prefix: Path) -> None:
-    stubborn = executable(recorder_prefix, "stubborn", "trap '' INT TERM; echo up; while :; do sleep 0.1; done")
+    program = "trap '' INT TERM; echo up; while :; do sleep 0.1; done"
+    stubborn = executable(recorder_prefix, "stubborn", program)
     lines: list[str] = []
     started = Runner([stubborn], on_line=lambda _, line: lines.append(line), grace=0.2)
     started.start()

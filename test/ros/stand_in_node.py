@@ -1,0 +1,41 @@
+"""The policy node over a stand-in policy, for what cannot be had from the real runtime: failing on demand.
+
+Everything but the policy is the real node. Prompts: "break down" fails in set_prompt, "fail" in predict.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+
+from flashrt_ros.nodes.policy_node import main
+
+
+class StandInPolicy:
+    """Holds the arm of the demo robot where it is."""
+
+    precision = "fp32"
+
+    def __init__(self, checkpoint: str, names: tuple[str, ...]) -> None:
+        self.spec = SimpleNamespace(
+            views=("base_0_rgb", "left_wrist_0_rgb"), horizon=50, state_dim=len(names), action_dim=len(names),
+            state_names=names, action_names=names, action_rate_hz=50.0, checkpoint=checkpoint,
+        )
+
+    def set_prompt(self, prompt: str) -> None:
+        if prompt == "break down":
+            raise RuntimeError("broken on purpose")
+
+    def predict(self, images, prompt, state, *, seed=None):
+        if prompt == "fail":
+            raise RuntimeError("failed on purpose")
+        return np.tile(np.asarray(state, np.float32), (self.spec.horizon, 1))
+
+    def close(self) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(load=lambda values, contract: StandInPolicy(values.checkpoint, contract.action.joints)))
