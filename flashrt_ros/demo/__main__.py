@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ from .recording import statuses_reason, still_missing, summarise
 
 ROBOT = "demo_arm"
 UPDATE_PERIOD = 0.5  # of the live view [s]; drawing it costs the nodes CPU time
-GRACE = 0.8  # a node that ignores SIGINT gets SIGTERM after this long, and SIGKILL after as long again [s]
+GRACE = 0.6  # a node that ignores SIGINT gets SIGTERM after this long, and SIGKILL after as long again [s]
 FRAMES = 8  # images kept of each camera
 LAST_LINES = 15  # of a node's output, shown when it fails
 
@@ -132,12 +133,13 @@ class Demo:
         from .report import write_report  # matplotlib takes a second to import, not wanted while nodes run
 
         summary = summarise(observer.recording, observer.robot)
+        untrained = "untrained (random weights): its motion means nothing"
         notes = {
-            "policy": "untrained (random weights): the motion means nothing"
-            if self._untrained
-            else "a checkpoint",
+            "policy": untrained if self._untrained else "a checkpoint that is not marked as untrained",
             "checkpoint": self._options.checkpoint,
             "prompt": self._options.prompt,
+            "command": shlex.join(["python", "-m", "flashrt_ros.demo", *sys.argv[1:]]),
+            "machine": f"{os.cpu_count()} processors, load average {os.getloadavg()[0]:.1f} at the end",
         }
         written = write_report(self._directory, observer.recording, observer.robot, summary, notes)
         self._console.print(summary_table(summary))

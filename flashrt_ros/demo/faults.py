@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -126,7 +127,7 @@ def encode_raw(image: NDArray[np.uint8], encoding: str) -> tuple[NDArray[np.uint
     Raises ValueError for an encoding outside RAW_ENCODINGS.
     """
     if encoding == "rgb8":
-        pixels = image
+        pixels: NDArray[Any] = image
     elif encoding in ("bgr8", "rgba8", "bgra8", "mono8"):
         code = {
             "bgr8": cv2.COLOR_RGB2BGR,

@@ -9,6 +9,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .recording import FloatArray, Recording, RobotView, commanded_series, latencies
 
@@ -17,6 +19,7 @@ import matplotlib.pyplot as plt
 
 COMMANDED, MEASURED, SEAM = "#d1495b", "#00798c", "#b8b8b8"
 ZOOM = 1.5  # length of the magnified stretch in the joint plot [s]
+LEAD = 1_000_000_000  # of the time before the first chunk this much is shown [ns]
 MAX_FRAMES = 8  # columns of the contact sheet
 
 plt.rcParams.update(
@@ -68,16 +71,16 @@ def write_report(
     return written
 
 
-def plot_joints(recording: Recording, robot: RobotView) -> plt.Figure | None:
+def plot_joints(recording: Recording, robot: RobotView) -> Figure | None:
     """Commanded against measured, one row a joint; on the right a stretch magnified, with chunk seams."""
-    if not recording.joint_times:
+    origin, shown = _start(recording), np.array(recording.joint_times, dtype=np.int64)
+    keep = shown >= origin - LEAD
+    if not keep.any():
         return None
-    times = np.array(recording.joint_times)
-    origin = times[0]
-    seconds = (times - origin) * 1e-9
-    measured, commanded = np.array(recording.joint_positions), commanded_series(recording)
+    seconds = (shown[keep] - origin) * 1e-9
+    measured, commanded = np.array(recording.joint_positions)[keep], commanded_series(recording)[keep]
     seams = (np.array([chunk.published for chunk in recording.chunks], dtype=np.int64) - origin) * 1e-9
-    seams = seams[(seams >= 0) & (seams <= seconds[-1])]
+    seams = seams[seams <= seconds[-1]]
     rows = len(robot.joint_names)
     figure, axes = plt.subplots(
         rows,
@@ -116,12 +119,19 @@ def plot_joints(recording: Recording, robot: RobotView) -> plt.Figure | None:
     return figure
 
 
-def _draw_seams(axis: plt.Axes, seams: FloatArray, width: float) -> None:
+def _start(recording: Recording) -> int:
+    """Time 0 of the plots [ns]: the first chunk; without one, the first joint state."""
+    if recording.chunks:
+        return recording.chunks[0].published
+    return recording.joint_times[0] if recording.joint_times else 0
+
+
+def _draw_seams(axis: Axes, seams: FloatArray, width: float) -> None:
     for seam in seams:
         axis.axvline(seam, color=SEAM, linewidth=width, zorder=0)
 
 
-def plot_latency(recording: Recording, robot: RobotView) -> plt.Figure | None:
+def plot_latency(recording: Recording, robot: RobotView) -> Figure | None:
     """Histograms of inference time and of newest camera stamp -> chunk published."""
     inference, whole = latencies(recording)
     if not len(whole):
@@ -146,7 +156,7 @@ def plot_latency(recording: Recording, robot: RobotView) -> plt.Figure | None:
     return figure
 
 
-def plot_control(recording: Recording, robot: RobotView) -> plt.Figure | None:
+def plot_control(recording: Recording, robot: RobotView) -> Figure | None:
     """Intervals between commands over time, and their histogram."""
     times = np.array([published for published, _ in recording.commands], dtype=np.int64)
     if len(times) < 2:
@@ -171,13 +181,14 @@ def plot_control(recording: Recording, robot: RobotView) -> plt.Figure | None:
     return figure
 
 
-def plot_cameras(recording: Recording, robot: RobotView) -> plt.Figure | None:
+def plot_cameras(recording: Recording, robot: RobotView) -> Figure | None:
     """Contact sheet: a row a camera, evenly spread moments of the run."""
-    streams = sorted({frame.stream for frame in recording.frames})
+    origin = _start(recording)
+    kept = [frame for frame in recording.frames if frame.stamp >= origin - LEAD]
+    streams = sorted({frame.stream for frame in kept})
     if not streams:
         return None
-    origin = min(frame.stamp for frame in recording.frames)
-    rows = [[frame for frame in recording.frames if frame.stream == stream] for stream in streams]
+    rows = [[frame for frame in kept if frame.stream == stream] for stream in streams]
     columns = min(MAX_FRAMES, max(len(row) for row in rows))
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.9 * columns + 0.4, 2.15 * len(rows) + 0.5), squeeze=False

@@ -41,7 +41,7 @@ from .recording import FloatArray, RobotView
 from .spinning import SpinningNode, qos_profile, reliable
 
 ROBOT, POLICY = "demo_arm", "policy_node"
-GRACE = 0.8  # as in the demo [s]
+GRACE = 0.6  # as in the demo [s]
 STARTUP_TIMEOUT = 90.0  # for every topic to carry something [s]
 COMMAND_PERIOD = 0.02  # of the scripted motion [s]
 LOOKAHEAD = 5  # points of a scripted command after the first
@@ -135,7 +135,7 @@ class ScriptedMotion:
         """Positions (dof,) [rad, m] this long after the start, within the contract's limits."""
         assert self._start is not None
         swing = min(1.0, seconds / RAMP) * self._amplitude * np.sin(2 * np.pi * self._frequency * seconds)
-        return np.clip(self._start + swing, self._robot.lower, self._robot.upper)
+        return np.asarray(np.clip(self._start + swing, self._robot.lower, self._robot.upper))
 
 
 def record(options: argparse.Namespace) -> int:

@@ -45,21 +45,21 @@ class Trajectory:
         """
         times, positions = self.times, self.positions
         if time >= times[-1]:
-            return positions[-1].copy()
+            return np.array(positions[-1])
         index = int(np.searchsorted(times, time, side="right"))
         if index == 0:
             if start is None or start_time is None or time <= start_time:
-                return (positions[0] if start is None else start).copy()
+                return np.array(positions[0] if start is None else start)
             fraction = (time - start_time) / float(times[0] - start_time)
-            return start + fraction * (positions[0] - start)
+            return np.asarray(start + fraction * (positions[0] - start))
         span = float(times[index] - times[index - 1])
         fraction = (time - int(times[index - 1])) / span
         before, after = positions[index - 1], positions[index]
         if self.velocities is None:
-            return before + fraction * (after - before)
+            return np.asarray(before + fraction * (after - before))
         seconds = span * 1e-9
         s2, s3 = fraction**2, fraction**3
-        return (
+        return np.asarray(
             (2 * s3 - 3 * s2 + 1) * before
             + (s3 - 2 * s2 + fraction) * seconds * self.velocities[index - 1]
             + (3 * s2 - 2 * s3) * after
@@ -179,7 +179,7 @@ def describe_violation(
 ) -> str:
     """Which joint of positions (n, dof) leaves [lower, upper] furthest, in words; empty when none does."""
     excess = np.maximum(lower - positions, positions - upper)
-    row, column = np.unravel_index(int(np.argmax(excess)), excess.shape)
+    row, column = divmod(int(np.argmax(excess)), excess.shape[1])
     if excess[row, column] <= LIMIT_TOLERANCE:
         return ""
     return (

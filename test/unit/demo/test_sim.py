@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -150,6 +152,21 @@ class TestCameras:
             moved[-8:] = 0.0
             renderer.render(moved, "base_camera")
         np.testing.assert_array_equal(sim.state(), state)
+
+
+def test_without_opengl_physics_work_and_rendering_says_what_to_install():
+    code = (
+        "from flashrt_ros.demo.sim import ArmSim, CameraRenderer, RenderError\n"
+        "sim = ArmSim()\n"
+        "sim.step(sim.home)\n"
+        "try:\n    CameraRenderer(sim.model, 64, 64)\n"
+        "except RenderError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "disable", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "MUJOCO_GL=disable" in done.stdout
+    assert "install libegl1" in done.stdout
 
 
 def test_contract_limits_lie_within_the_robots_own(sim):
