@@ -59,6 +59,7 @@ def persistent(args, fp8: bool, rope, length, k, v) -> float:
     weights = ExpertWeights(
         products,
         torch.randn(10, 2 * args.layers + 1, 3, 1024, device="cuda") * 0.1,
+        torch.randn(10, args.layers, 2560 + 8192, device="cuda") * 0.1,
         (torch.randn(1024, 32, device="cuda") / 6, torch.randn(1, 1024, device="cuda")),
         (torch.randn(32, 1024, device="cuda") / 32, torch.randn(32, device="cuda")),
         ones[0] if fp8 else None,

@@ -111,9 +111,10 @@ void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_
 void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
                   uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
                   uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
-                  float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length, uintptr_t k_cache,
+                  uintptr_t shift_products, float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length, uintptr_t k_cache,
                   uintptr_t v_cache, int capacity, uintptr_t x, uintptr_t in_weight, uintptr_t in_bias,
-                  int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias, uintptr_t h, uintptr_t q,
+                  int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias, uintptr_t h, uintptr_t scaled,
+                  uintptr_t squares, uintptr_t q,
                   uintptr_t attended, uintptr_t hidden, uintptr_t inboxes, uintptr_t barrier, uintptr_t stream) {
   flashrt::ExpertSteps problem = {};
   problem.fp8 = fp8;
@@ -132,6 +133,7 @@ void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uin
   problem.gate = pointer<float>(gate);
   problem.step_stride = step_stride;
   problem.norm_stride = norm_stride;
+  problem.shift_products = pointer<float>(shift_products);
   problem.eps = eps;
   problem.rope_cos = pointer<float>(rope_cos);
   problem.rope_sin = pointer<float>(rope_sin);
@@ -146,6 +148,8 @@ void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uin
   problem.out_weight = pointer<float>(out_weight);
   problem.out_bias = pointer<float>(out_bias);
   problem.h = pointer(h);
+  problem.scaled = pointer(scaled);
+  problem.squares = pointer<float>(squares);
   problem.q = pointer(q);
   problem.attended = pointer(attended);
   problem.hidden = pointer(hidden);
@@ -167,5 +171,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("epilogue"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("x_scale"), py::arg("w_scale"), py::arg("out_scale"), py::arg("bias"), py::arg("gate"), py::arg("out"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("stream"));
   module.def("expert_attention", &expert_attention, py::arg("fp8_out"), py::arg("rows"), py::arg("heads"), py::arg("kv_heads"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("prefix_length"), py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("stream"));
   module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"), py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"), py::arg("stream"));
-  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"), py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("eps"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"), py::arg("out_weight"), py::arg("out_bias"), py::arg("h"), py::arg("q"), py::arg("attended"), py::arg("hidden"), py::arg("inboxes"), py::arg("barrier"), py::arg("stream"));
+  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"), py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"), py::arg("out_weight"), py::arg("out_bias"), py::arg("h"), py::arg("scaled"), py::arg("squares"), py::arg("q"), py::arg("attended"), py::arg("hidden"), py::arg("inboxes"), py::arg("barrier"), py::arg("stream"));
 }

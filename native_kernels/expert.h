@@ -75,7 +75,7 @@ cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);
 enum ExpertProduct : int { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kProducts = 4 };
 
 constexpr int kExpertBarrierWords = 2 + 16;            // grid, blocks done, and one for each team of a head
-constexpr int kExpertInboxFloats = 16 * 8 * 8 * 32 * 34;
+constexpr int kExpertInboxFloats = 16 * 8 * 8 * 32 * 34;  // 16 teams of 8 for 32 rows, or 8 of 16 for 16 rows
 
 struct ExpertSteps {
   bool fp8;
@@ -87,6 +87,7 @@ struct ExpertSteps {
   const float* norm_shift;              // the same, or null
   const float* gate;                    // the same, or null for 1
   int64_t step_stride, norm_stride;
+  const float* shift_products;          // (steps, layers, 2560 + 8192): norm_shift times W_qkv, W_gate_up; or null
   float eps;
   const float* rope_cos;                // (positions, 128)
   const float* rope_sin;
@@ -101,6 +102,8 @@ struct ExpertSteps {
   const float* out_weight;              // float32 (action_dim, 1024)
   const float* out_bias;
   void* h;                              // scratch: bf16 (rows, 1024)
+  void* scaled;                         // (rows, 1024): fp16 with e4m3 weights, else bf16
+  float* squares;                       // (rows, 128)
   void* q;                              // bf16 (rows, 2048)
   void* attended;                       // weights' type (rows, 2048)
   void* hidden;                         // weights' type (rows, 4096)

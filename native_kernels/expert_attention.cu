@@ -14,8 +14,9 @@ namespace flashrt {
 namespace {
 
 using attention::kHeadDim;
-using attention::kSplits;
 using attention::kThreads;
+
+constexpr int kSplits = 8;
 
 template <int RowTiles>
 __global__ void __launch_bounds__(kThreads)
@@ -23,20 +24,15 @@ __global__ void __launch_bounds__(kThreads)
 #if FLASHRT_DEVICE_HAS_BULK
   constexpr int PaddedRows = 16 * RowTiles;
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint64_t barrier;
   const int split = blockIdx.x, head = blockIdx.y, first_row = blockIdx.z * PaddedRows;
   const int kv_head = head / (p.heads / p.kv_heads), rows = p.rows - first_row;
-  const attention::Share share(split, *p.prefix_length, p.rows);
+  const attention::Share share(split, kSplits, *p.prefix_length, p.rows);
   const int64_t row_elements = int64_t(p.kv_heads) * kHeadDim, q_row_elements = int64_t(p.heads) * kHeadDim;
   const __nv_bfloat16* k = static_cast<const __nv_bfloat16*>(p.k_cache) + kv_head * kHeadDim;
   const __nv_bfloat16* v = static_cast<const __nv_bfloat16*>(p.v_cache) + kv_head * kHeadDim;
   const float inverse_scale = p.fp8_out ? 1.0f / *p.out_scale : 1.0f;
 
-  if (threadIdx.x == 0) {
-    barrier_init(&barrier, 1);
-    barrier_init_fence();
-  }
-  attention::load_prefix(shared + layout.k, shared + layout.v, k, v, row_elements, share, &barrier);
+  attention::load_prefix(shared + layout.k, shared + layout.v, k, v, row_elements, share);
   attention::cg::this_cluster().sync();  // every block has started: its inbox may be written from now on
   dependency_wait();
   dependency_release();
@@ -44,20 +40,21 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t q_offset = first_row * q_row_elements + head * kHeadDim;
   attention::load_suffix<RowTiles>(shared, layout, static_cast<const __nv_bfloat16*>(p.q) + q_offset, rows,
                                    q_row_elements, k, v, row_elements, share);
-  barrier_wait(&barrier, 0);
+  async_copy_wait();
   __syncthreads();
-  const int64_t out_offset = (q_offset + split * attention::kColumns) * (p.fp8_out ? 1 : 2);
-  attention::ClusterExchange exchange{split, reinterpret_cast<float*>(shared + layout.inbox), PaddedRows};
-  attention::attend<RowTiles>(shared, layout, share, exchange, rows, static_cast<unsigned char*>(p.out) + out_offset,
+  const int64_t out_offset = (q_offset + split * (kHeadDim / kSplits)) * (p.fp8_out ? 1 : 2);
+  attention::ClusterExchange exchange{split, reinterpret_cast<float*>(shared + layout.inbox)};
+  attention::attend<kSplits, RowTiles>(shared, layout, share, exchange, rows, static_cast<unsigned char*>(p.out) + out_offset,
                               q_row_elements, p.fp8_out, inverse_scale);
 #endif
 }
 
 template <int RowTiles>
 cudaError_t launch(const ExpertAttention& p, cudaStream_t stream) {
-  const attention::Layout layout(16 * RowTiles, p.capacity);
+  const attention::Layout layout(16 * RowTiles, p.capacity, kSplits);
+  const int bytes = layout.inbox + attention::inbox_floats(kSplits, 16 * RowTiles) * static_cast<int>(sizeof(float));
   auto kernel = expert_attention_kernel<RowTiles>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.bytes);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -68,7 +65,7 @@ cudaError_t launch(const ExpertAttention& p, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kSplits, p.heads, (p.rows + 16 * RowTiles - 1) / (16 * RowTiles));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = layout.bytes;
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;

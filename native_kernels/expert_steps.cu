@@ -2,13 +2,17 @@
 // streaming, and what stands between two dependent products is a barrier over the grid and not a kernel boundary.
 //
 // A step is: x -> h = W_in x + b; for every layer
-//   1 q, k, v = rope(norm(h) W_qkv)      2 attention, a team of 8 blocks a head
+//   1 q, k, v = rope(norm(h) W_qkv)      2 attention, a team of blocks a head
 //   3 h += gate * (attended W_out)       4 hidden = geglu(norm(h) W_gate_up)      5 h += gate * (hidden W_down)
 // and x += dt * (norm(h) W_out + b) at the end. Widths are those of the published 300M expert (pi0, pi0.5).
 //
-// Bytes moved, e4m3: 17.3 MB of weights a layer, 311 MB a step: 73 us a step at 4.3 TB/s, the floor. Each block holds a
-// ring of 16 KB weight chunks in shared memory, filled by the bulk copy engine in the fixed order of use, several
-// chunks ahead across barriers, layers and steps. What is left is latency: 5 barriers a layer.
+// The norms never stand in the way: norm(h) W = r * (h (1 + scale)) W + shift W with r = rsqrt(mean(h^2) + eps). Who
+// writes h writes h (1 + scale) and its part of the sum of squares beside it; r is applied to the product, and
+// shift W is a constant of the step.
+//
+// Bytes moved, e4m3: 17.3 MB of weights a layer, 311 MB a step: 73 us a step at 4.3 TB/s, the floor. One warp of each
+// block does nothing but keep a ring of 16 KB weight chunks in shared memory full, in the fixed order of use, across
+// barriers, layers and steps. What is left is latency: 5 barriers a layer.
 //
 // e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3 and 5.
 // Sums are taken in a fixed order: results are bit-identical from run to run.
@@ -21,23 +25,27 @@
 namespace flashrt {
 namespace {
 
-constexpr int kThreads = attention::kThreads;
+constexpr int kThreads = attention::kThreads;  // that compute; one more warp moves weights
 constexpr int kWarps = attention::kWarps;
 constexpr int kWidth = 1024, kMlp = 4096, kHeads = 8, kHeadDim = attention::kHeadDim, kAttended = kHeads * kHeadDim;
 constexpr int kQkvHeads = kHeads + 2;
 constexpr int kChunkBytes = 16384;
 constexpr int kMaxSlots = 8;
 constexpr int kMaxActionDim = 64;
-constexpr int kTeam = attention::kSplits;  // blocks that share a head
-static_assert(kThreads * 4 == kWidth, "normalise gives every thread four columns");
+constexpr float kHeadroom = 1.0f / 16;  // of h (1 + scale) in fp16
+static_assert(kThreads * 4 == kWidth, "the seam gives every thread four columns");
 
 struct Plan {
   attention::Layout attention;
-  int slots, x_stride, x_offset, sum_offset;  // the ring comes first; x, sums and the attention's operands overlap
+  int slots, work_offset;  // the ring comes first; sums and the attention's operands overlap behind it
 };
 
+// Few rows are one team of 16 blocks a head; more are teams of 8 for 32 rows each.
 template <int RowTiles>
-constexpr int kAttentionTiles = RowTiles < 2 ? 1 : 2;
+struct Teams {
+  static constexpr int Tiles = RowTiles == 1 ? 1 : 2;
+  static constexpr int Splits = RowTiles == 1 ? 16 : 8;
+};
 
 struct Product {
   int k, n, tiles;  // tiles of 8 features that share an epilogue
@@ -68,65 +76,57 @@ __device__ __forceinline__ Range own_units() {
   return {first, static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - first};
 }
 
-// The weight stream of one block: every chunk of its units, in the order of use. Only thread 0 issues.
-template <bool Fp8>
-struct Stream {
-  unsigned char* ring;
-  uint64_t* full;
+// The weight stream of one block: every chunk of its units, in the order of use, through a ring of `slots` chunks (a
+// power of two). One thread of the moving warp fills it; every computing warp reports when it has read a chunk.
+struct Ring {
+  unsigned char* chunks;
+  uint64_t *full, *empty;
   int slots;
-  int issued = 0, taken = 0;  // chunks so far; `taken` is known to every thread
-  int product = 0, layer = 0, step = 0, chunk = 0;
 
-  template <int P>
-  __device__ __forceinline__ bool source(const ExpertSteps& p, const unsigned char*& from) {
-    const Range units = own_units<Fp8, P>();
-    if (chunk >= units.count * Shape<Fp8, P>::Chunks) return false;
-    constexpr int64_t layer_bytes = int64_t(Shape<Fp8, P>::Units) * Shape<Fp8, P>::UnitBytes;
-    from = static_cast<const unsigned char*>(p.weights[P]) + layer * layer_bytes +
-           int64_t(units.first) * Shape<Fp8, P>::UnitBytes + int64_t(chunk) * kChunkBytes;
-    return true;
-  }
-
-  // Ask for the next chunk, if there is one. The slot it goes to must have been taken.
-  __device__ void issue(const ExpertSteps& p) {
-    const unsigned char* from = nullptr;
-    while (step < p.steps) {
-      const bool found = product == kQkv      ? source<kQkv>(p, from)
-                         : product == kOut    ? source<kOut>(p, from)
-                         : product == kGateUp ? source<kGateUp>(p, from)
-                                              : source<kDown>(p, from);
-      if (found) break;
-      chunk = 0;
-      if (++product == kProducts) {
-        product = 0;
-        if (++layer == p.layers) {
-          layer = 0;
-          ++step;
-        }
-      }
-    }
-    if (step == p.steps) return;
-    const int slot = issued % slots;
+  __device__ __forceinline__ void fill(int index, const unsigned char* from) const {
+    const int slot = index & (slots - 1);
+    if (index >= slots) barrier_wait(empty + slot, (index / slots - 1) & 1);
     barrier_expect(full + slot, kChunkBytes);
-    bulk_copy(ring + slot * kChunkBytes, from, kChunkBytes, full + slot);
-    ++issued;
-    ++chunk;
+    bulk_copy(chunks + slot * kChunkBytes, from, kChunkBytes, full + slot);
   }
-
-  // The chunk `ahead` of the next one to be taken, once it has arrived.
-  __device__ __forceinline__ const unsigned char* wait(int ahead) const {
-    const int index = taken + ahead, slot = index % slots;
-    barrier_wait(full + slot, index / slots & 1);
-    return ring + slot * kChunkBytes;
+  // Chunk `index`, once it has arrived.
+  __device__ __forceinline__ const unsigned char* wait(int index) const {
+    const int slot = index & (slots - 1);
+    barrier_wait(full + slot, (index / slots) & 1);
+    return chunks + slot * kChunkBytes;
   }
-
-  // Give back `count` chunks that every warp has read, and ask for as many.
-  __device__ __forceinline__ void release(const ExpertSteps& p, int count) {
-    taken += count;
-    if (threadIdx.x == 0)
-      for (int i = 0; i < count; ++i) issue(p);
+  __device__ __forceinline__ void release(int index, int count) const {
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0)
+      for (int i = 0; i < count; ++i) barrier_arrive(empty + ((index + i) & (slots - 1)));
   }
 };
+
+template <bool Fp8, int P>
+__device__ __forceinline__ int fill_product(const ExpertSteps& p, const Ring& ring, int layer, int index) {
+  const Range units = own_units<Fp8, P>();
+  constexpr int64_t layer_bytes = int64_t(Shape<Fp8, P>::Units) * Shape<Fp8, P>::UnitBytes;
+  const unsigned char* from = static_cast<const unsigned char*>(p.weights[P]) + layer * layer_bytes +
+                              int64_t(units.first) * Shape<Fp8, P>::UnitBytes;
+  const int chunks = units.count * Shape<Fp8, P>::Chunks;
+  for (int chunk = 0; chunk < chunks; ++chunk) ring.fill(index + chunk, from + int64_t(chunk) * kChunkBytes);
+  return index + chunks;
+}
+
+template <bool Fp8>
+__device__ void move_weights(const ExpertSteps& p, const Ring& ring) {
+  int index = 0;
+  for (int step = 0; step < p.steps; ++step) {
+    for (int layer = 0; layer < p.layers; ++layer) {
+      index = fill_product<Fp8, kQkv>(p, ring, layer, index);
+      index = fill_product<Fp8, kOut>(p, ring, layer, index);
+      index = fill_product<Fp8, kGateUp>(p, ring, layer, index);
+      index = fill_product<Fp8, kDown>(p, ring, layer, index);
+    }
+  }
+}
+
+using attention::team_barrier;
 
 // A barrier over the grid that can be split: what a block does between arrive and wait costs nothing.
 struct GridBarrier {
@@ -134,7 +134,7 @@ struct GridBarrier {
   unsigned target = 0;
 
   __device__ __forceinline__ void arrive() {
-    __syncthreads();
+    team_barrier();
     target += gridDim.x;
     if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
   }
@@ -145,97 +145,13 @@ struct GridBarrier {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
       } while (seen < target);
     }
-    __syncthreads();
+    team_barrier();
   }
 };
-
-struct Style {
-  float4 scale, shift;  // of this thread's four columns; scale holds 1 + scale
-};
-
-__device__ __forceinline__ Style load_style(const ExpertSteps& p, int step, int norm) {
-  const int64_t offset = step * p.step_stride + norm * p.norm_stride + threadIdx.x * 4;
-  Style style;
-  style.scale = *reinterpret_cast<const float4*>(p.norm_scale + offset);
-  style.scale.x += 1.0f, style.scale.y += 1.0f, style.scale.z += 1.0f, style.scale.w += 1.0f;
-  style.shift =
-      p.norm_shift != nullptr ? *reinterpret_cast<const float4*>(p.norm_shift + offset) : make_float4(0, 0, 0, 0);
-  return style;
-}
-
-// Sums over a warp of 16 values a lane, by halving: lanes 2r and 2r + 1 end up with value r.
-__device__ __forceinline__ float warp_sums(float (&value)[16]) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int count = 8; count > 0; count /= 2) {
-    const bool upper = lane & (count * 2);
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const float kept = upper ? value[i + count] : value[i], sent = upper ? value[i] : value[i + count];
-      value[i] = kept + __shfl_xor_sync(0xffffffffu, sent, count * 2);
-    }
-  }
-  return value[0] + __shfl_xor_sync(0xffffffffu, value[0], 1);
-}
-
-// Norm of h's rows into shared memory as fp16 (e4m3 weights) or bf16: four columns a thread, 16 rows at a time.
-template <bool Fp8, int RowTiles>
-__device__ void normalise(const ExpertSteps& p, const Style& style, unsigned char* x, int x_stride,
-                          float (*partial)[16]) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const uint2* source = static_cast<const uint2*>(p.h) + threadIdx.x;
-#pragma unroll 1
-  for (int first = 0; first < p.rows; first += 16) {
-    uint2 raw[16];
-    float squares[16];
-#pragma unroll
-    for (int r = 0; r < 16; ++r) {
-      raw[r] = make_uint2(0, 0);
-      if (first + r < p.rows) raw[r] = __ldcg(source + (first + r) * (kWidth / 4));
-    }
-#pragma unroll
-    for (int r = 0; r < 16; ++r) {
-      const float a = __uint_as_float(raw[r].x << 16), b = __uint_as_float(raw[r].x & 0xffff0000u);
-      const float c = __uint_as_float(raw[r].y << 16), d = __uint_as_float(raw[r].y & 0xffff0000u);
-      squares[r] = a * a + b * b + c * c + d * d;
-    }
-    const float sum = warp_sums(squares);
-    if (lane % 2 == 0) partial[warp][lane / 2] = sum;
-    __syncthreads();
-    float total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += partial[w][lane % 16];
-    const float inverse = rsqrtf(total * (1.0f / kWidth) + p.eps);
-#pragma unroll
-    for (int r = 0; r < 16; ++r) {
-      const float i = __shfl_sync(0xffffffffu, inverse, r);
-      if (first + r >= p.rows) continue;
-      const float a = __uint_as_float(raw[r].x << 16) * i * style.scale.x + style.shift.x;
-      const float b = __uint_as_float(raw[r].x & 0xffff0000u) * i * style.scale.y + style.shift.y;
-      const float c = __uint_as_float(raw[r].y << 16) * i * style.scale.z + style.shift.z;
-      const float d = __uint_as_float(raw[r].y & 0xffff0000u) * i * style.scale.w + style.shift.w;
-      unsigned char* target = x + (first + r) * x_stride + threadIdx.x * 8;
-      if constexpr (Fp8) {
-        reinterpret_cast<__half2*>(target)[0] = __floats2half2_rn(a, b);
-        reinterpret_cast<__half2*>(target)[1] = __floats2half2_rn(c, d);
-      } else {
-        reinterpret_cast<__nv_bfloat162*>(target)[0] = __floats2bfloat162_rn(a, b);
-        reinterpret_cast<__nv_bfloat162*>(target)[1] = __floats2bfloat162_rn(c, d);
-      }
-    }
-    __syncthreads();
-  }
-}
 
 // Of h: another block may have written it since this multiprocessor's L1 saw it.
 __device__ __forceinline__ float load_fresh(const __nv_bfloat16* address) {
   return to_float(__ushort_as_bfloat16(__ldcg(reinterpret_cast<const unsigned short*>(address))));
-}
-
-__device__ __forceinline__ uint4 shared_row(const ExpertSteps& p, const unsigned char* x, int row, int x_stride,
-                                            int byte) {
-  if (row >= p.rows) return make_uint4(0, 0, 0, 0);
-  return *reinterpret_cast<const uint4*>(x + row * x_stride + byte);
 }
 
 __device__ __forceinline__ uint4 global_row(const ExpertSteps& p, const void* x, int row, int k_bytes, int byte) {
@@ -243,58 +159,56 @@ __device__ __forceinline__ uint4 global_row(const ExpertSteps& p, const void* x,
   return __ldcg(reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(x) + int64_t(row) * k_bytes + byte));
 }
 
-// Products 1 and 4: Group units at once on the normed rows in shared memory; each warp has its k blocks of every chunk.
+// Products 1 and 4: Group units at once on rows of 16-bit values; a warp reads its own k of every chunk, once.
 template <bool Fp8, int RowTiles, int P, int Group>
-__device__ __forceinline__ void multiply_normed(const ExpertSteps& p, const Stream<Fp8>& stream, const unsigned char* x,
-                                                int x_stride, int units,
+__device__ __forceinline__ void multiply_scaled(const ExpertSteps& p, const Ring& ring, int index, int units,
                                                 float (&sum)[Group][RowTiles][Shape<Fp8, P>::Tiles][4]) {
   using S = Shape<Fp8, P>;
-  constexpr int Own = S::Blocks / kWarps;
+  constexpr int Own = S::Blocks / kWarps, Vectors = Fp8 ? 2 : 1;  // 16-byte pieces of a k block in 16-bit values
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row = lane / 4;
 #pragma unroll
   for (int chunk = 0; chunk < S::Chunks; ++chunk) {
+    uint4 low[Own][RowTiles][Vectors], high[Own][RowTiles][Vectors];
 #pragma unroll
     for (int o = 0; o < Own; ++o) {
-      const int local = warp * Own + o;
-      const int byte = (chunk * S::Blocks + local) * kBlockBytes + lane % 4 * 16;
-      uint4 low[RowTiles][2], high[RowTiles][2];
+      const int byte = ((chunk * S::Blocks + warp * Own + o) * kBlockBytes + lane % 4 * 16) * Vectors;
 #pragma unroll
       for (int r = 0; r < RowTiles; ++r) {
-        if constexpr (Fp8) {
-          low[r][0] = shared_row(p, x, r * 16 + row, x_stride, byte * 2);
-          low[r][1] = shared_row(p, x, r * 16 + row, x_stride, byte * 2 + 16);
-          high[r][0] = shared_row(p, x, r * 16 + row + 8, x_stride, byte * 2);
-          high[r][1] = shared_row(p, x, r * 16 + row + 8, x_stride, byte * 2 + 16);
-        } else {
-          low[r][0] = shared_row(p, x, r * 16 + row, x_stride, byte);
-          high[r][0] = shared_row(p, x, r * 16 + row + 8, x_stride, byte);
+#pragma unroll
+        for (int i = 0; i < Vectors; ++i) {
+          low[o][r][i] = global_row(p, p.scaled, r * 16 + row, kWidth * 2, byte + i * 16);
+          high[o][r][i] = global_row(p, p.scaled, r * 16 + row + 8, kWidth * 2, byte + i * 16);
         }
       }
+    }
 #pragma unroll
-      for (int g = 0; g < Group; ++g) {
-        if (g >= units) break;
-        const unsigned char* weights = stream.wait(g * S::Chunks + chunk) + local * kTileBytes + lane * 16;
+    for (int g = 0; g < Group; ++g) {
+      if (g >= units) break;
+      const unsigned char* weights = ring.wait(index + g * S::Chunks + chunk) + warp * Own * kTileBytes + lane * 16;
+#pragma unroll
+      for (int o = 0; o < Own; ++o) {
 #pragma unroll
         for (int t = 0; t < S::Tiles; ++t) {
-          const uint4 packed = *reinterpret_cast<const uint4*>(weights + t * S::Blocks * kTileBytes);
+          const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + o) * kTileBytes);
           if constexpr (Fp8) {
             uint32_t b[8];
             widen(packed, b);
 #pragma unroll
-            for (int r = 0; r < RowTiles; ++r) multiply_f16(sum[g][r][t], low[r], high[r], b);
+            for (int r = 0; r < RowTiles; ++r) multiply_f16(sum[g][r][t], low[o][r], high[o][r], b);
           } else {
 #pragma unroll
-            for (int r = 0; r < RowTiles; ++r) multiply<false>(sum[g][r][t], low[r][0], high[r][0], packed);
+            for (int r = 0; r < RowTiles; ++r) multiply<false>(sum[g][r][t], low[o][r][0], high[o][r][0], packed);
           }
         }
       }
     }
   }
+  ring.release(index, units * S::Chunks);
 }
 
-// Products 3 and 5: one unit on rows in global memory; each warp reads its own part of k only.
+// Products 3 and 5: one unit on rows of the weights' type.
 template <bool Fp8, int RowTiles, int P>
-__device__ __forceinline__ void multiply_plain(const ExpertSteps& p, const Stream<Fp8>& stream, const void* x,
+__device__ __forceinline__ void multiply_plain(const ExpertSteps& p, const Ring& ring, int index, const void* x,
                                                float (&sum)[1][RowTiles][1][4]) {
   using S = Shape<Fp8, P>;
   constexpr int Own = S::Blocks / kWarps;
@@ -312,18 +226,24 @@ __device__ __forceinline__ void multiply_plain(const ExpertSteps& p, const Strea
     }
   };
   load(0);
+  float odd[RowTiles][4] = {};  // a second chain of sums
 #pragma unroll
   for (int chunk = 0; chunk < S::Chunks; ++chunk) {
     if (chunk + 1 < S::Chunks) load(chunk + 1);
-    const unsigned char* weights = stream.wait(chunk) + warp * Own * kTileBytes + lane * 16;
+    const unsigned char* weights = ring.wait(index + chunk) + warp * Own * kTileBytes + lane * 16;
 #pragma unroll
     for (int o = 0; o < Own; ++o) {
       const uint4 packed = *reinterpret_cast<const uint4*>(weights + o * kTileBytes);
 #pragma unroll
       for (int r = 0; r < RowTiles; ++r)
-        multiply<Fp8>(sum[0][r][0], low[chunk % 2][o][r], high[chunk % 2][o][r], packed);
+        multiply<Fp8>(o % 2 == 0 ? sum[0][r][0] : odd[r], low[chunk % 2][o][r], high[chunk % 2][o][r], packed);
     }
   }
+  ring.release(index, S::Chunks);
+#pragma unroll
+  for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[0][r][0][i] += odd[r][i];
 }
 
 // Every warp's part of the sums of Group units into shared memory: [warp][unit][tile][row][feature].
@@ -365,258 +285,373 @@ __device__ __forceinline__ void store_quantised(void* out, int64_t index, float 
   }
 }
 
+template <bool Fp8>
+__device__ __forceinline__ void store_scaled(void* out, int64_t index, float value) {
+  if constexpr (Fp8) {
+    static_cast<__half*>(out)[index] = from_float<__half>(value * kHeadroom);
+  } else {
+    static_cast<__nv_bfloat16*>(out)[index] = from_float<__nv_bfloat16>(value * kHeadroom);
+  }
+}
+
 template <bool Fp8, int RowTiles>
 struct Expert {
   static constexpr int TileElements = 16 * RowTiles * kTileFeatures;
-  static constexpr int AttentionTiles = kAttentionTiles<RowTiles>;
+  static constexpr int Half = kHeadDim / 2, UnitsPerHead = Half / kTileFeatures;
+  static constexpr int Parts = Shape<Fp8, kOut>::Units;  // of a row's sum of squares
+  static_assert(Parts == 4 * kWarpSize);
+  using T = Teams<RowTiles>;
 
   const ExpertSteps& p;
   const Plan& plan;
-  unsigned char* shared;
-  Stream<Fp8> stream;
+  unsigned char* work;
+  Ring ring;
   GridBarrier grid;
-  uint64_t* kv_barrier;
-  float (*partial)[16];
-  int kv_phase = 0;
+  float* inverse;  // shared: r / kHeadroom of every row
+  float* scratch;
+  int chunk = 0;
   unsigned team_target = 0;
 
-  __device__ unsigned char* x() { return shared + plan.x_offset; }
-  __device__ float* sums() { return reinterpret_cast<float*>(shared + plan.sum_offset); }
+  __device__ float* sums() { return reinterpret_cast<float*>(work); }
   __device__ float weight_scale(int layer, int product) const {
     return Fp8 ? p.weight_scale[layer * kProducts + product] : 1.0f;
   }
   __device__ float input_scale(int layer, int product) const {
     return Fp8 ? p.input_scale[layer * 2 + (product == kDown)] : 1.0f;
   }
+  __device__ const float* style(const float* base, int step, int norm) const {
+    return base == nullptr ? nullptr : base + step * p.step_stride + norm * p.norm_stride;
+  }
+
+  // The parts of the sums of squares of this warp's first rows: asked for early, added up when the product is done.
+  struct Squares {
+    float4 part[2];
+  };
+  __device__ __forceinline__ Squares load_squares() const {
+    Squares squares = {};
+    const int row = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (row + i * kWarps < p.rows)
+        squares.part[i] = __ldcg(reinterpret_cast<const float4*>(p.squares + (row + i * kWarps) * Parts) + lane);
+    return squares;
+  }
+
+  // r of every row from the parts that the writers of h left; the next team_barrier() makes it known.
+  __device__ __forceinline__ void inverse_rms(const Squares& squares) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < 2 * RowTiles; ++i) {
+      const int row = threadIdx.x / kWarpSize + i * kWarps;
+      if (row >= p.rows) break;
+      const float4 part =
+          i < 2 ? squares.part[i % 2] : __ldcg(reinterpret_cast<const float4*>(p.squares + row * Parts) + lane);
+      float sum = (part.x + part.y) + (part.z + part.w);
+#pragma unroll
+      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      if (lane == 0) inverse[row] = rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
+    }
+  }
+
+  // shift W of a feature at this step.
+  __device__ __forceinline__ float shift_product(int step, int layer, int feature) const {
+    constexpr int64_t Features = kQkvHeads * kHeadDim + 2 * kMlp;
+    return p.shift_products == nullptr ? 0.0f : p.shift_products[(int64_t(step) * p.layers + layer) * Features + feature];
+  }
 
   __device__ void qkv(int step, int layer) {
     constexpr int Group = RowTiles == 1 ? 2 : 1;
     using S = Shape<Fp8, kQkv>;
-    const Style style = load_style(p, step, 2 * layer);
     const float scale = weight_scale(layer, kQkv);
     const int prefix = *p.prefix_length;
     const Range units = own_units<Fp8, kQkv>();
-    const float2 ahead = angle(units.first + threadIdx.x / TileElements, threadIdx.x, prefix);
+    const RopeOperands ahead = rope_operands(step, layer, units.first + threadIdx.x / TileElements, threadIdx.x, prefix);
     grid.wait();
-    normalise<Fp8, RowTiles>(p, style, x(), plan.x_stride, partial);
+    const Squares squares = load_squares();
     for (int first = 0; first < units.count; first += Group) {
       const int count = min(Group, units.count - first);
       float sum[Group][RowTiles][S::Tiles][4] = {};
-      multiply_normed<Fp8, RowTiles, kQkv, Group>(p, stream, x(), plan.x_stride, count, sum);
-      if (first > 0) __syncthreads();  // the last group's sums are being read
+      multiply_scaled<Fp8, RowTiles, kQkv, Group>(p, ring, chunk, count, sum);
+      if (first == 0) inverse_rms(squares);
+      chunk += count * S::Chunks;
+      if (first > 0) team_barrier();  // the last group's sums are being read
       spread<RowTiles, S::Tiles, Group>(sums(), sum);
-      __syncthreads();
-      stream.release(p, count * S::Chunks);
+      team_barrier();
       for (int i = threadIdx.x; i < count * TileElements; i += kThreads) {
         const int unit = i / TileElements, element = i % TileElements, m = element / kTileFeatures;
         if (m >= p.rows) continue;
-        const bool known = first == 0 && i == threadIdx.x;
-        rotate(layer, units.first + first + unit, m, element % kTileFeatures, prefix + m,
-               known ? ahead : angle(units.first + first + unit, i, prefix),
-               gather<RowTiles, S::Tiles, Group>(sums(), unit, 0, element) * scale,
-               gather<RowTiles, S::Tiles, Group>(sums(), unit, 1, element) * scale);
+        const RopeOperands operands = first == 0 && i == threadIdx.x
+                                          ? ahead
+                                          : rope_operands(step, layer, units.first + first + unit, i, prefix);
+        const float factor = scale * inverse[m];
+        rotate(layer, units.first + first + unit, m, element % kTileFeatures, prefix + m, operands,
+               gather<RowTiles, S::Tiles, Group>(sums(), unit, 0, element) * factor,
+               gather<RowTiles, S::Tiles, Group>(sums(), unit, 1, element) * factor);
       }
     }
     grid.arrive();
   }
 
-  static constexpr int Half = kHeadDim / 2, UnitsPerHead = Half / kTileFeatures;
+  struct RopeOperands {
+    float cosine = 1.0f, sine = 0.0f, first_shift = 0.0f, second_shift = 0.0f;
+  };
 
-  // cos and sin for output `index` of a unit; (1, 0) for v, which is not rotated.
-  __device__ __forceinline__ float2 angle(int unit, int index, int prefix) const {
+  // What output `index` of a unit needs beside its product; v is not rotated.
+  __device__ __forceinline__ RopeOperands rope_operands(int step, int layer, int unit, int index, int prefix) const {
+    RopeOperands operands;
     const int element = index % TileElements, m = element / kTileFeatures;
-    if (m >= p.rows || unit >= (kHeads + 1) * UnitsPerHead) return make_float2(1.0f, 0.0f);
-    const int64_t entry = int64_t(prefix + m) * Half + unit % UnitsPerHead * kTileFeatures + element % kTileFeatures;
-    return make_float2(p.rope_cos[entry], p.rope_sin[entry]);
+    if (m >= p.rows || unit >= kQkvHeads * UnitsPerHead) return operands;
+    const int d = unit % UnitsPerHead * kTileFeatures + element % kTileFeatures;
+    const int feature = unit / UnitsPerHead * kHeadDim + d;
+    operands.first_shift = shift_product(step, layer, feature);
+    operands.second_shift = shift_product(step, layer, feature + Half);
+    if (unit < (kHeads + 1) * UnitsPerHead) {
+      operands.cosine = p.rope_cos[int64_t(prefix + m) * Half + d];
+      operands.sine = p.rope_sin[int64_t(prefix + m) * Half + d];
+    }
+    return operands;
   }
 
-  __device__ __forceinline__ void rotate(int layer, int unit, int m, int column, int position, float2 angle,
+  __device__ __forceinline__ void rotate(int layer, int unit, int m, int column, int position, const RopeOperands& o,
                                          float first, float second) {
     const int head = unit / UnitsPerHead, d = unit % UnitsPerHead * kTileFeatures + column;
-    const float rotated = first * angle.x - second * angle.y;
-    second = second * angle.x + first * angle.y;
-    first = rotated;
+    first += o.first_shift, second += o.second_shift;
     const int64_t slot = (int64_t(layer) * p.capacity + position) * kHeadDim;
     __nv_bfloat16* target = head < kHeads    ? static_cast<__nv_bfloat16*>(p.q) + (m * kHeads + head) * kHeadDim
                             : head == kHeads ? static_cast<__nv_bfloat16*>(p.k_cache) + slot
                                              : static_cast<__nv_bfloat16*>(p.v_cache) + slot;
-    target[d] = from_float<__nv_bfloat16>(first);
-    target[d + Half] = from_float<__nv_bfloat16>(second);
+    target[d] = from_float<__nv_bfloat16>(first * o.cosine - second * o.sine);
+    target[d + Half] = from_float<__nv_bfloat16>(second * o.cosine + first * o.sine);
   }
 
   __device__ void attend(int layer) {
-#if FLASHRT_DEVICE_HAS_BULK
-    constexpr int Rows = 16 * AttentionTiles;
-    const int team = blockIdx.x / kTeam, head = team % kHeads, first_row = team / kHeads * Rows;
+    constexpr int Rows = 16 * T::Tiles, Floats = attention::inbox_floats(T::Splits, Rows);
+    const int team = blockIdx.x / T::Splits, rank = blockIdx.x % T::Splits;
+    const int head = team % kHeads, first_row = team / kHeads * Rows;
     const bool busy = first_row < p.rows;  // alike in all blocks of a team
-    unsigned char* base = x();
     const __nv_bfloat16* k = static_cast<const __nv_bfloat16*>(p.k_cache) + int64_t(layer) * p.capacity * kHeadDim;
     const __nv_bfloat16* v = static_cast<const __nv_bfloat16*>(p.v_cache) + int64_t(layer) * p.capacity * kHeadDim;
-    const attention::Share share(blockIdx.x % kTeam, *p.prefix_length, p.rows);
+    const attention::Share share(rank, T::Splits, *p.prefix_length, p.rows);
     const float inverse_scale = Fp8 ? 1.0f / input_scale(layer, kOut) : 1.0f;
-    if (busy) {
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // x and sums were written here a moment ago
-      attention::load_prefix(base + plan.attention.k, base + plan.attention.v, k, v, kHeadDim, share, kv_barrier);
-    }
+    if (busy) attention::load_prefix(work + plan.attention.k, work + plan.attention.v, k, v, kHeadDim, share);
     grid.wait();
     if (busy) {
       const int64_t offset = int64_t(first_row) * kAttended + head * kHeadDim;
-      const int rows = p.rows - first_row;
-      attention::load_suffix<AttentionTiles>(base, plan.attention, static_cast<const __nv_bfloat16*>(p.q) + offset,
-                                             rows, kAttended, k, v, kHeadDim, share);
-      barrier_wait(kv_barrier, kv_phase);
-      kv_phase ^= 1;
-      __syncthreads();
-      const int64_t out = (offset + blockIdx.x % kTeam * attention::kColumns) * (Fp8 ? 1 : 2);
-      team_target += kTeam;
-      attention::GlobalExchange exchange{
-          static_cast<int>(blockIdx.x % kTeam),
-          p.inboxes + team * kTeam * attention::GlobalExchange::inbox_floats(Rows), p.barrier + 2 + team, team_target,
-          Rows};
-      attention::attend<AttentionTiles>(base, plan.attention, share, exchange, rows,
-                                        static_cast<unsigned char*>(p.attended) + out, kAttended, Fp8, inverse_scale);
+      attention::load_suffix<T::Tiles>(work, plan.attention, static_cast<const __nv_bfloat16*>(p.q) + offset,
+                                       p.rows - first_row, kAttended, k, v, kHeadDim, share);
+      async_copy_wait();
+      team_barrier();
+      const int64_t out = (offset + rank * (kHeadDim / T::Splits)) * (Fp8 ? 1 : 2);
+      team_target += T::Splits;
+      attention::GlobalExchange exchange{rank, p.inboxes + int64_t(team) * T::Splits * Floats, Floats,
+                                         p.barrier + 2 + team, team_target};
+      attention::attend<T::Splits, T::Tiles>(work, plan.attention, share, exchange, p.rows - first_row,
+                                             static_cast<unsigned char*>(p.attended) + out, kAttended, Fp8,
+                                             inverse_scale);
     }
     grid.arrive();
-#endif
   }
 
-  // h += gate * (input W): products 3 and 5. Block and element of h are the same in both, whatever the grid.
+  // h += gate * (input W): products 3 and 5, with what the norm behind them needs. A unit is the same 8 columns of h in
+  // both, and always one block's.
   template <int P>
   __device__ void add_product(const void* input, int step, int layer, int norm) {
     using S = Shape<Fp8, P>;
     const Range units = own_units<Fp8, P>();
     const float scale = weight_scale(layer, P) * input_scale(layer, P);
-    const float* gate = p.gate == nullptr ? nullptr : p.gate + step * p.step_stride + norm * p.norm_stride;
+    const float *gate = style(p.gate, step, norm), *next = style(p.norm_scale, step, norm + 1);
     __nv_bfloat16* h = static_cast<__nv_bfloat16*>(p.h);
     const int column = threadIdx.x % kTileFeatures, first_m = threadIdx.x / kTileFeatures;
     const int first_n = units.first * kTileFeatures + column;
-    // of the first unit's first row: nothing else writes it, so it can be read ahead of the barrier
-    const float ahead_gate = gate == nullptr || units.count == 0 ? 1.0f : gate[first_n];
-    const float ahead_h = units.count > 0 && first_m < p.rows ? load_fresh(h + first_m * kWidth + first_n) : 0.0f;
+    // of the first unit: nothing else writes it, so it can be read ahead of the barrier
+    const bool any = units.count > 0;
+    const float ahead_gate = any && gate != nullptr ? gate[first_n] : 1.0f;
+    const float ahead_next = any ? next[first_n] : 0.0f;
+    const float ahead_h = any && first_m < p.rows ? load_fresh(h + first_m * kWidth + first_n) : 0.0f;
     grid.wait();
     for (int unit = 0; unit < units.count; ++unit) {
       float sum[1][RowTiles][1][4] = {};
-      multiply_plain<Fp8, RowTiles, P>(p, stream, input, sum);
-      if (unit > 0) __syncthreads();
+      multiply_plain<Fp8, RowTiles, P>(p, ring, chunk, input, sum);
+      chunk += S::Chunks;
+      if (unit > 0) team_barrier();
       spread<RowTiles, 1, 1>(sums(), sum);
-      __syncthreads();
-      stream.release(p, S::Chunks);
+      team_barrier();
+      const int n = (units.first + unit) * kTileFeatures + column;
+      const float g = unit == 0 ? ahead_gate : gate == nullptr ? 1.0f : gate[n];
+      const float factor = (unit == 0 ? ahead_next : next[n]) + 1.0f;
       for (int i = threadIdx.x; i < TileElements; i += kThreads) {
-        const int m = i / kTileFeatures, n = (units.first + unit) * kTileFeatures + column;
-        if (m >= p.rows) break;
-        const bool ahead = unit == 0 && m == first_m;
-        const float g = ahead ? ahead_gate : gate == nullptr ? 1.0f : gate[n];
-        const float before = ahead ? ahead_h : load_fresh(h + m * kWidth + n);
-        const float product = gather<RowTiles, 1, 1>(sums(), 0, 0, i) * scale;
-        h[m * kWidth + n] = from_float<__nv_bfloat16>(before + g * product);
+        const int m = i / kTileFeatures;  // the 8 lanes of a row stay together
+        float value = 0.0f;
+        if (m < p.rows) {
+          const float before = unit == 0 && m == first_m ? ahead_h : load_fresh(h + m * kWidth + n);
+          const __nv_bfloat16 rounded =
+              from_float<__nv_bfloat16>(before + g * gather<RowTiles, 1, 1>(sums(), 0, 0, i) * scale);
+          value = to_float(rounded);
+          h[m * kWidth + n] = rounded;
+          store_scaled<Fp8>(p.scaled, m * kWidth + n, value * factor);
+        }
+        float squares = value * value;
+#pragma unroll
+        for (int offset = kTileFeatures / 2; offset > 0; offset /= 2)
+          squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+        if (m < p.rows && column == 0) p.squares[m * Parts + units.first + unit] = squares;
       }
     }
     grid.arrive();
   }
 
+  // What the norm's shift adds to gate and up of hidden feature n.
+  __device__ __forceinline__ float2 shifts(int step, int layer, int n) const {
+    constexpr int First = kQkvHeads * kHeadDim;
+    return make_float2(shift_product(step, layer, First + n), shift_product(step, layer, First + kMlp + n));
+  }
+
   __device__ void gate_up(int step, int layer) {
-    constexpr int Group = RowTiles == 1 ? 4 / Shape<Fp8, kGateUp>::Chunks : 1;
     using S = Shape<Fp8, kGateUp>;
-    const Style style = load_style(p, step, 2 * layer + 1);
+    constexpr int Group = RowTiles == 1 ? 4 / S::Chunks : Fp8 ? 2 : 1;
+    constexpr int kAhead = 2;
     const float scale = weight_scale(layer, kGateUp), inverse_scale = Fp8 ? 1.0f / input_scale(layer, kDown) : 1.0f;
     const Range units = own_units<Fp8, kGateUp>();
+    // the shifts of this thread's first outputs, ahead of the barrier
+    float2 ahead[kAhead] = {};
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int index = threadIdx.x + i * kThreads, unit = index / TileElements;
+      if (unit < units.count) ahead[i] = shifts(step, layer, (units.first + unit) * kTileFeatures + index % kTileFeatures);
+    }
     grid.wait();
-    normalise<Fp8, RowTiles>(p, style, x(), plan.x_stride, partial);
+    const Squares squares = load_squares();
     for (int first = 0; first < units.count; first += Group) {
       const int count = min(Group, units.count - first);
       float sum[Group][RowTiles][S::Tiles][4] = {};
-      multiply_normed<Fp8, RowTiles, kGateUp, Group>(p, stream, x(), plan.x_stride, count, sum);
-      if (first > 0) __syncthreads();
+      multiply_scaled<Fp8, RowTiles, kGateUp, Group>(p, ring, chunk, count, sum);
+      if (first == 0) inverse_rms(squares);
+      chunk += count * S::Chunks;
+      if (first > 0) team_barrier();
       spread<RowTiles, S::Tiles, Group>(sums(), sum);
-      __syncthreads();
-      stream.release(p, count * S::Chunks);
-      for (int i = threadIdx.x; i < count * TileElements; i += kThreads) {
+      team_barrier();
+#pragma unroll
+      for (int o = 0; o < Group * TileElements / kThreads; ++o) {
+        const int i = threadIdx.x + o * kThreads;
         const int unit = i / TileElements, element = i % TileElements, m = element / kTileFeatures;
-        if (m >= p.rows) continue;
-        const float gate = gather<RowTiles, S::Tiles, Group>(sums(), unit, 0, element) * scale;
-        const float up = gather<RowTiles, S::Tiles, Group>(sums(), unit, 1, element) * scale;
+        if (unit >= count || m >= p.rows) continue;
         const int n = (units.first + first + unit) * kTileFeatures + element % kTileFeatures;
+        const float2 shift = first == 0 && o < kAhead ? ahead[o % kAhead] : shifts(step, layer, n);
+        const float factor = scale * inverse[m];
+        const float gate = gather<RowTiles, S::Tiles, Group>(sums(), unit, 0, element) * factor + shift.x;
+        const float up = gather<RowTiles, S::Tiles, Group>(sums(), unit, 1, element) * factor + shift.y;
         store_quantised<Fp8>(p.hidden, int64_t(m) * kMlp + n, gelu_tanh(gate) * up, inverse_scale);
       }
     }
     grid.arrive();
   }
 
+  // The sum over the computing warps, known to every thread.
+  __device__ __forceinline__ float team_sum(float value) {
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    team_barrier();
+    if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
+    team_barrier();
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += scratch[w];
+    return total;
+  }
+
   // The seam between two steps, one block a row: x += dt * (norm(h) W_out + b), then h = W_in x + b.
   __device__ void seam(int step) {
     const bool first = step == 0, last = step == p.steps;
-    const int row = blockIdx.x;
-    float* normed = sums();
-    float* action = normed + kWidth;
-    const bool busy = row < p.rows;
-    Style style = {};
-    if (busy && !first) style = load_style(p, step - 1, 2 * p.layers);
+    float* action = sums() + kWidth;
     if (!first) grid.wait();
-    if (busy) {
-      const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-      if (!first) {
-        const uint2 raw = __ldcg(static_cast<const uint2*>(p.h) + row * (kWidth / 4) + threadIdx.x);
-        const float a = __uint_as_float(raw.x << 16), b = __uint_as_float(raw.x & 0xffff0000u);
-        const float c = __uint_as_float(raw.y << 16), d = __uint_as_float(raw.y & 0xffff0000u);
-        const float inverse =
-            rsqrtf(block_sum(a * a + b * b + c * c + d * d, partial[0]) * (1.0f / kWidth) + p.eps);
-        reinterpret_cast<float4*>(normed)[threadIdx.x] =
-            make_float4(a * inverse * style.scale.x + style.shift.x, b * inverse * style.scale.y + style.shift.y,
-                        c * inverse * style.scale.z + style.shift.z, d * inverse * style.scale.w + style.shift.w);
-        __syncthreads();
-        for (int i = warp; i < p.action_dim; i += kWarps) {
-          const float4* weight = reinterpret_cast<const float4*>(p.out_weight + i * kWidth);
-          float sum = 0.0f;
-#pragma unroll
-          for (int j = 0; j < kWidth / 4 / kWarpSize; ++j) {
-            const float4 w = weight[j * kWarpSize + lane];
-            const float4 n = reinterpret_cast<const float4*>(normed)[j * kWarpSize + lane];
-            sum += w.x * n.x + w.y * n.y + w.z * n.z + w.w * n.w;
-          }
-#pragma unroll
-          for (int offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-          if (lane == 0) {
-            float* x = p.x + row * p.action_dim + i;
-            *x -= (sum + p.out_bias[i]) / p.steps;
-            action[i] = *x;
-          }
-        }
+    if (blockIdx.x < p.rows) {
+      if (first) {
+        for (int i = threadIdx.x; i < p.action_dim; i += kThreads) action[i] = p.x[blockIdx.x * p.action_dim + i];
       } else {
-        for (int i = threadIdx.x; i < p.action_dim; i += kThreads) action[i] = p.x[row * p.action_dim + i];
+        project_out(step - 1, action);
       }
-      __syncthreads();
-      if (!last) {
-        __nv_bfloat16* h = static_cast<__nv_bfloat16*>(p.h) + row * kWidth;
-        for (int i = threadIdx.x; i < kWidth; i += kThreads) {
-          const float4* weight = reinterpret_cast<const float4*>(p.in_weight + i * p.action_dim);
-          float sum = p.in_bias[step * p.in_bias_stride + i];
-          for (int j = 0; j < p.action_dim / 4; ++j) {
-            const float4 w = weight[j], a = reinterpret_cast<const float4*>(action)[j];
-            sum += w.x * a.x + w.y * a.y + w.z * a.z + w.w * a.w;
-          }
-          h[i] = from_float<__nv_bfloat16>(sum);
-        }
-      }
+      team_barrier();
+      if (!last) project_in(step, action);
     }
     if (!last) grid.arrive();
+  }
+
+  __device__ __forceinline__ void project_out(int step, float* action) {
+    const int lane = threadIdx.x % kWarpSize, row = blockIdx.x;
+    float* normed = sums();
+    const uint2 raw = __ldcg(static_cast<const uint2*>(p.h) + row * (kWidth / 4) + threadIdx.x);
+    float value[4] = {__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+                      __uint_as_float(raw.y & 0xffff0000u)};
+    const float squares = value[0] * value[0] + value[1] * value[1] + value[2] * value[2] + value[3] * value[3];
+    const float r = rsqrtf(team_sum(squares) * (1.0f / kWidth) + p.eps);
+    const float *scale = style(p.norm_scale, step, 2 * p.layers), *shift = style(p.norm_shift, step, 2 * p.layers);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = threadIdx.x * 4 + i;
+      normed[column] = value[i] * r * (1.0f + scale[column]) + (shift == nullptr ? 0.0f : shift[column]);
+    }
+    team_barrier();
+    for (int i = threadIdx.x / kWarpSize; i < p.action_dim; i += kWarps) {
+      const float4* weight = reinterpret_cast<const float4*>(p.out_weight + i * kWidth);
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kWidth / 4 / kWarpSize; ++j) {
+        const float4 w = weight[j * kWarpSize + lane], n = reinterpret_cast<const float4*>(normed)[j * kWarpSize + lane];
+        sum += w.x * n.x + w.y * n.y + w.z * n.z + w.w * n.w;
+      }
+#pragma unroll
+      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      if (lane == 0) {
+        float* x = p.x + row * p.action_dim + i;
+        *x -= (sum + p.out_bias[i]) / p.steps;
+        action[i] = *x;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void project_in(int step, const float* action) {
+    const int row = blockIdx.x;
+    __nv_bfloat16* h = static_cast<__nv_bfloat16*>(p.h) + row * kWidth;
+    const float* scale = style(p.norm_scale, step, 0);
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < kWidth; i += kThreads) {
+      const float4* weight = reinterpret_cast<const float4*>(p.in_weight + i * p.action_dim);
+      float sum = p.in_bias[step * p.in_bias_stride + i];
+      for (int j = 0; j < p.action_dim / 4; ++j) {
+        const float4 w = weight[j], a = reinterpret_cast<const float4*>(action)[j];
+        sum += w.x * a.x + w.y * a.y + w.z * a.z + w.w * a.w;
+      }
+      const __nv_bfloat16 rounded = from_float<__nv_bfloat16>(sum);
+      const float value = to_float(rounded);
+      h[i] = rounded;
+      store_scaled<Fp8>(p.scaled, row * kWidth + i, value * (1.0f + scale[i]));
+      squares += value * value;
+    }
+    squares = team_sum(squares);
+    if (threadIdx.x < Parts) p.squares[row * Parts + threadIdx.x] = threadIdx.x == 0 ? squares : 0.0f;
   }
 };
 
 template <bool Fp8, int RowTiles>
-__global__ void __launch_bounds__(kThreads, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
+__global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint64_t barriers[kMaxSlots + 1];
-  __shared__ float partial[kWarps][16];
+  __shared__ uint64_t full[kMaxSlots], empty[kMaxSlots];
+  __shared__ float inverse[kSkinnyMaxRows], scratch[kWarps];
   if (threadIdx.x == 0) {
-    for (int i = 0; i <= kMaxSlots; ++i) barrier_init(barriers + i, 1);
+    for (int i = 0; i < kMaxSlots; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, kWarps);
+    }
     barrier_init_fence();
   }
   __syncthreads();
-  Expert<Fp8, RowTiles> expert{p, plan, shared, {shared, barriers, plan.slots}, {p.barrier}, barriers + kMaxSlots,
-                               partial};
-  if (threadIdx.x == 0)
-    for (int i = 0; i < plan.slots; ++i) expert.stream.issue(p);
+  const Ring ring{shared, full, empty, plan.slots};
+  if (threadIdx.x >= kThreads) {
+    if (threadIdx.x == kThreads) move_weights<Fp8>(p, ring);
+    return;
+  }
+  Expert<Fp8, RowTiles> expert{p, plan, shared + plan.work_offset, ring, {p.barrier}, inverse, scratch};
   for (int step = 0; step < p.steps; ++step) {
     expert.seam(step);
     for (int layer = 0; layer < p.layers; ++layer) {
@@ -642,21 +677,18 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  constexpr int Groups = RowTiles == 1 ? 4 : 1;
-  Plan plan = {attention::Layout(16 * kAttentionTiles<RowTiles>, p.capacity), 0, 0, 0, 0};
-  plan.x_stride = kWidth * 2 + (Fp8 ? kRowPadFp16 : kRowPadBf16);
-  const int x_bytes = attention::round_up(p.rows * plan.x_stride, 128);
+  using T = Teams<RowTiles>;
+  constexpr int Groups = RowTiles == 1 ? 4 : Fp8 ? 2 : 1;
+  Plan plan = {attention::Layout(16 * T::Tiles, p.capacity, T::Splits), 0, 0};
   const int sum_bytes = kWarps * Groups * 2 * 16 * RowTiles * kTileFeatures * static_cast<int>(sizeof(float));
-  const int attention_bytes = plan.attention.bytes_without_inbox();
-  const int work_bytes = attention_bytes > x_bytes + sum_bytes ? attention_bytes : x_bytes + sum_bytes;
-  const int fixed_bytes = 1024;  // the kernel's static shared memory and the alignment
-  plan.slots = (shared_limit - fixed_bytes - work_bytes) / kChunkBytes;
-  if (plan.slots > kMaxSlots) plan.slots = kMaxSlots;
+  const int work_bytes = plan.attention.inbox > sum_bytes ? plan.attention.inbox : sum_bytes;
+  constexpr int fixed_bytes = 1024;  // the kernel's static shared memory and the alignment
+  plan.slots = kMaxSlots;
+  while (plan.slots > 0 && plan.slots * kChunkBytes + work_bytes + fixed_bytes > shared_limit) plan.slots /= 2;
   // what one call of multiply takes must be in the ring at once
   if (plan.slots < (RowTiles == 1 || !Fp8 ? 4 : 2)) return cudaErrorNotSupported;
-  plan.x_offset = plan.slots * kChunkBytes;
-  plan.sum_offset = plan.x_offset + x_bytes;
-  const int bytes = plan.x_offset + work_bytes;
+  plan.work_offset = plan.slots * kChunkBytes;
+  const int bytes = plan.work_offset + work_bytes;
 
   auto kernel = expert_steps_kernel<Fp8, RowTiles>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -667,13 +699,13 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(multiprocessors);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kThreads + kWarpSize);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const int teams = kHeads * ((p.rows + 16 * kAttentionTiles<RowTiles> - 1) / (16 * kAttentionTiles<RowTiles>));
-  if (multiprocessors < teams * kTeam || multiprocessors < p.rows) return cudaErrorNotSupported;
+  const int teams = kHeads * ((p.rows + 16 * T::Tiles - 1) / (16 * T::Tiles));
+  if (multiprocessors < teams * T::Splits || multiprocessors < p.rows) return cudaErrorNotSupported;
   return cudaLaunchKernelEx(&config, kernel, p, plan);
 }
 

@@ -53,6 +53,12 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes
 #endif
 }
 
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
 #if FLASHRT_DEVICE_HAS_BULK
   asm volatile(

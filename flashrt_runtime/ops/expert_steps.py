@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .expert import geglu_order, pack_tiles, rope_order
+from .expert import TILE_FEATURES, geglu_order, pack_tiles, rope_order
 
 CHUNK_BYTES = 16384
 # kExpertInboxFloats and kExpertBarrierWords of native_kernels/expert.h
@@ -35,11 +35,27 @@ def pack_chunks(weight: Tensor, product: str) -> Tensor:
     return raw.reshape(-1).view(weight.dtype)
 
 
+def shift_products(norms: Tensor, qkv: Tensor, gate_up: Tensor) -> Tensor:
+    """What the norms' shifts add to the products behind them, for every step and layer: (steps, layers, 10752) float32.
+
+    norms: (steps, 2 * layers + 1, 3, 1024) float32; qkv: (layers, 2560, 1024) and gate_up: (layers, 8192, 1024), the
+    weights as the kernel sees them (dequantised), any float dtype.
+    """
+    shift = norms[:, :-1, 1]
+    parts = [
+        torch.stack([shift[:, 2 * layer + offset] @ weight[layer].float().T for layer in range(weight.shape[0])], dim=1)
+        for offset, weight in enumerate((qkv, gate_up))
+    ]
+    return torch.cat(parts, dim=2).contiguous()
+
+
 @dataclass
 class ExpertBuffers:
     """Scratch of one expert: allocated once, written by the kernel."""
 
     h: Tensor
+    scaled: Tensor
+    squares: Tensor
     q: Tensor
     attended: Tensor
     hidden: Tensor
@@ -52,6 +68,8 @@ class ExpertBuffers:
         bf16 = torch.bfloat16
         return cls(
             h=torch.empty(rows, WIDTH, dtype=bf16, device=device),
+            scaled=torch.empty(rows, WIDTH, dtype=bf16 if dtype == bf16 else torch.float16, device=device),
+            squares=torch.empty(rows, WIDTH // TILE_FEATURES, dtype=torch.float32, device=device),
             q=torch.empty(rows, HEADS * HEAD_DIM, dtype=bf16, device=device),
             attended=torch.empty(rows, HEADS * HEAD_DIM, dtype=dtype, device=device),
             hidden=torch.empty(rows, MLP, dtype=dtype, device=device),
@@ -66,11 +84,13 @@ class ExpertWeights:
 
     products: packed, (layers, n * k) each; weight_scale: (layers, 4) and input_scale: (layers, 2) float32, e4m3 only;
     norms: (steps or 1, 2 * layers + 1, 3 or 1, 1024) float32, rows scale, shift, gate, or scale alone;
+    shift_products: (steps, layers, 2560 + 8192) float32, the shifts times W_qkv and W_gate_up; with three rows only;
     project_in, project_out: (weight, bias) float32, the bias of project_in (steps or 1, 1024).
     """
 
     products: dict[str, Tensor]
     norms: Tensor
+    shift_products: Tensor | None
     project_in: tuple[Tensor, Tensor]
     project_out: tuple[Tensor, Tensor]
     weight_scale: Tensor | None = None
@@ -114,6 +134,7 @@ def expert_steps(
         base + 2 * row if adaptive else 0,
         step_stride,
         norms.stride(1),
+        0 if weights.shift_products is None else weights.shift_products.data_ptr(),
         eps,
         rope[0].data_ptr(),
         rope[1].data_ptr(),
@@ -128,6 +149,8 @@ def expert_steps(
         weights.project_out[0].data_ptr(),
         weights.project_out[1].data_ptr(),
         buffers.h.data_ptr(),
+        buffers.scaled.data_ptr(),
+        buffers.squares.data_ptr(),
         buffers.q.data_ptr(),
         buffers.attended.data_ptr(),
         buffers.hidden.data_ptr(),

@@ -52,8 +52,9 @@ class RandomExpert:
         norms = torch.randn(steps if adaptive else 1, 2 * layers + 1, rows, 1024, device="cuda") * 0.3
         project_in = torch.randn(1024, 32, device="cuda") / 6, torch.randn(1, 1024, device="cuda")
         project_out = torch.randn(32, 1024, device="cuda") / 32, torch.randn(32, device="cuda")
+        shifts = steps_op.shift_products(norms, self.dense["qkv"], self.dense["gate_up"]) if adaptive else None
         self.weights = ExpertWeights(
-            packed, norms, project_in, project_out, scales if fp8 else None, self.input_scale if fp8 else None
+            packed, norms, shifts, project_in, project_out, scales if fp8 else None, self.input_scale if fp8 else None
         )
 
     def seen(self, x: torch.Tensor, layer: int, product: int) -> torch.Tensor:
@@ -118,7 +119,7 @@ def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None
     rope = rope_tables(capacity, 256, noise.device)
     outputs = []
     for _ in range(3):
-        for name in ("h", "q", "attended", "hidden"):
+        for name in ("h", "scaled", "squares", "q", "attended", "hidden", "inboxes"):
             getattr(buffers, name).view(torch.uint8).fill_(0x7F)
         x = noise.clone()
         steps_op.expert_steps(expert.weights, buffers, x, steps, rope, length, k, v)
