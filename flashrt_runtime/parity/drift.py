@@ -89,9 +89,7 @@ def compare(ours: Stages, theirs: Stages) -> list[Drift]:
     ]
     for layer in range(len(ours.keys)):
         for name, mine, other in (("K", ours.keys, theirs.keys), ("V", ours.values, theirs.values)):
-            found.append(
-                measure(f"{name}, layer {layer}", "prefix", mine[layer, valid], other[layer, valid])
-            )
+            found.append(measure(f"{name}, layer {layer}", "prefix", mine[layer, valid], other[layer, valid]))
     steps = len(ours.velocities)
     for step, (mine, other) in enumerate(zip(ours.velocities, theirs.velocities, strict=True)):
         kind = "later velocity" if step else "velocity"

@@ -10,13 +10,14 @@ import numpy as np
 
 from ..checkpoints.base import open_checkpoint
 from ..config import PolicyConfig
-from ..errors import ObservationError
+from ..errors import NotSupportedYetError, ObservationError
 from ..options import Target
 from .against import lerobot_python, lerobot_stages, our_stages, reference_stages
 from .drift import Drift, Gates, compare, default_gates
 from .stages import Inputs, random_inputs
 
 Against = Literal["lerobot", "reference"]
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ def drift_report(
     of noise and a prompt of `tokens` random tokens. The bounds are `default_gates`; max_abs replaces the one
     on the actions' max-abs, relative_l2 those on relative L2.
     The other implementation runs first and is gone before our weights are loaded: the peak is one model.
-    Raises CheckpointError, ObservationError (inputs that do not fit) or ParityError.
+    Raises CheckpointError, ObservationError (inputs that do not fit), NotSupportedYetError or ParityError.
     """
+    if target.precision not in PRECISIONS:
+        raise NotSupportedYetError(
+            f"parity is measured in {', '.join(PRECISIONS)}, not yet in {target.precision}"
+        )
     if against == "lerobot":
         lerobot_python()  # before a checkpoint of gigabytes is opened
     with open_checkpoint(checkpoint, framework=framework) as opened:

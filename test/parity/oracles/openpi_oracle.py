@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs openpi's torch model on cases of `cases.py`: every stage, one file per case. Needs `make parity-env`.
+"""Runs openpi's torch model on cases: every stage, one file per case. Needs `make parity-env`.
 
 PYTHONPATH=.venv-parity/openpi .venv-parity/bin/python test/parity/oracles/openpi_oracle.py --out DIR CASE …
 """
@@ -22,7 +22,7 @@ torch.compile = lambda function, *_, **__: function  # the package compiles unco
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import cases as parity_cases  # noqa: E402
+import parity_cases  # noqa: E402
 from lerobot_oracle import load_worker  # noqa: E402
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from formula import SIZES, Weights, uniform
+from parity_formula import SIZES, Weights, uniform
 
 ROW_STRIDE = 5
 
@@ -136,5 +136,6 @@ WIDE_CASES = [
     Case("pi05", views=2, text=50, pad=14, horizon=10, steps=4, size="wide"),
     Case("pi0", views=2, masked=(1,), text=20, pad=28, horizon=50, steps=4, size="wide", seed=1),
 ]
-BY_NAME = {case.name: case for case in (*CASES, *WIDE_CASES)}
-assert len(BY_NAME) == len(CASES) + len(WIDE_CASES)
+SAVED_CASES = [Case(policy, text=20, steps=4, seed=6) for policy in ("pi05", "pi0")]
+BY_NAME = {case.name: case for case in (*CASES, *WIDE_CASES, *SAVED_CASES)}
+assert len(BY_NAME) == len(CASES) + len(WIDE_CASES) + len(SAVED_CASES)
