@@ -197,6 +197,14 @@ def test_each_mistake_is_one_line_with_its_place(
     assert str(matching[0]).startswith(f"{matching[0].file}:{matching[0].line}: ")
 
 
+def test_a_state_of_the_wrong_kind_is_told_once(load: Callable[[str], RobotContract], demo_text: str) -> None:
+    with pytest.raises(ContractError) as caught:
+        load(demo_text.replace("state:\n  stream", "state: 5\nrest:\n  stream"))
+    texts = [problem.text for problem in caught.value.problems]
+    expected = "state: expected a mapping with stream, field and joints, or a list of such mappings, got 5"
+    assert [text for text in texts if text.startswith("state")] == [expected]
+
+
 def test_all_problems_are_told_at_once_in_file_order(
     load: Callable[[str], RobotContract], demo_text: str
 ) -> None:
