@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
+from .architecture import EMBEDDING_KEY
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How an untrained policy is made fit to be watched; see `DEMO_MOTION`.
+
+    weight_scales: factors on drawn tensors, by canonical key. query_scale: factor on attention queries.
+    output_scale: factor on the velocity that comes with weight_scales. travel: (dof,) motion in the robot's
+    units that one unit of the unscaled velocity gives.
+    """
+
+    weight_scales: Mapping[str, float]
+    query_scale: float
+    output_scale: float
+    travel: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A robot as a policy sees it. Statistics are lists per dimension, in the robot's units.
-
-    weight_scales multiplies drawn tensors by factors, so that an untrained policy's actions are of use to a
-    demo.
-    """
+    """A robot as a policy sees it. Statistics are lists per dimension, in the robot's units."""
 
     name: str
     horizon: int
@@ -26,29 +38,49 @@ class Preset:
     state_stats: Mapping[str, list[float]]
     action_stats: Mapping[str, list[float]]
     state_in_prompt: bool
-    weight_scales: Mapping[str, float] = field(default_factory=dict)
+    motion: Motion | None = None
 
-    def norm_stats(self) -> dict[str, Any]:
-        """The content of openpi's norm_stats.json."""
-        return {"norm_stats": {"state": dict(self.state_stats), "actions": dict(self.action_stats)}}
+    def norm_stats(self, action_stats: Mapping[str, list[float]] | None = None) -> dict[str, Any]:
+        """The content of openpi's norm_stats.json; other statistics of the actions may be given."""
+        actions = dict(self.action_stats if action_stats is None else action_stats)
+        return {"norm_stats": {"state": dict(self.state_stats), "actions": actions}}
 
 
-def _band(centre: list[float], half: list[float]) -> dict[str, list[float]]:
+def band(centre: list[float], half: list[float]) -> dict[str, list[float]]:
     """Statistics of data that fills [centre - half, centre + half] evenly: std of a uniform band is half /
     sqrt(3)."""
     return {
         "mean": centre,
-        "std": [round(value / 3**0.5, 6) for value in half],
-        "q01": [round(middle - value, 6) for middle, value in zip(centre, half, strict=True)],
-        "q99": [round(middle + value, 6) for middle, value in zip(centre, half, strict=True)],
+        "std": [round(value / 3**0.5, 9) for value in half],
+        "q01": [round(middle - value, 9) for middle, value in zip(centre, half, strict=True)],
+        "q99": [round(middle + value, 9) for middle, value in zip(centre, half, strict=True)],
     }
 
 
-# The demo robot's home pose (rad; gripper in m) and how far from it its state is expected to be.
+# The demo robot's home pose (rad; gripper in m), how far from it its state is expected to be, and how far
+# from it the actions of a network that nobody tuned may go.
 DEMO_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow", "wrist_1", "wrist_2", "wrist_3", "gripper")
 DEMO_HOME = [0.0, -1.57, 1.57, -1.57, -1.57, 0.0, 0.02]
 DEMO_STATE_BAND = [0.8, 0.6, 0.6, 0.8, 0.8, 0.8, 0.02]
-DEMO_ACTION_BAND = [0.3, 0.2, 0.2, 0.3, 0.3, 0.3, 0.008]
+DEMO_ACTION_BAND = [0.15, 0.08, 0.08, 0.15, 0.15, 0.2, 0.004]
+
+# The flow starts from white noise and random weights leave it in: actions = noise - mean velocity. So that
+# the arm does not vibrate with it, the velocity is made much larger than the noise (action_out_proj) and
+# hardly dependent on it (action_in_proj: small weight; its bias carries the tokens instead), and the
+# statistics scale it back. Attention is left unpeaked, so that the velocity varies slowly along the horizon,
+# and the text is made quieter than the images, so that one bin of one joint does not turn the arm around.
+DEMO_OUTPUT_SCALE = 2000.0
+DEMO_MOTION = Motion(
+    weight_scales={
+        "action_in_proj.weight": 1e-3,
+        "action_in_proj.bias": 50.0,
+        "action_out_proj.weight": DEMO_OUTPUT_SCALE,
+        EMBEDDING_KEY: 1e-3,
+    },
+    query_scale=1.0,
+    output_scale=DEMO_OUTPUT_SCALE,
+    travel=(1.2, 0.6, 0.6, 1.2, 1.2, 1.5, 0.03),
+)
 
 DEMO_ARM = Preset(
     name="demo_arm",
@@ -57,9 +89,10 @@ DEMO_ARM = Preset(
     views=("base_0_rgb", "left_wrist_0_rgb"),
     state_names=DEMO_JOINTS,
     action_names=DEMO_JOINTS,
-    state_stats=_band(DEMO_HOME, DEMO_STATE_BAND),
-    action_stats=_band(DEMO_HOME, DEMO_ACTION_BAND),
+    state_stats=band(DEMO_HOME, DEMO_STATE_BAND),
+    action_stats=band(DEMO_HOME, DEMO_ACTION_BAND),
     state_in_prompt=True,
+    motion=DEMO_MOTION,
 )
 
 # LIBERO's state is end-effector position (m), axis-angle (rad) and two finger positions (m); its actions are

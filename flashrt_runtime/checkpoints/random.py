@@ -6,6 +6,7 @@ A weight is a pure function of (key, shape, seed), so two machines make the same
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,12 +39,14 @@ from .architecture import (
     parameter_shapes,
     unused_shapes,
 )
-from .presets import Preset, preset_named
+from .neutral import neutral_actions
+from .presets import Motion, Preset, band, preset_named
 from .safetensors_store import WEIGHTS_FILE, SafetensorsWriter
 from .stats import read_json_object
 from .tokenizer import train_tokenizer
 
 CHUNK = 1 << 22
+QUERY_SCALE = 4.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -111,7 +114,7 @@ def weight_scale(key: str, shape: tuple[int, ...], query_scale: float) -> tuple[
 
 
 def weight_chunks(
-    key: str, shape: tuple[int, ...], seed: int, query_scale: float = 4.0, chunk: int = CHUNK
+    key: str, shape: tuple[int, ...], seed: int, query_scale: float = QUERY_SCALE, chunk: int = CHUNK
 ) -> Iterator[NDArray[np.float32]]:
     """The tensor's values in row-major order, in pieces of at most `chunk`; the same whatever `chunk` is.
 
@@ -133,7 +136,7 @@ def weight_chunks(
 
 
 def draw_weight(
-    key: str, shape: tuple[int, ...], seed: int = 0, query_scale: float = 4.0
+    key: str, shape: tuple[int, ...], seed: int = 0, query_scale: float = QUERY_SCALE
 ) -> NDArray[np.float32]:
     """One tensor as a float32 array."""
     return np.concatenate(list(weight_chunks(key, shape, seed, query_scale))).reshape(shape)
@@ -159,14 +162,14 @@ def write_weights(
     *,
     dtype: torch.dtype,
     seed: int,
-    query_scale: float = 4.0,
+    query_scale: float = QUERY_SCALE,
     scales: Mapping[str, float] | None = None,
 ) -> None:
     """Write every tensor of openpi's layout to `path`, one chunk in memory per thread.
 
-    scales: further factors by canonical key, see `presets.Preset.weight_scales`.
+    scales: further factors by canonical key, see `presets.Motion`.
     """
-    factors = dict(scales or {})
+    factors = {LM_HEAD_KEY if key == EMBEDDING_KEY else key: factor for key, factor in (scales or {}).items()}
     shapes = {
         (LM_HEAD_KEY if key == EMBEDDING_KEY else key): shape
         for key, shape in parameter_shapes(config).items()
@@ -174,7 +177,7 @@ def write_weights(
     shapes |= unused_shapes(config)
     unknown = sorted(set(factors) - set(shapes))
     if unknown:
-        raise OptionError(f"weight_scales names {unknown[0]!r}, which this policy does not have")
+        raise OptionError(f"scales names {unknown[0]!r}, which this policy does not have")
     tensors = {key: (storage_dtype(key, dtype), shape) for key, shape in shapes.items()}
     writer = SafetensorsWriter(path, tensors, {"format": "pt"})
 
@@ -239,14 +242,38 @@ def make_checkpoint(
         raise OptionError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     out = Path(out)
     _refuse_foreign(out)
+    shutil.rmtree(out / "assets", ignore_errors=True)
     assets = out / "assets" / robot.name
     assets.mkdir(parents=True, exist_ok=True)
-    scales = robot.weight_scales if policy == "pi05" else {}
-    write_weights(out / WEIGHTS_FILE, config, dtype=DTYPES[dtype], seed=seed, scales=scales)
+    # The full size is for benchmarks: too large to be run here, so it keeps the preset's plain statistics.
+    motion = robot.motion if size != "full" else None
+    write_weights(
+        out / WEIGHTS_FILE,
+        config,
+        dtype=DTYPES[dtype],
+        seed=seed,
+        query_scale=motion.query_scale if motion else QUERY_SCALE,
+        scales=motion.weight_scales if motion else None,
+    )
     _write_json(out / "config.json", config_json(config, robot, size, dtype))
     _write_json(assets / "norm_stats.json", robot.norm_stats())
     (out / "tokenizer.model").write_bytes(train_tokenizer(SIZES[size].tokenizer_vocab))
+    if motion:
+        _write_json(assets / "norm_stats.json", robot.norm_stats(_centred(out, robot, motion)))
     return out
+
+
+def _centred(out: Path, robot: Preset, motion: Motion) -> dict[str, list[float]]:
+    """Action statistics that map the network's neutral answer to the middle of the state's statistics."""
+    home = robot.state_stats["mean"]
+    neutral = neutral_actions(out, home, robot.horizon // 4)[: len(home)] / motion.output_scale
+    half = [reach / motion.output_scale for reach in motion.travel]
+    # rounded to what another processor's arithmetic reproduces
+    centre = [
+        round(pose - reach * float(answer), 3)
+        for pose, reach, answer in zip(home, motion.travel, neutral, strict=True)
+    ]
+    return band(centre, half)
 
 
 def _refuse_foreign(out: Path) -> None:
