@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import models
-from .checkpoints.base import open_checkpoint
+from .checkpoints.base import Checkpoint, open_checkpoint
+from .engine import Engine
 from .errors import NotSupportedYetError, OptionError
+from .models import FlowPolicy
 from .models.weights import load_weights
 from .options import Target, requested_precision, resolve_config, resolve_target
 from .policy import Policy
+from .quantization.fp8 import swap_linears
+from .quantization.weight_cache import WeightCache
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +53,18 @@ def load_model(
 ) -> Policy:
     """Load a policy.
 
-    checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory; its layout is detected.
-    config: "pi05", "pi0", or "auto" to read it from the checkpoint; another architecture than named is an error.
-    num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU if there is one), "cpu", "any", "thor",
-    "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16"; None is bf16 on a GPU and fp32
-    on the CPU; the use_* flags map onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10).
-    autotune, recalibrate, weight_cache act on GPU graphs and quantised weights and change nothing without them.
-    The other options belong to features that are not supported yet.
+    checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory; its layout is
+    detected. config: "pi05", "pi0", or "auto" to read it from the checkpoint; another architecture than
+    named is an error. num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU if there is one),
+    "cpu", "any", "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16",
+    "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the use_* flags map
+    onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune: graphs
+    captured per prompt bucket, of which the fastest is kept; 0 and 1 capture once. weight_cache: keep
+    quantised weights on disk; recalibrate: ignore those that are there. The other options belong to
+    features that are not supported yet.
 
-    Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's units.
-    Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
+    Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's
+    units. Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
     CheckpointNotFoundError and CheckpointError (which file and key).
     """
     later = {
@@ -81,33 +88,72 @@ def load_model(
     _check_range("autotune", int(autotune), 0, 100)
     policy_name = resolve_config(config)
     target = resolve_target(hardware, requested_precision(precision, use_fp8, use_fp16, use_fp4))
-    return _load(Path(checkpoint).expanduser(), framework, policy_name, num_views, num_steps, target)
+    settings = Settings(num_views, num_steps, int(autotune), recalibrate, weight_cache)
+    return _load(Path(checkpoint).expanduser(), framework, policy_name, target, settings)
 
 
-def _load(
-    path: Path, framework: str, policy_name: str, num_views: int, num_steps: int | None, target: Target
-) -> Policy:
+@dataclass(frozen=True)
+class Settings:
+    """Checked options of a load that neither name the policy nor the device."""
+
+    num_views: int
+    num_steps: int | None
+    autotune: int
+    recalibrate: bool
+    weight_cache: bool
+
+
+def _load(path: Path, framework: str, policy_name: str, target: Target, settings: Settings) -> Policy:
     started = time.perf_counter()
     opened = open_checkpoint(path, framework=framework, config=policy_name)
-    config = opened.config.with_steps(num_steps)
-    opened.config = config
-    model = models.build(config, num_views, target.dtype, opened.rules.rope_bf16)
-    load_weights(model, config, opened, target.device)
-    model.eval()
-    model.prepare(target.device)
+    policy = build_policy(opened, target, settings)
     logger.info(
         "%s: %s from %s (%s rules), %d views, %d steps, %s on %s, loaded in %.2f s",
         path,
-        config.policy,
+        opened.config.policy,
         opened.layout,
         opened.rules.family,
-        num_views,
-        config.num_steps,
+        settings.num_views,
+        opened.config.num_steps,
         target.precision,
         target.device,
         time.perf_counter() - started,
     )
-    return Policy(model, opened, target)
+    return policy
+
+
+def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Policy:
+    """The policy of an opened checkpoint: model built, weights in place, graphs captured where there is a
+    GPU.
+    """
+    config = opened.config.with_steps(settings.num_steps)
+    opened.config = config
+    model = models.build(config, settings.num_views, target.dtype, opened.rules.rope_bf16)
+    if target.precision == "fp8":
+        swap_linears(model)
+        _load_quantised(model, opened, target, settings)
+    else:
+        load_weights(model, config, opened, target.device)
+    model.eval()
+    model.prepare(target.device)
+    engine = None
+    if target.device.type == "cuda":
+        engine = Engine(model, opened.rules, target.device, settings.autotune)
+        engine.capture()
+    return Policy(model, opened, target, engine)
+
+
+def _load_quantised(model: FlowPolicy, opened: Checkpoint, target: Target, settings: Settings) -> None:
+    """From the cache of quantised weights where it has them; `recalibrate` ignores what it holds."""
+    if not settings.weight_cache:
+        load_weights(model, opened.config, opened, target.device)
+        return
+    cache = WeightCache(opened, target.precision)
+    if not settings.recalibrate and cache.load(model, target.device):
+        logger.info("quantised weights from %s", cache.path)
+        return
+    load_weights(model, opened.config, opened, target.device)
+    cache.save(model)
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

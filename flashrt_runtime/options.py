@@ -1,12 +1,17 @@
-"""Options of `load_model`: hardware, precision and the older boolean flags, resolved to one device and one precision."""
+"""Options of `load_model`: hardware, precision and the older boolean flags, resolved to one device and one
+precision.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from .errors import HardwareError, NotSupportedYetError, OptionError
+
+logger = logging.getLogger(__name__)
 
 CONFIG_ALIASES = {
     "auto": "auto",
@@ -21,8 +26,15 @@ CONFIG_ALIASES = {
 }
 SUPPORTED_CONFIGS = ("pi05", "pi0")
 
-PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LATER_PRECISIONS = ("fp8", "nvfp4")
+# precision -> dtype of the activations between the large projections
+PRECISIONS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
+LATER_PRECISIONS = ("nvfp4",)
+FP8_CAPABILITY = (8, 9)
 
 # name -> compute capabilities it stands for; "any" takes whatever GPU there is
 HARDWARE: dict[str, tuple[tuple[int, int], ...]] = {
@@ -44,7 +56,7 @@ class Target:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype of the large weights."""
+        """Dtype of activations, and of weights that are not quantised."""
         return PRECISIONS[self.precision]
 
 
@@ -61,7 +73,7 @@ def resolve_config(config: str) -> str:
 
 
 def resolve_device(hardware: str) -> torch.device:
-    """The device `hardware` names. Raises OptionError (unknown name) or HardwareError (not on this machine)."""
+    """The device `hardware` names. Raises OptionError (unknown name) or HardwareError (not here)."""
     names = ("auto", "cpu", "any", *HARDWARE)
     if hardware not in names:
         raise OptionError(f"unknown hardware {hardware!r}: expected one of {', '.join(names)}")
@@ -70,11 +82,15 @@ def resolve_device(hardware: str) -> torch.device:
     if not torch.cuda.is_available():
         if hardware == "auto":
             return torch.device("cpu")
-        raise HardwareError(f"hardware={hardware!r} needs a CUDA GPU and none was found: use hardware='cpu' or 'auto'")
+        raise HardwareError(
+            f"hardware={hardware!r} needs a CUDA GPU and none was found: use hardware='cpu' or 'auto'"
+        )
     capability = torch.cuda.get_device_capability()
     found = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
     if hardware in HARDWARE and capability not in HARDWARE[hardware]:
-        raise HardwareError(f"hardware={hardware!r} was asked for but this machine has {found}: use hardware='auto'")
+        raise HardwareError(
+            f"hardware={hardware!r} was asked for but this machine has {found}: use hardware='auto'"
+        )
     if capability < MINIMUM_CAPABILITY:
         raise HardwareError(
             f"{found} is not supported: compute capability 8.0 or newer is needed "
@@ -96,29 +112,53 @@ def requested_precision(
     flags = {"fp8": use_fp8, "fp16": use_fp16, "nvfp4": use_fp4}
     wanted = [name for name, flag in flags.items() if flag]
     if len(wanted) > 1:
-        raise OptionError(f"use_{wanted[0]} and use_{wanted[1]} contradict each other: set one, or precision=")
+        raise OptionError(
+            f"use_{wanted[0]} and use_{wanted[1]} contradict each other: set one, or precision="
+        )
     if precision is None:
         if use_fp8 is False and not wanted:
             return "bf16"
         return wanted[0] if wanted else None
     if wanted and wanted[0] != precision:
-        raise OptionError(f"precision={precision!r} contradicts the flag for {wanted[0]}: drop one of the two")
+        raise OptionError(
+            f"precision={precision!r} contradicts the flag for {wanted[0]}: drop one of the two"
+        )
     if flags.get(precision) is False:
-        raise OptionError(f"precision={precision!r} contradicts the flag that switches it off: drop one of the two")
+        raise OptionError(
+            f"precision={precision!r} contradicts the flag that switches it off: drop one of the two"
+        )
     return precision
 
 
-def resolve_target(hardware: str, precision: str | None) -> Target:
-    """Device and precision together.
+def default_precision(device: torch.device) -> str:
+    """fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU."""
+    if device.type == "cpu":
+        return "fp32"
+    return "fp8" if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else "bf16"
 
-    Defaults: bf16 on a GPU, fp32 on the CPU. Raises NotSupportedYetError for fp8 and nvfp4 and HardwareError for
-    fp16 on the CPU.
+
+def resolve_target(hardware: str, precision: str | None) -> Target:
+    """Device and precision together; None takes `default_precision`.
+
+    fp8 runs on the CPU too, with the same numerics by float8 casts. Raises NotSupportedYetError for nvfp4 and
+    HardwareError for fp16 on the CPU and fp8 on a GPU without it.
     """
     device = resolve_device(hardware)
     if precision in LATER_PRECISIONS:
-        raise NotSupportedYetError(f"precision {precision!r} is not supported yet: use {', '.join(PRECISIONS)}")
+        raise NotSupportedYetError(
+            f"precision {precision!r} is not supported yet: use {', '.join(PRECISIONS)}"
+        )
     if precision is None:
-        precision = "fp32" if device.type == "cpu" else "bf16"
+        precision = default_precision(device)
+        logger.info("precision: %s, the default of %s", precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise HardwareError("precision 'fp16' needs a GPU: use 'bf16' or 'fp32' on the CPU")
+    if precision == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        if capability < FP8_CAPABILITY:
+            raise HardwareError(
+                f"precision 'fp8' needs compute capability 8.9 or newer, {name} has "
+                f"{capability[0]}.{capability[1]}: use 'bf16', 'fp16' or 'fp32'"
+            )
     return Target(device, precision)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +15,25 @@ from numpy.typing import NDArray
 
 from .checkpoints.base import Checkpoint
 from .checkpoints.tokenizer import resolve_tokenizer
-from .errors import ActionError, CheckpointError, ClosedError, ObservationError, OptionError, PromptError
+from .engine import Engine
+from .errors import (
+    ActionError,
+    CheckpointError,
+    ClosedError,
+    NotSupportedYetError,
+    ObservationError,
+    OptionError,
+    PromptError,
+)
 from .models import FlowPolicy
 from .options import Target
 from .processing.actions import ActionTransform
 from .processing.images import prepare_image
 from .processing.prompt import PromptEncoder
 from .processing.state import StateTransform
+from .quantization.calibration import Calibrator
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_VIEWS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 VIEW_ALIASES = ("image", "wrist_image", "wrist_image_right")
@@ -32,7 +47,8 @@ class PolicySpec:
     """What a policy takes and gives.
 
     views: camera order; horizon: actions per chunk; state_dim, action_dim: the robot's widths;
-    model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits included.
+    model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits
+    included.
     """
 
     config: str
@@ -50,11 +66,27 @@ class PolicySpec:
     checkpoint: str
 
 
+@dataclass(frozen=True)
+class _ModelInputs:
+    """One observation in model space: images (H, W, 3) uint8, tokens (L,) int64, state (action_dim,) float32
+    padded or None, noise (horizon, action_dim) float32 on the host.
+    """
+
+    views: list[NDArray[np.uint8]]
+    tokens: NDArray[np.int64]
+    state: FloatArray | None
+    noise: torch.Tensor
+
+
 class Policy:
     """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time."""
 
-    def __init__(self, model: FlowPolicy, checkpoint: Checkpoint, target: Target) -> None:
+    def __init__(
+        self, model: FlowPolicy, checkpoint: Checkpoint, target: Target, engine: Engine | None = None
+    ) -> None:
         self._model: FlowPolicy | None = model
+        self._engine = engine
+        self._calibrator = Calibrator(model) if target.precision == "fp8" else None
         self._target = target
         self._lock = threading.Lock()
         self._prompt: str | None = None
@@ -62,7 +94,9 @@ class Policy:
         self._tokenizer: PromptEncoder | None = None
         self._checkpoint = checkpoint
         stats, rules, config = checkpoint.norm_stats, checkpoint.rules, checkpoint.config
-        self._state = StateTransform(stats.state, rules, checkpoint.state_dim) if stats and stats.state else None
+        self._state = (
+            StateTransform(stats.state, rules, checkpoint.state_dim) if stats and stats.state else None
+        )
         self._actions = (
             ActionTransform(stats.actions, rules, checkpoint.action_dim, checkpoint.delta_actions)
             if stats and stats.actions and checkpoint.action_dim
@@ -91,7 +125,7 @@ class Policy:
 
     @property
     def precision(self) -> str:
-        """fp32, bf16 or fp16."""
+        """fp32, bf16, fp16 or fp8."""
         return self._target.precision
 
     @property
@@ -102,8 +136,8 @@ class Policy:
     def set_prompt(self, prompt: str) -> None:
         """Use `prompt` from the next predict on.
 
-        Raises PromptError (empty), PromptTooLongError (even with no state digits) or TokenizerNotFoundError; the
-        prompt in force then stays.
+        Raises PromptError (empty), PromptTooLongError (even with no state digits) or
+        TokenizerNotFoundError; the prompt in force then stays.
         """
         self._check_open()
         longest = np.zeros(self.spec.state_dim or 0, np.float32) if self._needs_state_text else None
@@ -121,13 +155,13 @@ class Policy:
     ) -> FloatArray:
         """One action chunk from one observation.
 
-        images: one (H, W, 3) uint8 RGB array per view, any size, as a list in the order of `spec.views` or a dict
-        by view name. prompt: needed at first, then kept. state: (state_dim,) joint values in the robot's units,
-        needed by every policy that sees the state. noise: (horizon, model_action_dim) float32, the flow's start;
-        or seed: an int it is drawn from; neither draws fresh noise.
-        Returns (horizon, action_dim) float32 actions in the robot's units, at the rate the policy was trained for.
-        Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no statistics),
-        TokenizerNotFoundError, ActionError (non-finite actions) or ClosedError.
+        images: one (H, W, 3) uint8 RGB array per view, any size, as a list in the order of `spec.views` or
+        a dict by view name. prompt: needed at first, then kept. state: (state_dim,) joint values in the
+        robot's units, needed by every policy that sees the state. noise: (horizon, model_action_dim)
+        float32, the flow's start; or seed: an int it is drawn from; neither draws fresh noise. Returns
+        (horizon, action_dim) float32 actions in the robot's units, at the rate the policy was trained for.
+        Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no
+        statistics), TokenizerNotFoundError, ActionError (non-finite actions) or ClosedError.
         """
         with self._lock:
             model = self._check_open()
@@ -140,16 +174,19 @@ class Policy:
             if text is None:
                 raise PromptError("no prompt yet: pass prompt= to predict, or call set_prompt first")
             tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
-            actions = self._run(model, views, tokens, normalized, start)
+            inputs = _ModelInputs(views, tokens, self._padded(normalized), start)
+            actions = self._run(model, inputs)
             if not np.isfinite(actions).all():
                 bad = int((~np.isfinite(actions)).sum())
                 raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
             if self._actions is None:
                 raise CheckpointError(
-                    f"{self.spec.checkpoint}: no action statistics (norm_stats), so actions cannot be given in the "
+                    f"{self.spec.checkpoint}: no action statistics (norm_stats), so no actions in the "
                     "robot's units; use sample_actions for model space"
                 )
-            return self._actions.to_physical(actions, None if state is None else np.asarray(state, np.float32))
+            return self._actions.to_physical(
+                actions, None if state is None else np.asarray(state, np.float32)
+            )
 
     def sample_actions(
         self,
@@ -163,9 +200,9 @@ class Policy:
         """The model alone, without processing: for parity work.
 
         images: (views, 3, size, size) float32 in [-1, 1]; image_mask: (views,) bool; tokens: (text,) int;
-        token_mask: (text,) bool; state: (model_action_dim,) float32 normalised and padded (pi0; unused by pi0.5);
-        noise: (horizon, model_action_dim) float32. Returns (horizon, model_action_dim) float32 in model space.
-        Raises ObservationError for shapes that do not fit.
+        token_mask: (text,) bool; state: (model_action_dim,) float32 normalised and padded (pi0; unused by
+        pi0.5); noise: (horizon, model_action_dim) float32. Returns (horizon, model_action_dim) float32 in
+        model space. Raises ObservationError for shapes that do not fit.
         """
         with self._lock:
             model = self._check_open()
@@ -176,36 +213,93 @@ class Policy:
             self._expect("noise", noise, (self.spec.horizon, self.spec.model_action_dim))
             if int(np.sum(token_mask)) > self.spec.prompt_capacity:
                 raise ObservationError(
-                    f"{int(np.sum(token_mask))} valid tokens do not fit the prompt capacity {self.spec.prompt_capacity}"
+                    f"{int(np.sum(token_mask))} valid tokens do not fit {self.spec.prompt_capacity}"
                 )
             if state is not None:
                 self._expect("state", state, (self.spec.model_action_dim,))
             put = self._put
-            return self._take(
-                model.sample_actions(
-                    put(images, torch.float32),
-                    put(image_mask, torch.bool),
-                    put(tokens, torch.int64),
-                    put(token_mask, torch.bool),
-                    None if state is None else put(state, torch.float32),
-                    put(noise, torch.float32),
-                )
+            tensors = (
+                put(images, torch.float32),
+                put(image_mask, torch.bool),
+                put(tokens, torch.int64),
+                put(token_mask, torch.bool),
+                None if state is None else put(state, torch.float32),
+                put(noise, torch.float32),
             )
+            self._calibrate_first(lambda: model.sample_actions(*tensors))
+            return self._take(model.sample_actions(*tensors))
 
     def calibrate(
-        self, observations: object, percentile: float = 99.9, max_samples: int | None = None, verbose: bool = False
+        self,
+        observations: Iterable[Mapping[str, Any]],
+        percentile: float = 100.0,
+        max_samples: int | None = None,
+        verbose: bool = False,
     ) -> None:
-        """Calibrate activation scales; only quantised precisions have any. Raises OptionError on others."""
-        raise OptionError(f"precision {self.precision!r} has no activation scales: calibration is for fp8 and nvfp4")
+        """Set the activation scales from what the model sees in `observations`; graphs stay valid.
+
+        observations: mappings of predict's arguments: images, and where the policy needs them prompt,
+        state, noise or seed. The scale of each projection is its largest activation / 448 over every sample
+        and denoise step (percentile=100; others come with a later version). max_samples: use at most this
+        many. verbose: log scales. Raises OptionError (nothing to calibrate, no observations),
+        NotSupportedYetError and what predict raises; the scales in force then stay.
+        """
+        calibrator = self._calibrator_or_refuse()
+        if percentile != 100.0:
+            raise NotSupportedYetError(f"percentile={percentile} is not supported yet: use 100, the maximum")
+        count = 0
+        with self._lock:
+            model = self._check_open()
+            calibrator.reset()
+            for observation in itertools.islice(observations, max_samples):
+                inputs = self._inputs(**observation)
+                with calibrator.observe():
+                    self._eager(model, inputs)
+                count += 1
+            if count == 0:
+                raise OptionError("calibrate: no observations were given")
+            calibrator.apply()
+        logger.info(
+            "activation scales of %d projections from %d observations", len(calibrator.linears), count
+        )
+        if verbose:
+            for name, scale in calibrator.scales().items():
+                logger.info("%s: activation scale %.6g", name, scale)
 
     def recalibrate(self) -> None:
-        """Drop the calibration in force; see `calibrate`."""
-        raise OptionError(f"precision {self.precision!r} has no activation scales: calibration is for fp8 and nvfp4")
+        """Drop the calibration in force: the next observation sets the scales again."""
+        calibrator = self._calibrator_or_refuse()
+        with self._lock:
+            self._check_open()
+            calibrator.drop()
+
+    def _calibrator_or_refuse(self) -> Calibrator:
+        self._check_open()
+        if self._calibrator is None:
+            raise OptionError(
+                f"precision {self.precision!r} has no activation scales: calibration is for fp8"
+            )
+        return self._calibrator
+
+    def _calibrate_first(self, forward: Callable[[], torch.Tensor]) -> None:
+        """FP8 without scales takes them from the observation at hand, and says so."""
+        calibrator = self._calibrator
+        if calibrator is None or calibrator.calibrated:
+            return
+        logger.warning(
+            "not calibrated: activation scales are those of this one observation; call calibrate()"
+        )
+        calibrator.reset()
+        with calibrator.observe():
+            forward()
+        calibrator.apply()
 
     def close(self) -> None:
         """Free the model's memory. Any later call raises ClosedError; closing twice is allowed."""
         with self._lock:
             self._model = None
+            self._engine = None
+            self._calibrator = None
             self._checkpoint.close()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -231,29 +325,50 @@ class Policy:
             )
         return self._tokenizer
 
-    def _run(
+    def _inputs(
         self,
-        model: FlowPolicy,
-        views: list[NDArray[np.uint8]],
-        tokens: NDArray[np.int64],
-        normalized: FloatArray | None,
-        noise: torch.Tensor,
-    ) -> FloatArray:
+        images: Images,
+        prompt: str | None = None,
+        state: NDArray[np.floating] | Sequence[float] | None = None,
+        noise: FloatArray | None = None,
+        seed: int | None = None,
+    ) -> _ModelInputs:
+        """predict's arguments in model space; raises as predict does and leaves the prompt in force as it
+        is.
+        """
+        text = self._prompt if prompt is None else prompt
+        if text is None:
+            raise PromptError("no prompt yet: give every observation one, or call set_prompt first")
+        normalized = self._normalized_state(state)
+        tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
+        views, start = self._ordered_views(images), self._start_noise(noise, seed)
+        return _ModelInputs(views, tokens, self._padded(normalized), start)
+
+    def _padded(self, normalized: FloatArray | None) -> FloatArray | None:
+        if normalized is None or self._state is None:
+            return None
+        return self._state.pad(normalized, self.spec.model_action_dim)
+
+    def _run(self, model: FlowPolicy, inputs: _ModelInputs) -> FloatArray:
+        self._calibrate_first(lambda: self._eager(model, inputs))
+        if self._engine is None:
+            return self._take(self._eager(model, inputs))
+        if inputs.state is None and self.spec.config == "pi0":
+            raise ObservationError("pi0 needs the robot's state with every observation; none was given")
+        return self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy())
+
+    def _eager(self, model: FlowPolicy, inputs: _ModelInputs) -> torch.Tensor:
+        """The definition, at the observation's own lengths."""
         size, resize = model.config.vision.image_size, self._checkpoint.rules.resize
-        pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in views])
-        state = None
-        if normalized is not None and self._state is not None:
-            state = self._put(self._state.pad(normalized, self.spec.model_action_dim), torch.float32)
+        pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in inputs.views])
         every = torch.ones
-        return self._take(
-            model.sample_actions(
-                pixels,
-                every(len(views), dtype=torch.bool, device=self.device),
-                self._put(tokens, torch.int64),
-                every(len(tokens), dtype=torch.bool, device=self.device),
-                state,
-                noise.to(self.device),
-            )
+        return model.sample_actions(
+            pixels,
+            every(len(inputs.views), dtype=torch.bool, device=self.device),
+            self._put(inputs.tokens, torch.int64),
+            every(len(inputs.tokens), dtype=torch.bool, device=self.device),
+            None if inputs.state is None else self._put(inputs.state, torch.float32),
+            inputs.noise.to(self.device),
         )
 
     def _ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
@@ -267,7 +382,9 @@ class Policy:
         else:
             ordered = list(images)
             if len(ordered) != len(names):
-                raise ObservationError(f"expected {len(names)} images in the order {list(names)}, got {len(ordered)}")
+                raise ObservationError(
+                    f"expected {len(names)} images in the order {list(names)}, got {len(ordered)}"
+                )
         for name, image in zip(names, ordered, strict=True):
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
                 kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
@@ -278,18 +395,28 @@ class Policy:
 
     def _normalized_state(self, state: NDArray[np.floating] | Sequence[float] | None) -> FloatArray | None:
         checkpoint = self._checkpoint
-        needed = self._needs_state_text or self.spec.config == "pi0" or bool(np.any(checkpoint.delta_actions or ()))
+        needed = (
+            self._needs_state_text
+            or self.spec.config == "pi0"
+            or bool(np.any(checkpoint.delta_actions or ()))
+        )
         if state is None:
             if needed:
-                raise ObservationError(f"this policy sees the robot's state: pass state= with {self.spec.state_dim} values")
+                raise ObservationError(
+                    f"this policy sees the robot's state: pass state= with {self.spec.state_dim} values"
+                )
             return None
         values = np.asarray(state, dtype=np.float32)
         if self._state is None:
-            raise CheckpointError(f"{self.spec.checkpoint}: no state statistics (norm_stats), so state= cannot be used")
+            raise CheckpointError(
+                f"{self.spec.checkpoint}: no state statistics (norm_stats), so state= cannot be used"
+            )
         if values.shape != (self.spec.state_dim,):
             raise ObservationError(f"state: expected shape ({self.spec.state_dim},), got {values.shape}")
         if not np.isfinite(values).all():
-            raise ObservationError(f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite")
+            raise ObservationError(
+                f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
+            )
         return self._state.normalize(values)
 
     def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:

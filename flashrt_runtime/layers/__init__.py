@@ -1,1 +1,3 @@
-"""What the policies are made of. Weights are allocated by the loader; modules here only name shapes and maths."""
+"""What the policies are made of. Weights are allocated by the loader; modules here only name shapes and
+maths.
+"""

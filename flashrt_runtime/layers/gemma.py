@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import GemmaConfig
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Window
+from .linear import Linear
 from .norms import RMSNorm, ada_rms_norm
+
+Rope = tuple[Tensor, Tensor]
 
 
 class GemmaLayer(nn.Module):
@@ -22,33 +25,29 @@ class GemmaLayer(nn.Module):
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.num_heads = heads
-        self.qkv = nn.Linear(config.width, (heads + 2 * kv_heads) * head_dim, bias=False, dtype=dtype)
-        self.out = nn.Linear(heads * head_dim, config.width, bias=False, dtype=dtype)
-        self.gate_up = nn.Linear(config.width, 2 * config.mlp_dim, bias=False, dtype=dtype)
-        self.down = nn.Linear(config.mlp_dim, config.width, bias=False, dtype=dtype)
+        self.qkv = Linear(config.width, (heads + 2 * kv_heads) * head_dim, bias=False, dtype=dtype)
+        self.out = Linear(heads * head_dim, config.width, bias=False, dtype=dtype)
+        self.gate_up = Linear(config.width, 2 * config.mlp_dim, bias=False, dtype=dtype)
+        self.down = Linear(config.mlp_dim, config.width, bias=False, dtype=dtype)
         if norms:
             self.input_norm = RMSNorm(config.width)
             self.post_norm = RMSNorm(config.width)
 
-    def write_kv(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int, start: int
-    ) -> Tensor:
-        """Project x: (tokens, width), write K and V at `start`, return q: (tokens, heads, head_dim)."""
-        k, v = cache.slots(layer, start, x.shape[0])
-        return ops.split_qkv_rope(self.qkv(x), *rope, self.num_heads, k, v)
+    def write_kv(self, x: Tensor, rope: Rope, cache: KVCache, layer: int, window: Window) -> Tensor:
+        """Project x: (tokens, width), write K and V into the window, return q: (tokens, heads, head_dim)."""
+        k, v = cache.k[layer], cache.v[layer]
+        return ops.split_qkv_rope(self.qkv(x), *rope, self.num_heads, k, v, window.written)
 
-    def attend(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int, start: int
-    ) -> Tensor:
-        """Self-attention of x: (tokens, width) over the cache's first `start` slots and x itself."""
-        q = self.write_kv(x, rope, cache, layer, start)
-        k, v = cache.filled(layer, start + x.shape[0])
-        out: Tensor = self.out(ops.attention(q, k, v))
+    def attend(self, x: Tensor, rope: Rope, cache: KVCache, layer: int, window: Window) -> Tensor:
+        """Attention of x: (tokens, width) over the window's keys, x itself among them."""
+        q = self.write_kv(x, rope, cache, layer, window)
+        k, v = cache.k[layer, : window.keys], cache.v[layer, : window.keys]
+        out: Tensor = self.out(ops.attention(q, k, v, window.valid, self.out.input_scale, window.lengths))
         return out
 
     def mlp(self, x: Tensor) -> Tensor:
         """GeGLU feed-forward."""
-        out: Tensor = self.down(ops.geglu(self.gate_up(x)))
+        out: Tensor = self.down(self.gate_up.geglu(x, self.down.input_scale))
         return out
 
 
@@ -64,8 +63,8 @@ class GemmaStack(nn.Module):
         if final_norm and not adaptive:
             self.norm = RMSNorm(config.width)
 
-    def fill_cache(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, start: int) -> None:
-        """Write K and V of every layer for tokens x: (tokens, width) at slot `start`; plain norms.
+    def fill_cache(self, x: Tensor, rope: Rope, cache: KVCache, window: Window) -> None:
+        """Write K and V of every layer for tokens x: (tokens, width) into the window; plain norms.
 
         The last layer stops at its K and V: nothing reads what would come after.
         """
@@ -73,26 +72,28 @@ class GemmaStack(nn.Module):
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, GemmaLayer)
-            normed, x = layer.input_norm(x, branch)
+            normed, x = layer.input_norm(x, branch, layer.qkv.input_scale)
             if index == last:
-                layer.write_kv(normed, rope, cache, index, start)
+                layer.write_kv(normed, rope, cache, index, window)
                 return
-            normed, x = layer.post_norm(x, layer.attend(normed, rope, cache, index, start))
+            attended = layer.attend(normed, rope, cache, index, window)
+            normed, x = layer.post_norm(x, attended, layer.gate_up.input_scale)
             branch = layer.mlp(normed)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, start: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache, window: Window) -> Tensor:
         """Plain norms: (tokens, width) in, final-normed (tokens, width) out."""
         branch: Tensor | None = None
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, GemmaLayer)
-            normed, x = layer.input_norm(x, branch)
-            normed, x = layer.post_norm(x, layer.attend(normed, rope, cache, index, start))
+            normed, x = layer.input_norm(x, branch, layer.qkv.input_scale)
+            attended = layer.attend(normed, rope, cache, index, window)
+            normed, x = layer.post_norm(x, attended, layer.gate_up.input_scale)
             branch = layer.mlp(normed)
         out: Tensor = self.norm(x, branch)[0]
         return out
 
     def forward_adaptive(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, start: int, styles: Tensor
+        self, x: Tensor, rope: Rope, cache: KVCache, window: Window, styles: Tensor
     ) -> Tensor:
         """adaRMS norms: styles (2 * depth + 1, 3, width) float32, in the order the norms are applied."""
         branch: Tensor | None = None
@@ -101,7 +102,7 @@ class GemmaStack(nn.Module):
             assert isinstance(layer, GemmaLayer)
             before, after = styles[2 * index], styles[2 * index + 1]
             normed, x = ada_rms_norm(x, branch, gate, before)
-            branch = layer.attend(normed, rope, cache, index, start)
+            branch = layer.attend(normed, rope, cache, index, window)
             normed, x = ada_rms_norm(x, branch, before[2], after)
             branch, gate = layer.mlp(normed), after[2]
         return ada_rms_norm(x, branch, gate, styles[-1])[0]

@@ -7,16 +7,19 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import GemmaConfig, SiglipConfig
 from .gemma import GemmaStack
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Window
 from .siglip import Siglip
 
 
 class PaliGemma(nn.Module):
     """SigLIP, token embedding and the Gemma prefix stack; the last layer stops at its K and V."""
 
-    def __init__(self, vision: SiglipConfig, prefix: GemmaConfig, vocab_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, vision: SiglipConfig, prefix: GemmaConfig, vocab_size: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.width = prefix.width
         self.vision = Siglip(vision, prefix.width, dtype)
@@ -24,17 +27,17 @@ class PaliGemma(nn.Module):
         self.stack = GemmaStack(prefix, dtype, adaptive=False, final_norm=False)
 
     def embed(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """images: (views, 3, size, size) float32; tokens: (text,) int64. Returns (views * patches + text, width).
+        """images: (views, 3, size, size) float32, or their patches; tokens: (text,) int64. Returns (views *
+        patches + text, width).
 
         Text embeddings are scaled by sqrt(width), image embeddings are not.
         """
         image_tokens = self.vision(images).flatten(0, 1)
-        text = self.embedding(tokens) * math.sqrt(self.width)
-        return torch.cat((image_tokens, text.to(image_tokens.dtype)))
+        x: Tensor = image_tokens.new_empty(image_tokens.shape[0] + tokens.shape[0], self.width)
+        x[: image_tokens.shape[0]] = image_tokens
+        ops.embed_tokens(self.embedding.weight, tokens, math.sqrt(self.width), x[image_tokens.shape[0] :])
+        return x
 
-    def fill_cache(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> None:
-        """Run the prefix stack over x: (tokens, width) and leave its K and V in slots [0, tokens)."""
-        cos, sin = rope
-        tokens = x.shape[0]
-        self.stack.fill_cache(x, (cos[:tokens], sin[:tokens]), cache, start=0)
-        cache.length = tokens
+    def fill_cache(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, window: Window) -> None:
+        """Run the prefix stack over x: (tokens, width) and leave its K and V in the window's slots."""
+        self.stack.fill_cache(x, window.rope(rope), cache, window)

@@ -29,8 +29,9 @@ def rope_tables(
 def time_embedding(time: float, width: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
     """sin ‖ cos of 2*pi*time / period over log-spaced periods: (width,) float32.
 
-    time in [0, 1]; rounded to float32 once, as every published implementation stores it (the fastest component
-    turns 1571 rad per unit of t, so the rounding shows); the rest is float64. Source: pi0, appendix B.
+    time in [0, 1]; rounded to float32 once, as every published implementation stores it (the fastest
+    component turns 1571 rad per unit of t, so the rounding shows); the rest is float64. Source: pi0,
+    appendix B.
     """
     time = torch.tensor(time, dtype=torch.float32).item()
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PATCH_SIZE, SiglipConfig
+from .linear import Linear
 from .norms import LayerNorm
 
 
@@ -17,17 +18,18 @@ class SiglipLayer(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.norm1 = LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width, dtype=dtype)
-        self.out = nn.Linear(config.width, config.width, dtype=dtype)
+        self.qkv = Linear(config.width, 3 * config.width, dtype=dtype)
+        self.out = Linear(config.width, config.width, dtype=dtype)
         self.norm2 = LayerNorm(config.width)
-        self.fc1 = nn.Linear(config.width, config.mlp_dim, dtype=dtype)
-        self.fc2 = nn.Linear(config.mlp_dim, config.width, dtype=dtype)
+        self.fc1 = Linear(config.width, config.mlp_dim, dtype=dtype)
+        self.fc2 = Linear(config.mlp_dim, config.width, dtype=dtype)
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """x, branch: (views, tokens, width). Returns (residual, the MLP's output still to be added)."""
-        normed, x = self.norm1(x, branch)
-        normed, x = self.norm2(x, self.out(ops.vision_attention(self.qkv(normed), self.num_heads)))
-        return x, self.fc2(ops.gelu(self.fc1(normed)))
+        normed, x = self.norm1(x, branch, self.qkv.input_scale)
+        attended = ops.vision_attention(self.qkv(normed), self.num_heads, self.out.input_scale)
+        normed, x = self.norm2(x, self.out(attended), self.fc1.input_scale)
+        return x, self.fc2(self.fc1.gelu(normed, self.fc2.input_scale))
 
 
 class Siglip(nn.Module):
@@ -44,11 +46,16 @@ class Siglip(nn.Module):
         )
         self.layers = nn.ModuleList(SiglipLayer(config, dtype) for _ in range(config.depth))
         self.norm = LayerNorm(config.width)
-        self.project = nn.Linear(config.width, out_width, dtype=dtype)
+        self.project = Linear(config.width, out_width, dtype=dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (views, 3, size, size) float32 in [-1, 1]. Returns (views, tokens, out_width)."""
-        x = (self.patch(ops.patchify(images, PATCH_SIZE)) + self.position).to(self.dtype)
+        """images: (views, 3, size, size) float32 in [-1, 1], or already cut into (views, tokens, 3 * 14 *
+        14).
+
+        Returns (views, tokens, out_width).
+        """
+        patches = images if images.ndim == 3 else ops.patchify(images, PATCH_SIZE)
+        x = (self.patch(patches) + self.position).to(self.dtype)
         branch: Tensor | None = None
         for layer in self.layers:
             x, branch = layer(x, branch)

@@ -1,4 +1,6 @@
-"""What the flow-matching policies share: prefill once, then Euler steps of the action expert (arXiv:2410.24164)."""
+"""What the flow-matching policies share: prefill once, then Euler steps of the action expert
+(arXiv:2410.24164).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PolicyConfig
-from ..layers.kv_cache import KVCache
+from ..layers.kv_cache import KVCache, Window
 from ..layers.paligemma import PaliGemma
 from ..layers.rope import rope_tables
 
@@ -48,6 +50,8 @@ class FlowPolicy(nn.Module, ABC):
         self.cache = KVCache(
             config.prefix.depth, slots, config.prefix.num_kv_heads, config.prefix.head_dim, self.dtype, device
         )
+        self.prefix_length = torch.zeros((), dtype=torch.int32, device=device)
+        self.prefix_bound = 0
         self.prepare_conditioning(device)
 
     @abstractmethod
@@ -55,20 +59,53 @@ class FlowPolicy(nn.Module, ABC):
         """Precompute the conditioning of every denoise step."""
 
     def extend_prefix(self, state: Tensor | None) -> None:
-        """Append what the expert sees as constant over the denoise steps (pi0's state token); default nothing."""
+        """Append what the expert sees as constant over the denoise steps (pi0's state token); default
+        nothing.
+        """
 
     @abstractmethod
     def velocity(self, x: Tensor, step: int) -> Tensor:
-        """v(x, t = 1 - step / num_steps): (horizon, action_dim) float32 in and out."""
+        """v(x, t = 1 - step / num_steps): (horizon, action_dim) float32 in and out; after `begin_suffix`."""
 
-    def suffix_rope(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the positions [start, start + tokens)."""
-        cos, sin = self.rope
-        return cos[start : start + tokens], sin[start : start + tokens]
+    def suffix_window(self, tokens: int) -> Window:
+        """Where `tokens` go right behind the valid prefix, wherever that is known."""
+        if self.cache.length is not None:
+            return Window.at(self.cache.length, tokens)
+        return Window.behind(self.prefix_length, tokens, self.prefix_bound)
+
+    def begin_suffix(self) -> None:
+        """Place the action tokens; `suffix` is then (window, rotary tables) of every denoise step."""
+        window = self.suffix_window(self.config.horizon)
+        self.suffix = window, window.rope(self.rope)
 
     def prefill(self, images: Tensor, tokens: Tensor) -> None:
-        """Fill the K/V cache from images: (views, 3, size, size) float32 and tokens: (text,) int64, all valid."""
-        self.paligemma.fill_cache(self.paligemma.embed(images, tokens), self.rope, self.cache)
+        """Fill the K/V cache from images: (views, 3, size, size) float32 and tokens: (text,) int64, all
+        valid.
+        """
+        x = self.paligemma.embed(images, tokens)
+        self.paligemma.fill_cache(x, self.rope, self.cache, Window.at(0, x.shape[0]))
+        self.cache.length = self.prefix_bound = x.shape[0]
+        self.prefix_length.fill_(x.shape[0])
+
+    def prefill_padded(self, images: Tensor, tokens: Tensor) -> None:
+        """`prefill` of tokens: (bucket,) int64 of which only the device knows how many are valid.
+
+        `prefix_length` holds views * patches + valid tokens. Padding lies behind them and is attended by
+        nothing.
+        """
+        x = self.paligemma.embed(images, tokens)
+        self.paligemma.fill_cache(x, self.rope, self.cache, Window.padded(x.shape[0], self.prefix_length))
+        self.cache.length, self.prefix_bound = None, x.shape[0]
+
+    def integrate(self, x: Tensor) -> None:
+        """Integrate dx/dt = v from t = 1 to 0 with num_steps Euler steps, in place.
+
+        x: (horizon, action_dim) float32. Reads the prefix from `cache` and its length from `prefix_length`
+        (int32 scalar on the device).
+        """
+        self.begin_suffix()
+        for step in range(self.config.num_steps):
+            ops.euler_step(x, self.velocity(x, step), -1.0 / self.config.num_steps)
 
     @torch.inference_mode()
     def sample_actions(
@@ -80,7 +117,7 @@ class FlowPolicy(nn.Module, ABC):
         state: Tensor | None,
         noise: Tensor,
     ) -> Tensor:
-        """Integrate dx/dt = v from noise at t = 1 to actions at t = 0 with num_steps Euler steps.
+        """Actions at t = 0 from noise at t = 1; one observation, any number of valid views and tokens.
 
         images: (views, 3, size, size) float32 in [-1, 1]; image_mask: (views,) bool; tokens: (text,) int64;
         token_mask: (text,) bool; state: (action_dim,) float32 normalised and padded (pi0 only);
@@ -90,6 +127,5 @@ class FlowPolicy(nn.Module, ABC):
         self.prefill(images[image_mask], tokens[token_mask])
         self.extend_prefix(state)
         x = noise.clone()
-        for step in range(self.config.num_steps):
-            x = ops.euler_step(x, self.velocity(x, step), -1.0 / self.config.num_steps)
+        self.integrate(x)
         return x

@@ -32,7 +32,9 @@ class Pi0(FlowPolicy):
 
     @torch.inference_mode()
     def prepare_conditioning(self, device: torch.device) -> None:
-        """concat(action, time) @ W = action @ W_a + time @ W_t: the time half is computed here for every step."""
+        """concat(action, time) @ W = action @ W_a + time @ W_t: the time half is computed here for every
+        step.
+        """
         width, steps = self.config.expert.width, self.config.num_steps
         self.action_half = self.action_time_in.weight[:, :width].contiguous()
         time_half, bias = self.action_time_in.weight[:, width:], self.action_time_in.bias
@@ -43,17 +45,19 @@ class Pi0(FlowPolicy):
         """Run the state token through the expert and leave its K and V behind the prefix."""
         if state is None:
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
-        start = self.cache.length
         token = self.state_in(state).to(self.dtype).unsqueeze(0)
-        self.expert.fill_cache(token, self.suffix_rope(start, 1), self.cache, start)
-        self.cache.length = start + 1
+        window = self.suffix_window(1)
+        self.expert.fill_cache(token, window.rope(self.rope), self.cache, window)
+        if self.cache.length is not None:
+            self.cache.length += 1
+        self.prefix_bound += 1
+        self.prefix_length += 1
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         """One pass of the expert over the noisy actions; see `FlowPolicy.velocity`."""
-        start = self.cache.length
+        window, rope = self.suffix
         mixed = F.silu(F.linear(self.action_in(x), self.action_half, self.time_bias[step]))
         tokens = self.action_time_out(mixed).to(self.dtype)
-        rope = self.suffix_rope(start, tokens.shape[0])
-        hidden = self.expert(tokens, rope, self.cache, start)
+        hidden = self.expert(tokens, rope, self.cache, window)
         out: Tensor = self.action_out(hidden.float())
         return out

@@ -39,7 +39,9 @@ class Pi05(FlowPolicy):
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
         super().__init__(config, num_views, dtype, rope_bf16)
         self.expert = GemmaStack(config.expert, dtype, adaptive=True, final_norm=True)
-        self.conditioning: TimeConditioning | None = TimeConditioning(config.expert.width, config.expert.depth)
+        self.conditioning: TimeConditioning | None = TimeConditioning(
+            config.expert.width, config.expert.depth
+        )
 
     @torch.inference_mode()
     def prepare_conditioning(self, device: torch.device) -> None:
@@ -52,9 +54,8 @@ class Pi05(FlowPolicy):
 
     def velocity(self, x: Tensor, step: int) -> Tensor:
         """One pass of the expert over the noisy actions; see `FlowPolicy.velocity`."""
-        start = self.cache.length
+        window, rope = self.suffix
         tokens = self.action_in(x).to(self.dtype)
-        rope = self.suffix_rope(start, tokens.shape[0])
-        hidden = self.expert.forward_adaptive(tokens, rope, self.cache, start, self.styles[step])
+        hidden = self.expert.forward_adaptive(tokens, rope, self.cache, window, self.styles[step])
         out: Tensor = self.action_out(hidden.float())
         return out

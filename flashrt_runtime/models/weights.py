@@ -1,4 +1,4 @@
-"""Where each parameter of a policy comes from: our names on the left, openpi's checkpoint keys on the right."""
+"""Where each parameter of a policy comes from: our names left, openpi's checkpoint keys right."""
 
 from __future__ import annotations
 
@@ -99,20 +99,29 @@ def sources(config: PolicyConfig) -> list[Source]:
     return found
 
 
-def load_weights(model: nn.Module, config: PolicyConfig, checkpoint: TensorSource, device: torch.device) -> None:
-    """Allocate the model's parameters on `device` and copy the checkpoint into them, in each parameter's dtype.
+def load_weights(
+    model: nn.Module, config: PolicyConfig, checkpoint: TensorSource, device: torch.device
+) -> None:
+    """Allocate the model's parameters on `device` and copy the checkpoint into them, in each parameter's
+    dtype.
 
+    A layer that stores another form of its weight (8 bits) takes it in float32 through its `set_weight`.
     Host memory beyond the mapped file is one tensor at most.
     """
     for source in sources(config):
         owner_name, _, name = source.parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         declared = getattr(owner, name)
-        target = torch.empty(declared.shape, dtype=declared.dtype, device=device)
+        convert = getattr(owner, "set_weight", None) if name == "weight" else None
+        dtype = declared.dtype if convert is None else torch.float32
+        target = torch.empty(declared.shape, dtype=dtype, device=device)
         row = 0
         for key in source.keys:
             stored = checkpoint.tensor(key)
             stored = stored.reshape(stored.shape[0], *target.shape[1:])
             target[row : row + stored.shape[0]].copy_(stored)
             row += stored.shape[0]
-        setattr(owner, name, nn.Parameter(target, requires_grad=False))
+        if convert is None:
+            setattr(owner, name, nn.Parameter(target, requires_grad=False))
+        else:
+            convert(target)

@@ -1,4 +1,4 @@
-"""Operations with two implementations: torch (`reference`, any device) and CUDA (`native`).
+"""Operations with two implementations: torch (`reference`, any device) and CUDA (`native`, `scaled_gemm`).
 
 Layers call this module. Each operation takes the native kernel when the tensors are on a GPU that has it,
 and the torch definition otherwise; the two agree by test, so the choice never changes what is computed.
@@ -6,43 +6,163 @@ and the torch definition otherwise; the two agree by test, so the choice never c
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, prefix, reference
 from .reference import (
+    E4M3,
+    E4M3_MAX,
     ada_rms_norm,
     apply_rope,
-    attention,
     euler_step,
     gated_add_ada_rms_norm,
-    geglu,
-    gelu,
-    layer_norm,
     patchify,
-    rms_norm,
-    split_qkv_rope,
-    vision_attention,
+    weight_only_linear,
 )
 
 __all__ = [
+    "E4M3",
+    "E4M3_MAX",
     "ada_rms_norm",
+    "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "embed_tokens",
     "euler_step",
     "gated_add_ada_rms_norm",
     "geglu",
     "gelu",
     "layer_norm",
     "patchify",
+    "quantise",
     "rms_norm",
+    "scaled_linear",
     "split_qkv_rope",
     "vision_attention",
+    "weight_only_linear",
 ]
 
+FP8_CAPABILITY = (8, 9)
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+
+def _native(x: Tensor) -> bool:
+    return x.is_cuda and native.available()
+
+
+def quantise(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 of x / scale; see `reference.quantise`."""
+    return prefix.quantise(x, scale) if _native(x) else reference.quantise(x, scale)
+
+
+def scaled_linear(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Product of e4m3 operands; see `reference.scaled_linear`. The library takes sizes in multiples of 16."""
+    n, k = weight.shape
+    if (
+        x.is_cuda
+        and n % 16 == 0
+        and k % 16 == 0
+        and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
+    ):
+        rows = x.reshape(-1, k)
+        out = torch._scaled_mm(
+            rows, weight.t(), x_scale, weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+        return out.view(*x.shape[:-1], n)
+    return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """RMSNorm; see `reference.rms_norm`."""
+    if _native(x):
+        return prefix.norm(x, None, weight, None, eps, scale)[0]
+    return reference.rms_norm(x, weight, eps, scale)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Residual add, then RMSNorm; see `reference.add_rms_norm`."""
-    if x.is_cuda and native.available():
-        return native.add_rms_norm(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    if _native(x):
+        return prefix.norm(x, residual, weight, None, eps, scale)
+    return reference.add_rms_norm(x, residual, weight, eps, scale)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """LayerNorm; see `reference.layer_norm`."""
+    if _native(x):
+        return prefix.norm(x, None, weight, bias, eps, scale)[0]
+    return reference.layer_norm(x, weight, bias, eps, scale)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residual add, then LayerNorm; see `reference.add_layer_norm`."""
+    if _native(x):
+        return prefix.norm(x, residual, weight, bias, eps, scale)
+    return reference.add_layer_norm(x, residual, weight, bias, eps, scale)
+
+
+def gelu(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """GELU; see `reference.gelu`."""
+    return prefix.gelu(x, scale) if _native(x) else reference.gelu(x, scale)
+
+
+def geglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
+    """gelu(gate) * up; see `reference.geglu`."""
+    return prefix.geglu(gate_up, scale) if _native(gate_up) else reference.geglu(gate_up, scale)
+
+
+def split_qkv_rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: slice | Tensor,
+) -> Tensor:
+    """Split, rotate, write the cache; see `reference.split_qkv_rope`."""
+    if _native(qkv):
+        return prefix.split_qkv_rope(qkv, cos, sin, num_heads, k_cache, v_cache, slots)
+    return reference.split_qkv_rope(qkv, cos, sin, num_heads, k_cache, v_cache, slots)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    lengths: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of every query over all unmasked keys; see `reference.attention`.
+
+    lengths: cumulative lengths (2,) int32 on the device of queries and of unmasked keys, when the mask is a
+    prefix. Without a bias to read, the library's variable-length kernel takes half the masked one's time.
+    """
+    if lengths is None or not q.is_cuda or q.dtype == torch.float32:
+        out = reference.attention(q, k, v, key_mask)
+    else:
+        limits = q.shape[0], k.shape[0]
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, *limits, 0.0, False, False)[
+            0
+        ].flatten(1)
+    return out if scale is None else quantise(out, scale)
+
+
+def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -> Tensor:
+    """Attention within each view; see `reference.vision_attention`."""
+    out = reference.vision_attention(qkv, num_heads)
+    return out if scale is None else quantise(out, scale)
+
+
+def embed_tokens(table: Tensor, ids: Tensor, factor: float, out: Tensor) -> Tensor:
+    """out = factor * table[ids], in place; see `prefix.embed_tokens`."""
+    if _native(table):
+        return prefix.embed_tokens(table, ids, factor, out)
+    return out.copy_(reference.embed_tokens(table, ids, factor))

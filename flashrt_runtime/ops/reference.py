@@ -1,6 +1,8 @@
 """The operations in plain torch: the definition that every native kernel is tested against.
 
-Normalisations compute in float32 and return the input's dtype, as openpi's JAX model does.
+Normalisations compute in float32 and return the input's dtype, as openpi's JAX model does. Where a `scale`
+(float32 scalar) is given, the result is quantised instead: e4m3 of value / scale, as the projection that
+reads it wants it.
 """
 
 from __future__ import annotations
@@ -9,24 +11,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def quantise(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 of x / scale, saturating; NaN stays NaN. scale: float32 scalar."""
+    return (x.float() * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def store(value: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """Round a result once: to `dtype`, or to e4m3 where a scale is given."""
+    return value.to(dtype) if scale is None else quantise(value, scale)
+
+
+def scaled_linear(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x @ weight^T * (x_scale * weight_scale) + bias of e4m3 operands, accumulated in float32.
+
+    x: (..., k) and weight: (n, k) e4m3; scales: float32 scalars; bias: (n,). Returns (..., n) of `dtype`.
+    """
+    out = F.linear(x.float(), weight.float()) * (x_scale * weight_scale)
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def weight_only_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ (weight * weight_scale)^T + bias with weight: (n, k) e4m3 and x in 16 or 32 bits, whose dtype
+    returns.
+
+    e4m3 values are exact in every dtype of x, so the scale is applied after the product.
+    """
+    out = F.linear(x, weight.to(x.dtype)).float() * weight_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
     """Gemma's RMSNorm: x * rsqrt(mean(x^2) + eps) * (1 + weight).
 
     x: (..., width) floating; weight: (width,). Returns x's shape and dtype. arXiv:1910.07467.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight.float())).to(x.dtype)
+    return store(normed * (1.0 + weight.float()), x.dtype, scale)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Residual add, then RMSNorm.
 
     x, residual: (..., width), same dtype; weight: (width,). Returns (rms_norm(x + residual), x + residual).
     """
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, scale), total
 
 
 def ada_rms_norm(x: Tensor, style: Tensor, eps: float) -> Tensor:
@@ -51,21 +89,33 @@ def gated_add_ada_rms_norm(
     return ada_rms_norm(total, style, eps), total
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
     """LayerNorm in float32. x: (..., width); weight, bias: (width,). Returns x's dtype."""
     width = (x.shape[-1],)
-    return F.layer_norm(x.float(), width, weight.float(), bias.float(), eps).to(x.dtype)
+    return store(F.layer_norm(x.float(), width, weight.float(), bias.float(), eps), x.dtype, scale)
 
 
-def gelu(x: Tensor) -> Tensor:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residual add, then LayerNorm. Returns (layer_norm(residual + x), residual + x)."""
+    total = residual + x
+    return layer_norm(total, weight, bias, eps, scale), total
+
+
+def gelu(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """GELU, tanh form (arXiv:1606.08415)."""
-    return F.gelu(x, approximate="tanh")
+    return (
+        F.gelu(x, approximate="tanh")
+        if scale is None
+        else quantise(F.gelu(x.float(), approximate="tanh"), scale)
+    )
 
 
-def geglu(gate_up: Tensor) -> Tensor:
+def geglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
     """gelu(gate) * up for gate_up: (..., 2 * mlp_dim) holding gate, then up (arXiv:2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return gelu(gate) * up
+    gate, up = (gate_up if scale is None else gate_up.float()).chunk(2, dim=-1)
+    return store(gelu(gate) * up, gate_up.dtype, scale)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,22 +129,31 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_qkv_rope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, k_out: Tensor, v_out: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: slice | Tensor,
 ) -> Tensor:
-    """Split a fused projection, rotate q and k, write k and v into the cache.
+    """Split a fused projection, rotate q and k, write k and v into `slots` of the cache.
 
-    qkv: (tokens, (num_heads + 2 * kv_heads) * head_dim); k_out, v_out: (tokens, kv_heads, head_dim),
-    written in place. Returns q: (tokens, num_heads, head_dim).
+    qkv: (tokens, (num_heads + 2 * kv_heads) * head_dim); k_cache, v_cache: (capacity, kv_heads, head_dim),
+    written in place; slots: a slice of `tokens` slots, or (tokens,) int64. Returns q: (tokens, num_heads,
+    head_dim).
     """
-    tokens, kv_heads, head_dim = k_out.shape
-    heads = qkv.view(tokens, num_heads + 2 * kv_heads, head_dim)
+    kv_heads, head_dim = k_cache.shape[1:]
+    heads = qkv.view(-1, num_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.split((num_heads, kv_heads, kv_heads), dim=1)
-    k_out.copy_(apply_rope(k, cos, sin))
-    v_out.copy_(v)
+    k_cache[slots] = apply_rope(k, cos, sin)
+    v_cache[slots] = v
     return apply_rope(q, cos, sin)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """Softmax attention of every query over all unmasked keys; scale 1/sqrt(head_dim).
 
     q: (queries, heads, head_dim); k, v: (keys, kv_heads, head_dim); key_mask: (keys,) bool, True = attend.
@@ -106,14 +165,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -
     group = heads // kv_heads
     folded = q.view(queries, kv_heads, group, head_dim).permute(1, 0, 2, 3)
     folded = folded.reshape(1, kv_heads, queries * group, head_dim)
+    mask = None if key_mask is None else key_mask.view(1, 1, 1, -1)
     out = F.scaled_dot_product_attention(
-        folded, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), attn_mask=key_mask
+        folded, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), attn_mask=mask
     )
     out = out.view(kv_heads, queries, group, head_dim).permute(1, 0, 2, 3)
-    return out.reshape(queries, heads * head_dim)
+    return store(out.reshape(queries, heads * head_dim), q.dtype, scale)
 
 
-def vision_attention(qkv: Tensor, num_heads: int) -> Tensor:
+def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -> Tensor:
     """Full attention within each view.
 
     qkv: (views, tokens, 3 * width) holding q, k, v. Returns (views, tokens, width).
@@ -122,7 +182,7 @@ def vision_attention(qkv: Tensor, num_heads: int) -> Tensor:
     width = triple // 3
     q, k, v = qkv.view(views, tokens, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).reshape(views, tokens, width)
+    return store(out.transpose(1, 2).reshape(views, tokens, width), qkv.dtype, scale)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -136,3 +196,8 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def euler_step(x: Tensor, velocity: Tensor, dt: float) -> Tensor:
     """x + dt * velocity, in place in x's float32."""
     return x.add_(velocity, alpha=dt)
+
+
+def embed_tokens(table: Tensor, ids: Tensor, factor: float) -> Tensor:
+    """factor * table[ids]: (tokens, width) of the table's dtype, rounded once."""
+    return F.embedding(ids, table) * factor

@@ -1,0 +1,114 @@
+"""docs/gpu_report.{json,md,png} from measured rows; nothing in them is written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Wall, 2 views, 10 steps, chunk 10: measured side by side on one H200 with the same random checkpoint.
+ANCHORS = {"FlashRT 0.1.0 fp8": 14.68, "LeRobot 0.6.1 compiled": 57.1}
+FLOOR_MS = {1: 1.61, 2: 2.38, 3: 3.17}  # fp8, H200: the larger of operations and bytes over this GPU's rates
+STAGES = ("images", "vision", "embed", "prefix", "expert", "staging", "h2d", "d2h")
+
+
+def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None:
+    """Merge rows into the JSON (a row keeps the header of its own run) and write table and chart from it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "gpu_report.json"
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content |= header
+    for key, row in rows.items():
+        content[key] = row | {
+            "commit": header["commit"],
+            "command": header["command"],
+            "date": header["date"],
+        }
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (directory / "gpu_report.md").write_text(table(content), encoding="utf-8")
+    chart(content, directory / "gpu_report.png")
+    print(f"wrote {file}, gpu_report.md and gpu_report.png")
+
+
+def table(content: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    latencies = {key: row for key, row in content.items() if isinstance(row, dict) and "graph_p50_ms" in row}
+    peers = {key: row for key, row in content.items() if key.startswith("lerobot.")}
+    lines = [
+        "# GPU report",
+        "",
+        f"{content['gpu']}, torch {content['torch']}, {content['date']}, commit {content['commit']}. "
+        "Written by `benchmarks/bench_policy.py`; random weights of the published dimensions, random images.",
+        "",
+        "| policy | graph p50 | p95 | p99 | wall p50 | p99 | host | peak GiB | load s | first action s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, row in latencies.items():
+        names = (
+            "graph_p50_ms", "graph_p95_ms", "graph_p99_ms", "wall_p50_ms", "wall_p99_ms", "host_ms",
+            "peak_gib", "load_s", "first_action_s",
+        )  # fmt: skip
+        cells = [f"{row[name]:.2f}" for name in names]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    lines += ["", "Times in ms. Stages, each a graph of its own (staging is host work):", ""]
+    lines += [f"| policy | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
+    for key, row in latencies.items():
+        lines.append(f"| {key} | {' | '.join(f'{row["stages_ms"][stage]:.3f}' for stage in STAGES)} |")
+    lines += ["", "Prompt and state changes (200 in a row):", ""]
+    lines += ["| policy | extra ms | device allocations | captures |", "|---|---|---|---|"]
+    for key, row in latencies.items():
+        change = row["prompt_change"]
+        lines.append(
+            f"| {key} | {change['extra_ms']:.3f} | {change['device_allocations']} | {change['captures']} |"
+        )
+    if peers:
+        lines += ["", "| peer | wall p50 ms | p99 | first call s |", "|---|---|---|---|"]
+        lines += [
+            f"| {key} | {row['wall_p50_ms']:.1f} | {row['wall_p99_ms']:.1f} | {row['first_call_s']:.0f} |"
+            for key, row in peers.items()
+        ]
+    rates = content.get("rates")
+    if rates:
+        ceilings = ", ".join(f"{name} {value:.4g}" for name, value in rates["ceilings"].items())
+        lines += [
+            "",
+            f"Rates in {rates['precision']}, weights rotated out of L2. Ceilings measured: {ceilings}.",
+            "",
+        ]
+        lines += ["| operation | us | TFLOP/s | TB/s |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {row['us']:.1f} | {row['tflop_s']:.0f} | {row['tb_s']:.2f} |"
+            for name, row in rates.items()
+            if isinstance(row, dict) and "us" in row
+        ]
+    lines += ["", "Commands:", ""]
+    commands = dict.fromkeys(row["command"] for row in content.values() if isinstance(row, dict))
+    return "\n".join([*lines, *(f"- `{command}`" for command in commands)]) + "\n"
+
+
+def chart(content: dict[str, Any], path: Path) -> None:
+    """Bars of wall p50: ours, the peers, and the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = {f"floor fp8, {views} views": value for views, value in FLOOR_MS.items()}
+    colours = ["#999999"] * len(bars)
+    ours = {
+        key: row["wall_p50_ms"]
+        for key, row in content.items()
+        if isinstance(row, dict) and "graph_p50_ms" in row
+    }
+    measured = {key: row["wall_p50_ms"] for key, row in content.items() if key.startswith("lerobot.")}
+    bars |= ours | ANCHORS | measured
+    colours += ["#1f77b4"] * len(ours) + ["#d62728"] * (len(ANCHORS) + len(measured))
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1.2))
+    drawn = axes.barh(list(bars), list(bars.values()), color=colours)
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(f"ms per predict, wall p50 ({content['gpu']}; 2 views unless named)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,192 @@
+"""The captured forward: vision, prefix and every denoise step as one CUDA graph per prompt bucket.
+
+A graph takes every input from static buffers and the prompt's valid length from the device. A prompt of any
+length runs in the smallest bucket that holds it: nothing is captured, compiled or allocated after
+`capture`.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..config import PATCH_SIZE, FamilyRules
+from ..models import FlowPolicy
+from ..ops import native, prefix
+from ..processing.images import prepare_image
+from ..quantization.calibration import Calibrator
+from .staging import FRAME_BYTES, Staging
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (48, 64, 96, 128)
+TIMED_REPLAYS = 5
+
+
+def prompt_buckets(capacity: int) -> tuple[int, ...]:
+    """Prompt lengths that get a graph each, the policy's capacity last."""
+    return (*(bucket for bucket in BUCKETS if bucket < capacity), capacity)
+
+
+class Engine:
+    """Runs one loaded model on one GPU. Not thread-safe: the policy that owns it takes one call at a time.
+
+    autotune: captures per bucket, of which the one that replays fastest is kept.
+    """
+
+    def __init__(
+        self, model: FlowPolicy, rules: FamilyRules, device: torch.device, autotune: int = 3
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.autotune = max(1, int(autotune))
+        self.antialias = rules.resize == "antialias_uint8"
+        self.resize_rule = rules.resize
+        self.on_device_resize = native.available()
+        self.stream = torch.cuda.Stream(device)
+        self.done = torch.cuda.Event(blocking=True)
+        self.started, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        config = model.config
+        self.buckets = prompt_buckets(config.prompt_capacity)
+        self.image_tokens = model.num_views * config.vision.tokens
+        self.captures = 0
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.actions = torch.zeros(config.horizon, config.action_dim, dtype=torch.float32, device=device)
+        self._allocate(FRAME_BYTES * model.num_views)
+
+    def _allocate(self, frame_bytes: int) -> None:
+        config = self.model.config
+        if not self.on_device_resize:  # the host resizes, model-ready float32 pixels are staged
+            frame_bytes = self.model.num_views * 3 * config.vision.image_size**2 * 4
+        self.staging = Staging(
+            self.model.num_views,
+            config.prompt_capacity,
+            config.action_dim,
+            config.horizon,
+            frame_bytes,
+            self.device,
+        )
+
+    def images(self) -> Tensor:
+        """The staged images as the vision tower takes them."""
+        vision = self.model.config.vision
+        if self.on_device_resize:
+            staging = self.staging
+            return prefix.camera_patches(
+                staging.frames, staging.views, vision.image_size, PATCH_SIZE, self.antialias
+            )
+        pixels = self.staging.frames.view(torch.float32)
+        return pixels.view(self.model.num_views, 3, vision.image_size, vision.image_size)
+
+    def forward(self, bucket: int) -> None:
+        """The work that is captured: staged observation in, `actions` out."""
+        model, staging = self.model, self.staging
+        model.prefix_length.copy_(staging.prefix_length)
+        model.prefill_padded(self.images(), staging.tokens[:bucket])
+        model.extend_prefix(staging.state)
+        self.actions.copy_(staging.noise)
+        model.integrate(self.actions)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture every bucket; some hundred milliseconds each. Scales of quantised activations may come
+        later.
+        """
+        started = time.perf_counter()
+        self._stage_example()
+        calibrator = Calibrator(self.model)
+        pool: Any = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), calibrator.assumed():
+            self.graphs = {bucket: self._fastest(bucket, pool) for bucket in self.buckets}
+        logger.info(
+            "captured graphs for prompts of up to %s tokens in %.2f s",
+            ", ".join(map(str, self.buckets)),
+            time.perf_counter() - started,
+        )
+
+    def _fastest(self, bucket: int, pool: Any) -> torch.cuda.CUDAGraph:
+        self.forward(bucket)  # libraries choose algorithms and allocate workspaces outside the capture
+        self.stream.synchronize()
+        candidates: list[tuple[float, int, torch.cuda.CUDAGraph]] = []
+        for _ in range(self.autotune):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                self.forward(bucket)
+            self.captures += 1
+            candidates.append((self._replay_time(graph), len(candidates), graph))
+        return min(candidates)[2]
+
+    def _replay_time(self, graph: torch.cuda.CUDAGraph) -> float:
+        times: list[float] = []
+        for _ in range(TIMED_REPLAYS):
+            self.started.record(self.stream)
+            graph.replay()
+            self.ended.record(self.stream)
+            self.ended.synchronize()
+            times.append(self.started.elapsed_time(self.ended))
+        return statistics.median(times)
+
+    def _stage_example(self) -> None:
+        """Something valid in the static buffers, so that captures and their timing read no garbage."""
+        config = self.model.config
+        size = config.vision.image_size
+        grey = [np.full((size, size, 3), 127, np.uint8)] * self.model.num_views
+        noise = np.random.default_rng(0).standard_normal((config.horizon, config.action_dim), np.float32)
+        state = np.zeros(config.action_dim, np.float32)
+        with torch.cuda.stream(self.stream):
+            self._upload(grey, np.ones(1, np.int64), state, noise)
+        self.stream.synchronize()
+
+    def _upload(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        tokens: NDArray[np.int64],
+        state: NDArray[np.float32] | None,
+        noise: NDArray[np.float32],
+    ) -> None:
+        length = self.image_tokens + len(tokens)
+        if not self.on_device_resize:
+            size, rule = self.model.config.vision.image_size, self.resize_rule
+            pixels = [prepare_image(image, size, rule).numpy() for image in images]
+            images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
+        self.staging.upload(self.staging.write(images, length, tokens, state, noise))
+
+    def bucket_of(self, tokens: int) -> int:
+        """The smallest bucket that holds a prompt of `tokens`."""
+        return next(bucket for bucket in self.buckets if bucket >= tokens)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        tokens: NDArray[np.int64],
+        state: NDArray[np.float32] | None,
+        noise: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """One observation: images (H, W, 3) uint8 of any size, one per view; tokens (L,) int64; state
+        (action_dim,) float32 normalised and padded, or None; noise (horizon, action_dim) float32.
+
+        Returns (horizon, action_dim) float32 in model space. Waits without holding the GIL.
+        """
+        needed = sum(image.size for image in images)
+        if self.on_device_resize and needed > self.staging.frame_bytes:
+            logger.warning(
+                "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
+            )
+            self._allocate(needed)
+            self.capture()
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            self._upload(images, tokens, state, noise)
+            self.graphs[self.bucket_of(len(tokens))].replay()
+            self.staging.actions.copy_(self.actions, non_blocking=True)
+            self.done.record(self.stream)
+        self.done.synchronize()
+        return self.staging.actions.numpy().copy()

@@ -1,0 +1,92 @@
+"""One observation in one block of pinned memory and its twin on the device: one copy there, one copy back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ALIGNMENT = 256
+FRAME_BYTES = 1920 * 1080 * 3
+
+
+class Staging:
+    """Static inputs of a captured graph: device tensors that are views of one buffer, refilled by `upload`.
+
+    views: (count, 3) int64 rows (byte offset in frames, height, width); prefix_length: int32 scalar;
+    tokens: (capacity,) int64; state: (action_dim,) and noise: (horizon, action_dim) float32; frames: the
+    images' bytes.
+    """
+
+    def __init__(
+        self,
+        num_views: int,
+        capacity: int,
+        action_dim: int,
+        horizon: int,
+        frame_bytes: int,
+        device: torch.device,
+    ) -> None:
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "views": (torch.int64, (num_views, 3)),
+            "prefix_length": (torch.int32, ()),
+            "tokens": (torch.int64, (capacity,)),
+            "state": (torch.float32, (action_dim,)),
+            "noise": (torch.float32, (horizon, action_dim)),
+            "frames": (torch.uint8, (frame_bytes,)),
+        }
+        offsets, size = {}, 0
+        for name, (dtype, shape) in layout.items():
+            offsets[name] = size
+            size += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.frames_offset = offsets["frames"]
+        self.host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(size, dtype=torch.uint8, device=device)
+
+        def part(buffer: Tensor, name: str) -> Tensor:
+            dtype, shape = layout[name]
+            end = offsets[name] + prod(shape) * dtype.itemsize
+            return buffer[offsets[name] : end].view(dtype).view(shape)
+
+        self.views, self.prefix_length, self.tokens, self.state, self.noise, self.frames = (
+            part(self.device, name) for name in layout
+        )
+        self.host_parts: dict[str, NDArray[np.generic]] = {
+            name: part(self.host, name).numpy() for name in layout
+        }
+        self.actions = torch.zeros(horizon, action_dim, dtype=torch.float32, pin_memory=device.type == "cuda")
+
+    @property
+    def frame_bytes(self) -> int:
+        """Room for the images of one observation."""
+        return self.frames.numel()
+
+    def write(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        prefix_length: int,
+        tokens: NDArray[np.int64],
+        state: NDArray[np.float32] | None,
+        noise: NDArray[np.float32],
+    ) -> int:
+        """Write one observation into the pinned block. Returns how many of its bytes are to be copied."""
+        parts, offset = self.host_parts, 0
+        for index, image in enumerate(images):
+            parts["views"][index] = (offset, image.shape[0], image.shape[1])
+            parts["frames"][offset : offset + image.size] = image.reshape(-1)
+            offset += image.size
+        parts["prefix_length"][...] = prefix_length
+        parts["tokens"][: len(tokens)] = tokens
+        parts["tokens"][len(tokens) :] = 0
+        if state is not None:
+            parts["state"][:] = state
+        parts["noise"][:] = noise
+        return self.frames_offset + offset
+
+    def upload(self, count: int) -> None:
+        """Start the copy of the block's first `count` bytes on the current stream."""
+        self.device[:count].copy_(self.host[:count], non_blocking=True)

@@ -1,0 +1,183 @@
+"""The vision tower's and the prefix's fused kernels; every operation here has its definition in `reference`.
+
+Inputs are CUDA tensors, contiguous, of float32, float16 or bfloat16; a `scale` (float32 scalar on the
+device) asks for e4m3 output. Everything only enqueues work on the current stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native
+from .reference import E4M3
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+IDENTITY, GELU, GEGLU = range(3)
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm, or LayerNorm with `bias`, of x or of x + residual. Returns (normed, x or x + residual)."""
+    _check("norm", x, weight=weight, bias=bias, scale=scale)
+    width = x.shape[-1]
+    if weight.shape != (width,) or (bias is not None and bias.shape != (width,)):
+        raise ValueError(f"norm: weight and bias must be ({width},), got {tuple(weight.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"norm: residual must be {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)}")
+    residual = None if residual is None else residual.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype if scale is None else E4M3, device=x.device)
+    total = x if residual is None else torch.empty_like(x)
+    native.load().row_norm(
+        x.data_ptr(),
+        _address(residual),
+        weight.data_ptr(),
+        _address(bias),
+        _address(scale),
+        out.data_ptr(),
+        0 if residual is None else total.data_ptr(),
+        x.numel() // width,
+        width,
+        eps,
+        DTYPE_CODES[x.dtype],
+        _stream(x),
+    )
+    return out, total
+
+
+def quantise(x: Tensor, scale: Tensor) -> Tensor:
+    """See `reference.quantise`."""
+    return _activation(IDENTITY, x, x.shape[-1], scale)
+
+
+def gelu(x: Tensor, scale: Tensor | None) -> Tensor:
+    """See `reference.gelu`."""
+    return _activation(GELU, x, x.shape[-1], scale)
+
+
+def geglu(gate_up: Tensor, scale: Tensor | None) -> Tensor:
+    """See `reference.geglu`."""
+    return _activation(GEGLU, gate_up, gate_up.shape[-1] // 2, scale)
+
+
+def _activation(kind: int, x: Tensor, width: int, scale: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    _check("activation", x, scale=scale)
+    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype if scale is None else E4M3, device=x.device)
+    rows = out.numel() // width
+    native.load().activation(
+        kind, x.data_ptr(), out.data_ptr(), _address(scale), rows, width, DTYPE_CODES[x.dtype], _stream(x)
+    )
+    return out
+
+
+def split_qkv_rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: slice | Tensor,
+) -> Tensor:
+    """See `reference.split_qkv_rope`."""
+    _check("split_qkv_rope", qkv, cos=cos, sin=sin)
+    capacity, kv_heads, head_dim = k_cache.shape
+    tokens = qkv.shape[0]
+    device_slots = slots if isinstance(slots, Tensor) else None
+    start = slots.start if isinstance(slots, slice) else 0
+    fits = qkv.shape[1] == (num_heads + 2 * kv_heads) * head_dim and cos.shape == (tokens, head_dim // 2)
+    same = k_cache.dtype == v_cache.dtype == qkv.dtype and k_cache.is_contiguous() and v_cache.is_contiguous()
+    if not fits or not same or (device_slots is None and start + tokens > capacity):
+        raise ValueError(
+            f"split_qkv_rope: qkv {tuple(qkv.shape)} {qkv.dtype}, tables {tuple(cos.shape)} and cache "
+            f"{tuple(k_cache.shape)} {k_cache.dtype} do not fit together at slot {start}"
+        )
+    if device_slots is not None and (device_slots.dtype != torch.int64 or device_slots.shape != (tokens,)):
+        raise ValueError(f"split_qkv_rope: slots must be ({tokens},) int64, got {tuple(device_slots.shape)}")
+    q = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    native.load().qkv_rope(
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        _address(device_slots),
+        start,
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        capacity,
+        tokens,
+        num_heads,
+        kv_heads,
+        head_dim,
+        DTYPE_CODES[qkv.dtype],
+        _stream(qkv),
+    )
+    return q
+
+
+def camera_patches(frames: Tensor, views: Tensor, size: int, patch: int, antialias: bool) -> Tensor:
+    """Resize with padding, scale to [-1, 1] and cut into patches; `processing.images` and
+    `reference.patchify`.
+
+    frames: uint8 bytes on the device; views: (count, 3) int64 on the device, rows (byte offset, height,
+    width) of RGB images. Returns (count, (size / patch)^2, 3 * patch^2) float32.
+    """
+    if frames.dtype != torch.uint8 or views.dtype != torch.int64 or views.ndim != 2 or views.shape[1] != 3:
+        raise ValueError(
+            f"camera_patches: expected uint8 bytes and (count, 3) int64, got {tuple(views.shape)}"
+        )
+    count = views.shape[0]
+    out = torch.empty(
+        count, (size // patch) ** 2, 3 * patch * patch, dtype=torch.float32, device=frames.device
+    )
+    native.load().camera_patches(
+        frames.data_ptr(), views.data_ptr(), out.data_ptr(), count, size, patch, antialias, _stream(frames)
+    )
+    return out
+
+
+def embed_tokens(table: Tensor, ids: Tensor, factor: float, out: Tensor) -> Tensor:
+    """out = factor * table[ids], in place; out: (tokens, width) as the table; ids: (tokens,) int64."""
+    if out.shape != (ids.shape[0], table.shape[1]) or out.dtype != table.dtype or not out.is_contiguous():
+        raise ValueError(f"embed_tokens: out must be {(ids.shape[0], table.shape[1])} {table.dtype}")
+    if ids.dtype != torch.int64 or not table.is_contiguous():
+        raise ValueError("embed_tokens: expected int64 ids and a contiguous table")
+    native.load().embed_tokens(
+        table.data_ptr(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        ids.shape[0],
+        table.shape[0],
+        table.shape[1],
+        factor,
+        DTYPE_CODES[table.dtype],
+        _stream(table),
+    )
+    return out
+
+
+def _check(operation: str, x: Tensor, **float32: Tensor | None) -> None:
+    """Refuse what a kernel reading raw pointers would read or write out of bounds."""
+    if not x.is_cuda or x.dtype not in DTYPE_CODES or not x.is_contiguous() or x.ndim < 1:
+        layout = "" if x.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"{operation}: expected a contiguous CUDA tensor of float32, float16 or bfloat16; got "
+            f"{tuple(x.shape)} {x.dtype} on {x.device}{layout}"
+        )
+    for name, tensor in float32.items():
+        if tensor is not None and (
+            tensor.dtype != torch.float32 or tensor.device != x.device or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"{operation}: {name} must be contiguous float32 on {x.device}, got {tensor.dtype}"
+            )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,1 @@
+"""Precisions below 16 bits: a layer's Linear is swapped, the model stays."""

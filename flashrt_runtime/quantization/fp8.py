@@ -1,0 +1,89 @@
+"""FP8 projections: e4m3 weights, and e4m3 activations by a static scale that calibration writes.
+
+Weights have one scale each, amax / 448. Activations have one static scale per projection, valid for every
+denoise step. The expert's qkv and gate_up read normed rows of a few tokens: their time is the weights', so
+their activations stay in 16 bits (W8A16).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..layers.linear import Linear
+
+WEIGHT_ONLY = ("qkv", "gate_up")
+
+
+class Fp8Linear(Linear):
+    """A Linear of e4m3 weights (out, in).
+
+    static: its activations are e4m3 of value / input_scale. Until calibrated, and while observing, it takes
+    them in the compute dtype and computes with them as they are.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    activation_scale: Tensor
+    amax: Tensor
+
+    def __init__(self, linear: Linear, *, static: bool) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.static = static
+        self.calibrated = False
+        self.observing = False
+        self.weight = nn.Parameter(linear.weight.to(ops.E4M3), requires_grad=False)
+        self.bias = linear.bias
+        for name in ("weight_scale", "activation_scale", "amax"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=linear.weight.device))
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """float32 scalar on the device, written in place by calibration; None for 16-bit input."""
+        return self.activation_scale if self.static and self.calibrated and not self.observing else None
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantise `weight`: (out, in) floating, on the device the layer is to live on."""
+        wide = weight.float()
+        scale = (wide.abs().amax() / ops.E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        self.set_quantised(ops.quantise(wide, scale), scale)
+
+    def set_quantised(self, weight: Tensor, scale: Tensor) -> None:
+        """Take a weight that is quantised already: (out, in) e4m3 and its float32 scalar."""
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = scale.reshape(())
+        self.activation_scale = torch.ones_like(self.weight_scale)
+        self.amax = torch.zeros_like(self.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) of the compute dtype, or e4m3 by `input_scale`. Returns (..., out) of the compute
+        dtype.
+        """
+        if self.observing:
+            self.amax.copy_(torch.maximum(self.amax, x.abs().amax().float()))
+        scale = self.input_scale
+        if scale is None:
+            return ops.weight_only_linear(x, self.weight, self.weight_scale, self.bias)
+        if x.dtype != ops.E4M3:
+            x = ops.quantise(x, scale)
+        return ops.scaled_linear(x, self.weight, scale, self.weight_scale, self.bias, self.dtype)
+
+
+def swap_linears(model: nn.Module) -> None:
+    """Replace every `Linear` of `model` by an `Fp8Linear`, still to be given its weights.
+
+    The float32 projections of actions, state, time and patches are no `Linear` of ours and stay.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and not isinstance(module, Fp8Linear):
+            parent, _, attribute = name.rpartition(".")
+            static = not (name.startswith("expert.") and attribute in WEIGHT_ONLY)
+            setattr(model.get_submodule(parent), attribute, Fp8Linear(module, static=static))
+
+
+def fp8_linears(model: nn.Module) -> dict[str, Fp8Linear]:
+    """Every FP8 projection by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}

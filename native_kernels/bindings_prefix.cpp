@@ -1,0 +1,74 @@
+// Python bindings of the vision tower's and the prefix's kernels; see bindings.cpp for the conventions.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "prefix.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void check(cudaError_t status, const char* operation) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
+}
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+flashrt::DType dtype_of(int code) { return static_cast<flashrt::DType>(code); }
+
+void row_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t scale, uintptr_t out,
+              uintptr_t total, int64_t rows, int64_t width, float eps, int dtype, uintptr_t stream) {
+  check(flashrt::row_norm(pointer(x), pointer(residual), pointer<float>(weight), pointer<float>(bias),
+                          pointer<float>(scale), pointer(out), pointer(total), rows, width, eps, dtype_of(dtype),
+                          stream_of(stream)),
+        "row_norm");
+}
+
+void activation(int kind, uintptr_t x, uintptr_t out, uintptr_t scale, int64_t rows, int64_t width, int dtype,
+                uintptr_t stream) {
+  check(flashrt::activation(static_cast<flashrt::Activation>(kind), pointer(x), pointer(out), pointer<float>(scale),
+                            rows, width, dtype_of(dtype), stream_of(stream)),
+        "activation");
+}
+
+void qkv_rope(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t slots, int64_t start, uintptr_t q,
+              uintptr_t k_cache, uintptr_t v_cache, int64_t capacity, int64_t tokens, int heads, int kv_heads,
+              int head_dim, int dtype, uintptr_t stream) {
+  check(flashrt::qkv_rope(pointer(qkv), pointer<float>(cos), pointer<float>(sin), pointer<int64_t>(slots), start,
+                          pointer(q), pointer(k_cache), pointer(v_cache), capacity, tokens, heads, kv_heads, head_dim,
+                          dtype_of(dtype), stream_of(stream)),
+        "qkv_rope");
+}
+
+void camera_patches(uintptr_t frames, uintptr_t views, uintptr_t out, int count, int size, int patch, bool antialias,
+                    uintptr_t stream) {
+  check(flashrt::camera_patches(pointer<uint8_t>(frames), pointer<int64_t>(views), pointer<float>(out), count, size,
+                                patch, antialias, stream_of(stream)),
+        "camera_patches");
+}
+
+void embed_tokens(uintptr_t table, uintptr_t ids, uintptr_t out, int64_t tokens, int64_t vocabulary, int width,
+                  float factor, int dtype, uintptr_t stream) {
+  check(flashrt::embed_tokens(pointer(table), pointer<int64_t>(ids), pointer(out), tokens, vocabulary, width, factor,
+                              dtype_of(dtype), stream_of(stream)),
+        "embed_tokens");
+}
+
+}  // namespace
+
+void bind_prefix(py::module_& module) {
+  module.def("row_norm", &row_norm);
+  module.def("activation", &activation);
+  module.def("qkv_rope", &qkv_rope);
+  module.def("camera_patches", &camera_patches);
+  module.def("embed_tokens", &embed_tokens);
+}

@@ -1,0 +1,36 @@
+// Launchers of the vision tower's and the prefix's kernels. Like those of flashrt_native.h they only enqueue work.
+// A scale, where it may be null, asks for e4m3 output of value / *scale.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "flashrt_native.h"
+
+namespace flashrt {
+
+enum class Activation : int { kIdentity = 0, kGelu = 1, kGeglu = 2 };
+
+// row_norm.cu; residual and total are null together, bias null for RMSNorm.
+cudaError_t row_norm(const void* x, const void* residual, const float* weight, const float* bias, const float* scale,
+                     void* out, void* total, int64_t rows, int64_t width, float eps, DType dtype, cudaStream_t stream);
+
+// activation.cu
+cudaError_t activation(Activation kind, const void* x, void* out, const float* scale, int64_t rows, int64_t width,
+                       DType dtype, cudaStream_t stream);
+
+// qkv_rope.cu
+cudaError_t qkv_rope(const void* qkv, const float* cos, const float* sin, const int64_t* slots, int64_t start, void* q,
+                     void* k_cache, void* v_cache, int64_t capacity, int64_t tokens, int heads, int kv_heads,
+                     int head_dim, DType dtype, cudaStream_t stream);
+
+// camera_patches.cu
+cudaError_t camera_patches(const uint8_t* frames, const int64_t* views, float* out, int count, int size, int patch,
+                           bool antialias, cudaStream_t stream);
+
+// embed_tokens.cu
+cudaError_t embed_tokens(const void* table, const int64_t* ids, void* out, int64_t tokens, int64_t vocabulary,
+                         int width, float factor, DType dtype, cudaStream_t stream);
+
+}  // namespace flashrt

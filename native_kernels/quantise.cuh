@@ -1,0 +1,61 @@
+// How a kernel stores its result: rounded to the element type, or as e4m3 of value / scale.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
+#include "vector.cuh"
+
+namespace flashrt {
+
+struct E4M3 {
+  uint8_t bits;
+};
+
+// Saturating; NaN stays NaN, so a broken activation is not hidden.
+__device__ __forceinline__ E4M3 to_e4m3_saturated(float value) {
+  return {__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3)};
+}
+
+// `inverse_scale` is 1 / scale and unused where nothing is quantised.
+template <typename Out>
+__device__ __forceinline__ Out store_as(float value, float inverse_scale) {
+  if constexpr (std::is_same_v<Out, E4M3>) {
+    return to_e4m3_saturated(value * inverse_scale);
+  } else {
+    return from_float<Out>(value);
+  }
+}
+
+template <typename Out>
+__device__ __forceinline__ float inverse_scale_of(const float* scale) {
+  if constexpr (std::is_same_v<Out, E4M3>) {
+    return 1.0f / *scale;
+  } else {
+    return 1.0f;
+  }
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Call launch(Type<T>, Type<Out>) for the element type of `dtype`, quantised or not.
+template <typename Launch>
+cudaError_t dispatch(DType dtype, bool quantised, Launch launch) {
+  const Type<E4M3> e4m3;
+  const auto choose = [&](auto type) { return quantised ? launch(type, e4m3) : launch(type, type); };
+  switch (dtype) {
+    case DType::kFloat32:
+      return choose(Type<float>());
+    case DType::kFloat16:
+      return choose(Type<__half>());
+    case DType::kBFloat16:
+      return choose(Type<__nv_bfloat16>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace flashrt

@@ -1,0 +1,150 @@
+"""Captured graphs on a GPU: same results as the definition, and nothing captured or allocated once loaded."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flashrt_runtime
+from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.policy import Policy
+
+pytestmark = pytest.mark.gpu
+
+STATE = np.array([-0.04, 0.03, 0.76, 2.97, -0.22, -0.13, 0.027, -0.027], np.float32)
+WORDS = [
+    "pick",
+    "up",
+    "the",
+    "red",
+    "block",
+    "and",
+    "put",
+    "it",
+    "into",
+    "the",
+    "green",
+    "bowl",
+    "by",
+    "me",
+    "now",
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {policy: make_checkpoint(root / policy, size="small", policy=policy) for policy in ("pi05", "pi0")}
+
+
+@pytest.fixture(scope="module", params=["pi05", "pi0"])
+def path(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Path:
+    return paths[request.param]
+
+
+def load(path: Path, precision: str) -> Policy:
+    return flashrt_runtime.load_model(
+        path, config="auto", hardware="any", precision=precision, weight_cache=False, autotune=1
+    )
+
+
+def images(seed: int, shapes: tuple[tuple[int, int], ...] = ((480, 640), (224, 224))) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("fp32", 2e-4), ("bf16", 3e-2), ("fp16", 1e-2), ("fp8", 0.1)]
+)
+def test_graph_against_definition(path: Path, precision: str, bound: float) -> None:
+    policy = load(path, precision)
+    for seed, words in enumerate((2, 9, 14)):
+        # of the model's own size: the kernel's and the host's resizing may differ by a level of 255
+        pair = images(seed, ((224, 224), (224, 224)))
+        inputs = policy._inputs(pair, " ".join(WORDS[:words]), STATE, seed=seed)
+        assert policy._model is not None
+        got = policy._run(policy._model, inputs)
+        want = policy._eager(policy._model, inputs).cpu().numpy()
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < bound
+        assert np.array_equal(policy._run(policy._model, inputs), got), "a replay differs from the last"
+    policy.close()
+
+
+def test_graph_is_bit_identical_to_eager_with_the_same_kernels(path: Path) -> None:
+    policy = load(path, "fp8")
+    policy.predict(images(0), "open the drawer", STATE, seed=0)
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert model is not None
+    inputs = policy._inputs(images(3), "open the drawer", STATE, seed=1)
+    got = policy._run(model, inputs)
+    with torch.inference_mode(), torch.cuda.stream(engine.stream):
+        engine.forward(engine.bucket_of(len(inputs.tokens)))
+    engine.stream.synchronize()
+    assert np.array_equal(engine.actions.cpu().numpy(), got)
+    policy.close()
+
+
+def test_changes_neither_capture_nor_allocate(path: Path) -> None:
+    policy = load(path, "fp8")
+    policy.predict(images(0), "start", STATE, seed=0)
+    engine = policy._engine
+    assert engine is not None
+    captures = engine.captures
+    policy.calibrate([{"images": images(1), "prompt": "start", "state": STATE, "seed": 2}])
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    rng = np.random.default_rng(0)
+    results = set()
+    for index in range(200):
+        words = " ".join(WORDS[: 1 + index % len(WORDS)])
+        shapes = ((480, 640), (224, 224)) if index % 2 else ((100, 37), (720, 1280))
+        state = (STATE + rng.uniform(-0.1, 0.1, STATE.shape)).astype(np.float32)
+        results.add(policy.predict(images(index % 3, shapes), words, state, seed=index).tobytes())
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert engine.captures == captures
+    assert len(results) == 200
+    policy.close()
+
+
+def test_new_scales_reach_the_captured_graph(path: Path) -> None:
+    policy = load(path, "fp8")
+    one = policy.predict(images(0), "start", STATE, seed=0)
+    policy.calibrate([{"images": images(5), "prompt": "stop", "state": STATE, "seed": 9}])
+    two = policy.predict(images(0), "start", STATE, seed=0)
+    assert not np.array_equal(one, two)
+    policy.recalibrate()
+    assert np.array_equal(policy.predict(images(0), "start", STATE, seed=0), one)
+    policy.close()
+
+
+def test_any_thread_may_call(path: Path) -> None:
+    policy = load(path, "bf16")
+    want = [policy.predict(images(seed), "go", STATE, seed=seed) for seed in range(4)]
+    got: dict[int, np.ndarray] = {}
+
+    def call(seed: int) -> None:
+        got[seed] = policy.predict(images(seed), "go", STATE, seed=seed)
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert all(np.array_equal(got[seed], want[seed]) for seed in range(4))
+    policy.close()
+
+
+def test_images_larger_than_the_buffer(paths: dict[str, Path]) -> None:
+    policy = load(paths["pi05"], "bf16")
+    big = images(0, ((3000, 4000), (480, 640)))
+    got = policy.predict(big, "go", STATE, seed=0)
+    inputs = policy._inputs(big, "go", STATE, seed=0)
+    assert policy._model is not None
+    assert policy._actions is not None
+    want = policy._actions.to_physical(policy._eager(policy._model, inputs).cpu().numpy(), STATE)
+    np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+    policy.close()

@@ -1,0 +1,181 @@
+"""Kernels of the vision tower and the prefix against their torch definitions: fresh random inputs, poisoned
+outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flashrt_runtime import ops
+from flashrt_runtime.layers.rope import rope_tables
+from flashrt_runtime.ops import native, prefix, reference
+from flashrt_runtime.processing.images import prepare_image
+
+EPS = 1e-6
+ROWS = [1, 3, 64, 560]
+WIDTHS = [2048, 1152, 1028, 77]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    # Not a skip: on a machine with a GPU the kernels have to be there.
+    assert native.unavailable_reason() is None
+    # what torch.empty hands out is full of NaN: an output that was not written shows
+    poison = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
+    del poison
+
+
+def scale_for(x: torch.Tensor, margin: float = 1.0) -> torch.Tensor:
+    return (x.float().abs().amax() * margin / ops.E4M3_MAX).reshape(())
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal but for the last place, where sums in another order or exp may round the other way."""
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    if got.dtype != ops.E4M3:
+        torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps + 4e-6, atol=1e-5)
+        return
+    a, b = got.float(), want.float()
+    assert torch.isfinite(a).all()
+    # neighbours in e4m3 are 1/8 apart at most, or one subnormal step
+    assert ((a - b).abs() <= b.abs() / 8 + 2**-9).all()
+    assert (a != b).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
+class TestNorm:
+    def test_rms(self, rows: int, width: int, dtype: torch.dtype, quantised: bool) -> None:
+        x, residual = torch.randn(2, rows, width, device="cuda").to(dtype)
+        weight = torch.randn(width, device="cuda") * 0.3
+        plain = reference.add_rms_norm(x, residual, weight, EPS)[0]
+        scale = scale_for(plain, 0.5) if quantised else None  # half: saturation is met too
+        want, want_total = reference.add_rms_norm(x, residual, weight, EPS, scale)
+        got, total = prefix.norm(x, residual, weight, None, EPS, scale)
+        assert torch.equal(total, want_total)
+        check(got, want)
+        check(prefix.norm(x, None, weight, None, EPS, scale)[0], reference.rms_norm(x, weight, EPS, scale))
+
+    def test_layer(self, rows: int, width: int, dtype: torch.dtype, quantised: bool) -> None:
+        x, residual = torch.randn(2, rows, width, device="cuda").to(dtype) + 3  # a mean to take away
+        weight, bias = torch.randn(2, width, device="cuda")
+        plain = reference.add_layer_norm(x, residual, weight, bias, EPS)[0]
+        scale = scale_for(plain) if quantised else None
+        want, want_total = reference.add_layer_norm(x, residual, weight, bias, EPS, scale)
+        got, total = prefix.norm(x, residual, weight, bias, EPS, scale)
+        assert torch.equal(total, want_total)
+        check(got, want)
+        check(
+            prefix.norm(x, None, weight, bias, EPS, scale)[0],
+            reference.layer_norm(x, weight, bias, EPS, scale),
+        )
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 77), (64, 4304), (560, 1024)])
+def test_activations(shape: tuple[int, int], dtype: torch.dtype, quantised: bool) -> None:
+    x = (torch.randn(*shape, device="cuda") * 3).to(dtype)
+    double = (torch.randn(shape[0], 2 * shape[1], device="cuda") * 3).to(dtype)
+    scale = torch.tensor(4.0 / ops.E4M3_MAX, device="cuda")
+    chosen = scale if quantised else None
+    check(prefix.gelu(x, chosen), reference.store(reference.gelu(x.float()), dtype, chosen))
+    check(prefix.geglu(double, chosen), reference.store(reference.geglu(double.float()), dtype, chosen))
+    assert torch.equal(prefix.quantise(x, scale).float(), reference.quantise(x, scale).float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_broken_activations_show(value: float) -> None:
+    x = torch.full((2, 32), value, device="cuda", dtype=torch.bfloat16)
+    scale = torch.tensor(1.0, device="cuda")
+    got = prefix.quantise(x, scale).float()
+    assert got.isnan().all() if value != value else (got == ops.E4M3_MAX).all()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 1, 256), (4, 2, 64), (3, 1, 10)])
+@pytest.mark.parametrize("tokens", [1, 17, 560])
+def test_split_qkv_rope(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, on_device: bool
+) -> None:
+    capacity, start = tokens + 40, 13
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
+    cos, sin = (
+        table[start : start + tokens] for table in rope_tables(capacity, head_dim, torch.device("cuda"))
+    )
+    caches = torch.full((4, capacity, kv_heads, head_dim), float("nan"), device="cuda").to(dtype)
+    slots = torch.arange(start, start + tokens, device="cuda") if on_device else slice(start, start + tokens)
+    want = reference.split_qkv_rope(qkv, cos, sin, heads, caches[0], caches[1], slots)
+    got = prefix.split_qkv_rope(qkv, cos.contiguous(), sin.contiguous(), heads, caches[2], caches[3], slots)
+    check(got, want)
+    check(caches[2][start : start + tokens], caches[0][start : start + tokens])
+    assert torch.equal(caches[3][start : start + tokens], caches[1][start : start + tokens])
+    outside = torch.cat((caches[2:, :start], caches[2:, start + tokens :]), dim=1)
+    assert outside.isnan().all(), "wrote beyond its slots"
+
+
+@pytest.mark.parametrize("rule", ["antialias_uint8", "bilinear_float"])
+@pytest.mark.parametrize(
+    "sizes", [[(480, 640), (224, 224)], [(100, 37)], [(720, 1280), (1, 224), (225, 223)]]
+)
+def test_camera_patches(sizes: list[tuple[int, int]], rule: str) -> None:
+    rng = np.random.default_rng()
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+    offsets = np.cumsum([0] + [image.size for image in images])
+    frames = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).cuda()
+    views = torch.tensor(
+        [[offset, *image.shape[:2]] for offset, image in zip(offsets, images, strict=False)]
+    ).cuda()
+    got = prefix.camera_patches(frames, views, 224, 14, rule == "antialias_uint8")
+    pixels = torch.stack([prepare_image(image, 224, rule) for image in images])
+    want = reference.patchify(pixels, 14).cuda()
+    # the definition resizes 8-bit images in fixed point: within one level of 255
+    tolerance = 2 / 255 + 1e-5 if rule == "antialias_uint8" else 2e-5
+    assert (got - want).abs().max() <= tolerance
+    if rule == "antialias_uint8":
+        assert ((got - want).abs() > 1e-5).float().mean() < 0.02
+
+
+def test_embed_tokens() -> None:
+    for dtype in DTYPES:
+        for width in (2048, 77):
+            table = torch.randn(500, width, device="cuda").to(dtype)
+            ids = torch.randint(0, 500, (48,), device="cuda")
+            out = torch.full((50, width), float("nan"), device="cuda").to(dtype)
+            prefix.embed_tokens(table, ids, width**0.5, out[1:-1])
+            torch.testing.assert_close(out[1:-1], reference.embed_tokens(table, ids, width**0.5))
+            assert out[[0, -1]].isnan().all()
+
+
+def test_scaled_linear_against_definition() -> None:
+    for rows, n, k in [(1, 64, 64), (17, 3456, 1152), (560, 2048, 16384)]:
+        x, weight = torch.randn(rows, k, device="cuda"), torch.randn(n, k, device="cuda") / k**0.5
+        bias = torch.randn(n, device="cuda").bfloat16()
+        x_scale, w_scale = scale_for(x), scale_for(weight)
+        operands = reference.quantise(x, x_scale), reference.quantise(weight, w_scale), x_scale, w_scale, bias
+        got = ops.scaled_linear(*operands, torch.bfloat16).float()
+        want = reference.scaled_linear(*operands, torch.float32)
+        assert (got - want).norm() / want.norm() < 5e-3
+
+
+def test_refuses_what_does_not_fit() -> None:
+    x, weight = torch.randn(4, 64, device="cuda"), torch.randn(64, device="cuda")
+    for bad in (x.cpu(), x.double(), x.t()):
+        with pytest.raises(ValueError, match="expected a contiguous CUDA tensor"):
+            prefix.norm(bad, None, weight, None, EPS, None)
+    with pytest.raises(ValueError, match="weight must be contiguous float32"):
+        prefix.norm(x, None, weight.half(), None, EPS, None)
+    with pytest.raises(ValueError, match="residual must be"):
+        prefix.norm(x, x[:2], weight, None, EPS, None)
+    cache, tables = torch.zeros(3, 1, 16, device="cuda"), torch.zeros(4, 8, device="cuda")
+    with pytest.raises(ValueError, match="do not fit together"):
+        prefix.split_qkv_rope(x, tables, tables, 2, cache, cache, slice(0, 4))
