@@ -1,132 +1,137 @@
-"""One expert layer visit by our kernels, as a chain in a CUDA graph: microseconds and bandwidth.
+"""One expert layer visit by our kernels in a CUDA graph: microseconds and weight bandwidth.
 
-Weights rotate over `--layers` copies so that they come from memory and not from L2.
-    python benchmarks/bench_expert_layer.py --rows 10 --prefix 560
+Ten steps over `--layers` layers, so that the weights come from memory and not from L2; each kernel alone,
+the five in a chain, and the persistent kernel that runs all steps.
+    python -m benchmarks.bench_expert_layer --rows 10 --prefix 560
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from benchmarks.timing import graph_time
 from flashrt_runtime.layers.rope import rope_tables
 from flashrt_runtime.ops import expert
 from flashrt_runtime.ops.expert import Epilogue, PackedLinear
-from flashrt_runtime.ops.expert_steps import ExpertBuffers, ExpertWeights, expert_steps
+from flashrt_runtime.ops.expert_steps import SHAPES, ExpertBuffers, ExpertWeights, expert_steps
 
-SHAPES = {"qkv": (2560, 1024), "out": (1024, 2048), "gate_up": (8192, 1024), "down": (1024, 4096)}
+STEPS = 10
+WEIGHTS = sum(n * k for n, k in SHAPES.values())
 
 
-def random_linear(n: int, k: int, fp8: bool) -> PackedLinear:
-    one = torch.ones((), device="cuda")
+def random_data(n: int, k: int, fp8: bool) -> Tensor:
+    """Packed weights of one product: (n * k,)."""
     weight = torch.randn(n * k, device="cuda") / k**0.5
-    if fp8:
-        return PackedLinear((weight * 100).to(torch.float8_e4m3fn), n, k, one / 100, one / 50)
-    return PackedLinear(weight.bfloat16(), n, k)
+    return (weight * 100).to(torch.float8_e4m3fn) if fp8 else weight.bfloat16()
 
 
-def graph_time(work, repeats: int = 50) -> float:
-    """Median milliseconds of a graph replay of `work`."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    times = []
-    for _ in range(repeats + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
+class Rig:
+    """Random weights, cache and scratch of one precision."""
+
+    def __init__(self, rows: int, prefix: int, layers: int, fp8: bool) -> None:
+        self.rows, self.layers, self.fp8 = rows, layers, fp8
+        self.data = {
+            name: torch.stack([random_data(n, k, fp8) for _ in range(layers)])
+            for name, (n, k) in SHAPES.items()
+        }
+        capacity = prefix + 128
+        self.k, self.v = (torch.randn(layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
+        self.rope = rope_tables(capacity, 256, torch.device("cuda"))
+        self.length = torch.tensor(prefix, dtype=torch.int32, device="cuda")
+        self.norm = torch.zeros(1024, device="cuda"), torch.zeros(1024, device="cuda")
+        self.gate = torch.full((1024,), 0.1, device="cuda")
+        self.scale = torch.ones((), device="cuda") / 50
+        self.dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+        self.h = torch.randn(rows, 1024, device="cuda").bfloat16()
+        self.q = torch.empty(rows, 8, 256, device="cuda", dtype=torch.bfloat16)
+        self.attended = torch.empty(rows, 2048, device="cuda", dtype=self.dtype)
+        self.hidden = torch.empty(rows, 4096, device="cuda", dtype=self.dtype)
+
+    def linear(self, name: str, layer: int) -> PackedLinear:
+        """One product's weights, with scales where they are e4m3."""
+        scale = self.scale if self.fp8 else None
+        return PackedLinear(self.data[name][layer], *SHAPES[name], scale, scale)
+
+    def qkv(self, i: int) -> None:
+        """Norm, projection, rotary embedding, cache write."""
+        expert.skinny_gemm(
+            self.h, self.linear("qkv", i), Epilogue.ROPE, self.q, norm=self.norm, rope=self.rope,
+            prefix_length=self.length, k_cache=self.k[i], v_cache=self.v[i], heads=8, kv_heads=1,
+            head_dim=256,
+        )  # fmt: skip
+
+    def attention(self, i: int) -> None:
+        """Ten rows a head over the cache."""
+        scale = self.scale if self.fp8 else None
+        expert.expert_attention(self.q, self.k[i], self.v[i], self.length, self.attended, scale)
+
+    def out(self, i: int) -> None:
+        """Projection and gated residual."""
+        expert.skinny_gemm(self.attended, self.linear("out", i), Epilogue.RESIDUAL, self.h, gate=self.gate)
+
+    def gate_up(self, i: int) -> None:
+        """Norm, projection, GeGLU."""
+        expert.skinny_gemm(
+            self.h, self.linear("gate_up", i), Epilogue.GEGLU, self.hidden, norm=self.norm,
+            out_scale=self.scale if self.fp8 else None,
+        )  # fmt: skip
+
+    def down(self, i: int) -> None:
+        """Projection and gated residual."""
+        expert.skinny_gemm(self.hidden, self.linear("down", i), Epilogue.RESIDUAL, self.h, gate=self.gate)
+
+    def persistent(self) -> Callable[[], None]:
+        """All steps as one kernel."""
+        ones, draw = torch.ones(self.layers, 4, device="cuda") / 100, torch.randn
+        weights = ExpertWeights(
+            self.data,
+            draw(STEPS, 2 * self.layers + 1, 3, 1024, device="cuda") * 0.1,
+            draw(STEPS, self.layers, 2560 + 8192, device="cuda") * 0.1,
+            (draw(1024, 32, device="cuda") / 6, draw(1, 1024, device="cuda")),
+            (draw(32, 1024, device="cuda") / 32, draw(32, device="cuda")),
+            ones if self.fp8 else None,
+            ones[:, :2].contiguous() if self.fp8 else None,
+        )
+        x = draw(self.rows, 32, device="cuda")
+        buffers = ExpertBuffers.allocate(self.rows, self.dtype, x.device)
+        return lambda: expert_steps(weights, buffers, x, STEPS, self.rope, self.length, self.k, self.v)
 
 
-def persistent(args, fp8: bool, rope, length, k, v) -> float:
-    """Milliseconds of ten steps of the whole expert as one kernel."""
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    ones = torch.ones(args.layers, 4, device="cuda") / 100, torch.ones(args.layers, 2, device="cuda") / 50
-    products = {
-        name: torch.stack([random_linear(n, width, fp8).data for _ in range(args.layers)])
-        for name, (n, width) in SHAPES.items()
-    }
-    weights = ExpertWeights(
-        products,
-        torch.randn(10, 2 * args.layers + 1, 3, 1024, device="cuda") * 0.1,
-        torch.randn(10, args.layers, 2560 + 8192, device="cuda") * 0.1,
-        (torch.randn(1024, 32, device="cuda") / 6, torch.randn(1, 1024, device="cuda")),
-        (torch.randn(32, 1024, device="cuda") / 32, torch.randn(32, device="cuda")),
-        ones[0] if fp8 else None,
-        ones[1] if fp8 else None,
-    )
-    x = torch.randn(args.rows, 32, device="cuda")
-    buffers = ExpertBuffers.allocate(args.rows, dtype, x.device)
-    return graph_time(lambda: expert_steps(weights, buffers, x, 10, rope, length, k, v))
+def report(rig: Rig, name: str, work: Callable[[], None], weights: int) -> None:
+    """Print microseconds a layer visit and the rate at which weights were read."""
+    visits = STEPS * rig.layers
+    us = graph_time(work) * 1e3 / visits
+    rate = f"{weights * (1 if rig.fp8 else 2) / us / 1e6:6.2f} TB/s" if weights else 11 * " "
+    print(f"  {name:10s} {us:7.2f}  {rate}   ten steps {us * visits / 1e3:6.3f} ms")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Measure both precisions."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=10)
     parser.add_argument("--prefix", type=int, default=560)
     parser.add_argument("--layers", type=int, default=18)
     args = parser.parse_args()
-    rows = args.rows
     for fp8 in (True, False):
-        layers = [{name: random_linear(*shape, fp8) for name, shape in SHAPES.items()} for _ in range(args.layers)]
-        capacity = args.prefix + 64 + 64
-        k, v = (torch.randn(args.layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
-        rope = rope_tables(capacity, 256, torch.device("cuda"))
-        length = torch.tensor(args.prefix, dtype=torch.int32, device="cuda")
-        norm = torch.zeros(1024, device="cuda"), torch.zeros(1024, device="cuda")
-        gate = torch.full((1024,), 0.1, device="cuda")
-        scale = torch.ones((), device="cuda") / 50
-        small = torch.float8_e4m3fn if fp8 else torch.bfloat16
-        h = torch.randn(rows, 1024, device="cuda").bfloat16()
-        q = torch.empty(rows, 8, 256, device="cuda", dtype=torch.bfloat16)
-        a = torch.empty(rows, 2048, device="cuda", dtype=small)
-        m = torch.empty(rows, 4096, device="cuda", dtype=small)
-        wide = {"prefix_length": length, "heads": 8, "kv_heads": 1, "head_dim": 256, "rope": rope, "norm": norm}
+        rig = Rig(args.rows, args.prefix, args.layers, fp8)
+        names = ("qkv", "attention", "out", "gate_up", "down")
+        parts = {name: getattr(rig, name) for name in names}
 
-        def qkv(i):
-            expert.skinny_gemm(h, layers[i]["qkv"], Epilogue.ROPE, q, k_cache=k[i], v_cache=v[i], **wide)
-
-        def attention(i):
-            expert.expert_attention(q, k[i], v[i], length, a, scale if fp8 else None)
-
-        def out(i):
-            expert.skinny_gemm(a, layers[i]["out"], Epilogue.RESIDUAL, h, gate=gate)
-
-        def gate_up(i):
-            expert.skinny_gemm(h, layers[i]["gate_up"], Epilogue.GEGLU, m, norm=norm, out_scale=scale if fp8 else None)
-
-        def down(i):
-            expert.skinny_gemm(m, layers[i]["down"], Epilogue.RESIDUAL, h, gate=gate)
-
-        parts = {"qkv": qkv, "attention": attention, "out": out, "gate_up": gate_up, "down": down}
-        visits = 10 * args.layers
-
-        def chain(functions):
-            for index in range(visits):
+        def chain(functions: Sequence[Callable[[int], None]], layers: int = args.layers) -> None:
+            for visit in range(STEPS * layers):
                 for function in functions:
-                    function(index % args.layers)
+                    function(visit % layers)
 
-        print(f"{'fp8' if fp8 else 'bf16'} rows {rows} prefix {args.prefix}: microseconds a visit")
-        for name, function in parts.items():
-            us = graph_time(lambda function=function: chain([function])) * 1e3 / visits
-            size = SHAPES.get(name)
-            rate = f"{size[0] * size[1] * (1 if fp8 else 2) / us / 1e6:6.2f} TB/s" if size else ""
-            print(f"  {name:10s} {us:7.2f}  {rate}")
-        us = graph_time(lambda: chain(parts.values())) * 1e3 / visits
-        total = sum(n * k for n, k in SHAPES.values()) * (1 if fp8 else 2)
-        print(f"  {'layer':10s} {us:7.2f}  {total / us / 1e6:6.2f} TB/s   ten steps {us * visits / 1e3:.3f} ms")
-        us = persistent(args, fp8, rope, length, k, v) * 1e3 / visits
-        print(f"  {'persistent':10s} {us:7.2f}  {total / us / 1e6:6.2f} TB/s   ten steps {us * visits / 1e3:.3f} ms")
+        print(f"{rig.dtype} rows {args.rows} prefix {args.prefix}: microseconds a layer visit")
+        for name, part in parts.items():
+            n, k = SHAPES.get(name, (0, 0))
+            report(rig, name, lambda part=part: chain([part]), n * k)  # type: ignore[misc]
+        report(rig, "chain", lambda parts=parts: chain(list(parts.values())), WEIGHTS)  # type: ignore[misc]
+        report(rig, "persistent", rig.persistent(), WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ constexpr int kWarpColumns = kHeadDim / kWarps;  // a warp's share of P V
 // Among the 256 threads that compute; a block may hold another warp that only moves data.
 __device__ __forceinline__ void team_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
-__host__ __device__ inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+__host__ __device__ inline int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // Where a block's operands lie in shared memory, in bytes from `base`; `splits` blocks share a head.
 struct Layout {
@@ -175,8 +177,8 @@ struct GlobalExchange {
 // exp(score - row maximum) as bf16 with zeros past `keys`, half a warp a row; the row's maximum and sum go to every
 // block's inbox.
 template <int Splits, int PaddedRows, typename Exchange>
-__device__ void send_softmax(const float* score, __nv_bfloat16* probability, const Exchange& exchange, int rows, int keys,
-                             int padded_keys, int score_stride, int probability_stride) {
+__device__ void send_softmax(const float* score, __nv_bfloat16* probability, const Exchange& exchange, int rows,
+                             int keys, int padded_keys, int score_stride, int probability_stride) {
   constexpr int Lanes = kWarpSize / 2;
   const int lane = threadIdx.x % Lanes;
 #pragma unroll

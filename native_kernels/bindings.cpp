@@ -111,11 +111,11 @@ void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_
 void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
                   uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
                   uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
-                  uintptr_t shift_products, float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length, uintptr_t k_cache,
-                  uintptr_t v_cache, int capacity, uintptr_t x, uintptr_t in_weight, uintptr_t in_bias,
-                  int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias, uintptr_t h, uintptr_t scaled,
-                  uintptr_t squares, uintptr_t q,
-                  uintptr_t attended, uintptr_t hidden, uintptr_t inboxes, uintptr_t barrier, uintptr_t stream) {
+                  uintptr_t shift_products, float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length,
+                  uintptr_t k_cache, uintptr_t v_cache, int capacity, uintptr_t x, uintptr_t in_weight,
+                  uintptr_t in_bias, int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias, uintptr_t h,
+                  uintptr_t scaled, uintptr_t squares, uintptr_t q, uintptr_t attended, uintptr_t hidden,
+                  uintptr_t inboxes, uintptr_t barrier, uintptr_t stream) {
   flashrt::ExpertSteps problem = {};
   problem.fp8 = fp8;
   problem.rows = rows;
@@ -168,8 +168,26 @@ PYBIND11_MODULE(_native, module) {
   module.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("out"),
              py::arg("residual_out"), py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("dtype"),
              py::arg("weight_dtype"), py::arg("stream"));
-  module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("epilogue"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("x_scale"), py::arg("w_scale"), py::arg("out_scale"), py::arg("bias"), py::arg("gate"), py::arg("out"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("stream"));
-  module.def("expert_attention", &expert_attention, py::arg("fp8_out"), py::arg("rows"), py::arg("heads"), py::arg("kv_heads"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("prefix_length"), py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("stream"));
-  module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"), py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"), py::arg("stream"));
-  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"), py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"), py::arg("out_weight"), py::arg("out_bias"), py::arg("h"), py::arg("scaled"), py::arg("squares"), py::arg("q"), py::arg("attended"), py::arg("hidden"), py::arg("inboxes"), py::arg("barrier"), py::arg("stream"));
+  module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("epilogue"), py::arg("rows"), py::arg("n"),
+             py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"),
+             py::arg("eps"), py::arg("x_scale"), py::arg("w_scale"), py::arg("out_scale"), py::arg("bias"),
+             py::arg("gate"), py::arg("out"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"),
+             py::arg("k_cache"), py::arg("v_cache"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
+             py::arg("stream"));
+  module.def("expert_attention", &expert_attention, py::arg("fp8_out"), py::arg("rows"), py::arg("heads"),
+             py::arg("kv_heads"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("prefix_length"),
+             py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("stream"));
+  module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"),
+             py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"),
+             py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"),
+             py::arg("stream"));
+  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"),
+             py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),
+             py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"),
+             py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"),
+             py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"),
+             py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"),
+             py::arg("out_weight"), py::arg("out_bias"), py::arg("h"), py::arg("scaled"), py::arg("squares"),
+             py::arg("q"), py::arg("attended"), py::arg("hidden"), py::arg("inboxes"), py::arg("barrier"),
+             py::arg("stream"));
 }

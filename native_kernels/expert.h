@@ -13,24 +13,24 @@ constexpr int kSkinnyMaxRows = 64;
 enum class SkinnyEpilogue : int { kStore = 0, kResidual = 1, kGeglu = 2, kRope = 3 };
 
 struct SkinnyGemm {
-  bool fp8;                    // weights (and plain activations) e4m3, else bf16
+  bool fp8;  // weights (and plain activations) e4m3, else bf16
   SkinnyEpilogue epilogue;
-  int rows, n, k;              // activations (rows, k), weights (n, k)
-  const void* x;               // bf16 when norm_scale is set, else the weights' type
-  const void* weights;         // packed tiles
-  const float* norm_scale;     // (k): x * rsqrt(mean(x^2) + eps) * (1 + norm_scale) + norm_shift; null: no norm
-  const float* norm_shift;     // (k) or null
+  int rows, n, k;           // activations (rows, k), weights (n, k)
+  const void* x;            // bf16 when norm_scale is set, else the weights' type
+  const void* weights;      // packed tiles
+  const float* norm_scale;  // (k): x * rsqrt(mean(x^2) + eps) * (1 + norm_scale) + norm_shift; null: no norm
+  const float* norm_shift;  // (k) or null
   float eps;
-  const float* x_scale;        // fp8: real value of one quantised step of x, and of the weights
+  const float* x_scale;  // fp8: real value of one quantised step of x, and of the weights
   const float* w_scale;
-  const float* out_scale;      // kGeglu, fp8: scale of the output
-  const float* bias;           // kStore: (n) or null
-  const float* gate;           // kResidual: (n) or null for 1
-  void* out;                   // kStore, kResidual: bf16 (rows, n); kGeglu: (rows, n / 2); kRope: q, bf16
-  const float* rope_cos;       // kRope: (positions, head_dim / 2)
+  const float* out_scale;  // kGeglu, fp8: scale of the output
+  const float* bias;       // kStore: (n) or null
+  const float* gate;       // kResidual: (n) or null for 1
+  void* out;               // kStore, kResidual: bf16 (rows, n); kGeglu: (rows, n / 2); kRope: q, bf16
+  const float* rope_cos;   // kRope: (positions, head_dim / 2)
   const float* rope_sin;
-  const int* prefix_length;    // kRope: slot and position of row 0, on the device
-  void* k_cache;               // kRope: bf16 (slots, kv_heads, head_dim)
+  const int* prefix_length;  // kRope: slot and position of row 0, on the device
+  void* k_cache;             // kRope: bf16 (slots, kv_heads, head_dim)
   void* v_cache;
   int heads, kv_heads, head_dim;
 };
@@ -40,33 +40,33 @@ cudaError_t skinny_gemm(const SkinnyGemm& problem, cudaStream_t stream);
 // expert_attention.cu
 struct ExpertAttention {
   bool fp8_out;
-  int rows, heads, kv_heads;   // rows: queries a head; head_dim is 256
-  const void* q;               // bf16 (rows, heads, 256)
-  const void* k_cache;         // bf16 (slots, kv_heads, 256)
+  int rows, heads, kv_heads;  // rows: queries a head; head_dim is 256
+  const void* q;              // bf16 (rows, heads, 256)
+  const void* k_cache;        // bf16 (slots, kv_heads, 256)
   const void* v_cache;
-  const int* prefix_length;    // keys [0, prefix_length + rows) are attended
-  int capacity;                // slots of the cache: an upper bound of the keys
-  const float* out_scale;      // fp8_out: scale of the output
-  void* out;                   // bf16 or e4m3 (rows, heads * 256)
+  const int* prefix_length;  // keys [0, prefix_length + rows) are attended
+  int capacity;              // slots of the cache: an upper bound of the keys
+  const float* out_scale;    // fp8_out: scale of the output
+  void* out;                 // bf16 or e4m3 (rows, heads * 256)
 };
 
 cudaError_t expert_attention(const ExpertAttention& problem, cudaStream_t stream);
 
 // action_step.cu
 struct ActionStep {
-  int rows, width, action_dim;   // (horizon, expert width, 32)
-  const void* hidden;            // bf16 (rows, width) or null: no output half
-  const float* norm_scale;       // (width)
-  const float* norm_shift;       // (width) or null
+  int rows, width, action_dim;  // (horizon, expert width, 32)
+  const void* hidden;           // bf16 (rows, width) or null: no output half
+  const float* norm_scale;      // (width)
+  const float* norm_shift;      // (width) or null
   float eps;
-  const float* out_weight;       // float32 (action_dim, width)
+  const float* out_weight;  // float32 (action_dim, width)
   const float* out_bias;
   float dt;
-  float* x;                      // float32 (rows, action_dim), updated in place
-  const float* in_weight;        // float32 (width, action_dim) or null: no input half
-  const float* in_bias;          // float32 (width)
-  bool silu;                     // pi0: silu after the input projection
-  void* next;                    // bf16 (rows, width)
+  float* x;                // float32 (rows, action_dim), updated in place
+  const float* in_weight;  // float32 (width, action_dim) or null: no input half
+  const float* in_bias;    // float32 (width)
+  bool silu;               // pi0: silu after the input projection
+  void* next;              // bf16 (rows, width)
 };
 
 cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);
@@ -74,7 +74,7 @@ cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);
 // expert_steps.cu
 enum ExpertProduct : int { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kProducts = 4 };
 
-constexpr int kExpertBarrierWords = 2 + 16;            // grid, blocks done, and one for each team of a head
+constexpr int kExpertBarrierWords = 2 + 16;               // grid, blocks done, and one for each team of a head
 constexpr int kExpertInboxFloats = 16 * 8 * 8 * 32 * 34;  // 16 teams of 8 for 32 rows, or 8 of 16 for 16 rows
 
 struct ExpertSteps {
@@ -87,28 +87,28 @@ struct ExpertSteps {
   const float* norm_shift;              // the same, or null
   const float* gate;                    // the same, or null for 1
   int64_t step_stride, norm_stride;
-  const float* shift_products;          // (steps, layers, 2560 + 8192): norm_shift times W_qkv, W_gate_up; or null
+  const float* shift_products;  // (steps, layers, 2560 + 8192): norm_shift times W_qkv, W_gate_up; or null
   float eps;
-  const float* rope_cos;                // (positions, 128)
+  const float* rope_cos;  // (positions, 128)
   const float* rope_sin;
-  const int* prefix_length;             // on the device: slot and position of the first action
-  void* k_cache;                        // bf16 (layers, capacity, 1, 256)
+  const int* prefix_length;  // on the device: slot and position of the first action
+  void* k_cache;             // bf16 (layers, capacity, 1, 256)
   void* v_cache;
   int capacity;
-  float* x;                             // float32 (rows, action_dim): noise in, actions out
-  const float* in_weight;               // float32 (1024, action_dim)
-  const float* in_bias;                 // float32 (steps or 1, 1024), `in_bias_stride` floats apart
+  float* x;                // float32 (rows, action_dim): noise in, actions out
+  const float* in_weight;  // float32 (1024, action_dim)
+  const float* in_bias;    // float32 (steps or 1, 1024), `in_bias_stride` floats apart
   int64_t in_bias_stride;
-  const float* out_weight;              // float32 (action_dim, 1024)
+  const float* out_weight;  // float32 (action_dim, 1024)
   const float* out_bias;
-  void* h;                              // scratch: bf16 (rows, 1024)
-  void* scaled;                         // (rows, 1024): fp16 with e4m3 weights, else bf16
-  float* squares;                       // (rows, 128)
-  void* q;                              // bf16 (rows, 2048)
-  void* attended;                       // weights' type (rows, 2048)
-  void* hidden;                         // weights' type (rows, 4096)
-  float* inboxes;                       // scratch: kExpertInboxFloats
-  unsigned* barrier;                    // kExpertBarrierWords, zero before the first launch; left zero
+  void* h;            // scratch: bf16 (rows, 1024)
+  void* scaled;       // (rows, 1024): fp16 with e4m3 weights, else bf16
+  float* squares;     // (rows, 128)
+  void* q;            // bf16 (rows, 2048)
+  void* attended;     // weights' type (rows, 2048)
+  void* hidden;       // weights' type (rows, 4096)
+  float* inboxes;     // scratch: kExpertInboxFloats
+  unsigned* barrier;  // kExpertBarrierWords, zero before the first launch; left zero
 };
 
 // cudaErrorNotSupported where the device cannot hold the whole grid at once: use the single kernels there.

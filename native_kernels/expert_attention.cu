@@ -44,8 +44,9 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const int64_t out_offset = (q_offset + split * (kHeadDim / kSplits)) * (p.fp8_out ? 1 : 2);
   attention::ClusterExchange exchange{split, reinterpret_cast<float*>(shared + layout.inbox)};
-  attention::attend<kSplits, RowTiles>(shared, layout, share, exchange, rows, static_cast<unsigned char*>(p.out) + out_offset,
-                              q_row_elements, p.fp8_out, inverse_scale);
+  attention::attend<kSplits, RowTiles>(shared, layout, share, exchange, rows,
+                                       static_cast<unsigned char*>(p.out) + out_offset, q_row_elements, p.fp8_out,
+                                       inverse_scale);
 #endif
 }
 

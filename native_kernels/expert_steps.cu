@@ -14,26 +14,16 @@
 // block does nothing but keep a ring of 16 KB weight chunks in shared memory full, in the fixed order of use, across
 // barriers, layers and steps. What is left is latency: 5 barriers a layer.
 //
-// e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3 and 5.
-// Sums are taken in a fixed order: results are bit-identical from run to run.
-#include "attention_tiles.cuh"
-#include "expert.h"
-#include "product_tiles.cuh"
+// e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3
+// and 5. Sums are taken in a fixed order: results are bit-identical from run to run.
+#include "expert_products.cuh"
 
 #pragma nv_diag_suppress 177  // below sm_90 the kernel is empty and leaves everything here unused
 
 namespace flashrt {
 namespace {
 
-constexpr int kThreads = attention::kThreads;  // that compute; one more warp moves weights
-constexpr int kWarps = attention::kWarps;
-constexpr int kWidth = 1024, kMlp = 4096, kHeads = 8, kHeadDim = attention::kHeadDim, kAttended = kHeads * kHeadDim;
-constexpr int kQkvHeads = kHeads + 2;
-constexpr int kChunkBytes = 16384;
-constexpr int kMaxSlots = 8;
-constexpr int kMaxActionDim = 64;
-constexpr float kHeadroom = 1.0f / 16;  // of h (1 + scale) in fp16
-static_assert(kThreads * 4 == kWidth, "the seam gives every thread four columns");
+using namespace expert;
 
 struct Plan {
   attention::Layout attention;
@@ -46,253 +36,6 @@ struct Teams {
   static constexpr int Tiles = RowTiles == 1 ? 1 : 2;
   static constexpr int Splits = RowTiles == 1 ? 16 : 8;
 };
-
-struct Product {
-  int k, n, tiles;  // tiles of 8 features that share an epilogue
-};
-__device__ constexpr Product kShapes[kProducts] = {
-    {kWidth, kQkvHeads * kHeadDim, 2}, {kAttended, kWidth, 1}, {kWidth, 2 * kMlp, 2}, {kMlp, kWidth, 1}};
-
-template <bool Fp8, int P>
-struct Shape {
-  static constexpr int kBytes = kShapes[P].k * (Fp8 ? 1 : 2);
-  static constexpr int Tiles = kShapes[P].tiles;
-  static constexpr int Units = kShapes[P].n / (Tiles * kTileFeatures);
-  static constexpr int UnitBytes = Tiles * kTileFeatures * kBytes;
-  static constexpr int Chunks = UnitBytes / kChunkBytes;         // a unit's
-  static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;  // k blocks of a chunk
-  static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0);
-};
-
-struct Range {
-  int first, count;
-};
-
-// This block's units of a product.
-template <bool Fp8, int P>
-__device__ __forceinline__ Range own_units() {
-  constexpr int units = Shape<Fp8, P>::Units;
-  const int first = units * blockIdx.x / gridDim.x;
-  return {first, static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - first};
-}
-
-// The weight stream of one block: every chunk of its units, in the order of use, through a ring of `slots` chunks (a
-// power of two). One thread of the moving warp fills it; every computing warp reports when it has read a chunk.
-struct Ring {
-  unsigned char* chunks;
-  uint64_t *full, *empty;
-  int slots;
-
-  __device__ __forceinline__ void fill(int index, const unsigned char* from) const {
-    const int slot = index & (slots - 1);
-    if (index >= slots) barrier_wait(empty + slot, (index / slots - 1) & 1);
-    barrier_expect(full + slot, kChunkBytes);
-    bulk_copy(chunks + slot * kChunkBytes, from, kChunkBytes, full + slot);
-  }
-  // Chunk `index`, once it has arrived.
-  __device__ __forceinline__ const unsigned char* wait(int index) const {
-    const int slot = index & (slots - 1);
-    barrier_wait(full + slot, (index / slots) & 1);
-    return chunks + slot * kChunkBytes;
-  }
-  __device__ __forceinline__ void release(int index, int count) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0)
-      for (int i = 0; i < count; ++i) barrier_arrive(empty + ((index + i) & (slots - 1)));
-  }
-};
-
-template <bool Fp8, int P>
-__device__ __forceinline__ int fill_product(const ExpertSteps& p, const Ring& ring, int layer, int index) {
-  const Range units = own_units<Fp8, P>();
-  constexpr int64_t layer_bytes = int64_t(Shape<Fp8, P>::Units) * Shape<Fp8, P>::UnitBytes;
-  const unsigned char* from = static_cast<const unsigned char*>(p.weights[P]) + layer * layer_bytes +
-                              int64_t(units.first) * Shape<Fp8, P>::UnitBytes;
-  const int chunks = units.count * Shape<Fp8, P>::Chunks;
-  for (int chunk = 0; chunk < chunks; ++chunk) ring.fill(index + chunk, from + int64_t(chunk) * kChunkBytes);
-  return index + chunks;
-}
-
-template <bool Fp8>
-__device__ void move_weights(const ExpertSteps& p, const Ring& ring) {
-  int index = 0;
-  for (int step = 0; step < p.steps; ++step) {
-    for (int layer = 0; layer < p.layers; ++layer) {
-      index = fill_product<Fp8, kQkv>(p, ring, layer, index);
-      index = fill_product<Fp8, kOut>(p, ring, layer, index);
-      index = fill_product<Fp8, kGateUp>(p, ring, layer, index);
-      index = fill_product<Fp8, kDown>(p, ring, layer, index);
-    }
-  }
-}
-
-using attention::team_barrier;
-
-// A barrier over the grid that can be split: what a block does between arrive and wait costs nothing.
-struct GridBarrier {
-  unsigned* counter;
-  unsigned target = 0;
-
-  __device__ __forceinline__ void arrive() {
-    team_barrier();
-    target += gridDim.x;
-    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-  }
-  __device__ __forceinline__ void wait() {
-    if (threadIdx.x == 0) {
-      unsigned seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-      } while (seen < target);
-    }
-    team_barrier();
-  }
-};
-
-// Of h: another block may have written it since this multiprocessor's L1 saw it.
-__device__ __forceinline__ float load_fresh(const __nv_bfloat16* address) {
-  return to_float(__ushort_as_bfloat16(__ldcg(reinterpret_cast<const unsigned short*>(address))));
-}
-
-__device__ __forceinline__ uint4 global_row(const ExpertSteps& p, const void* x, int row, int k_bytes, int byte) {
-  if (row >= p.rows) return make_uint4(0, 0, 0, 0);
-  return __ldcg(reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(x) + int64_t(row) * k_bytes + byte));
-}
-
-// Products 1 and 4: Group units at once on rows of 16-bit values; a warp reads its own k of every chunk, once.
-template <bool Fp8, int RowTiles, int P, int Group>
-__device__ __forceinline__ void multiply_scaled(const ExpertSteps& p, const Ring& ring, int index, int units,
-                                                float (&sum)[Group][RowTiles][Shape<Fp8, P>::Tiles][4]) {
-  using S = Shape<Fp8, P>;
-  constexpr int Own = S::Blocks / kWarps, Vectors = Fp8 ? 2 : 1;  // 16-byte pieces of a k block in 16-bit values
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row = lane / 4;
-#pragma unroll
-  for (int chunk = 0; chunk < S::Chunks; ++chunk) {
-    uint4 low[Own][RowTiles][Vectors], high[Own][RowTiles][Vectors];
-#pragma unroll
-    for (int o = 0; o < Own; ++o) {
-      const int byte = ((chunk * S::Blocks + warp * Own + o) * kBlockBytes + lane % 4 * 16) * Vectors;
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < Vectors; ++i) {
-          low[o][r][i] = global_row(p, p.scaled, r * 16 + row, kWidth * 2, byte + i * 16);
-          high[o][r][i] = global_row(p, p.scaled, r * 16 + row + 8, kWidth * 2, byte + i * 16);
-        }
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < Group; ++g) {
-      if (g >= units) break;
-      const unsigned char* weights = ring.wait(index + g * S::Chunks + chunk) + warp * Own * kTileBytes + lane * 16;
-#pragma unroll
-      for (int o = 0; o < Own; ++o) {
-#pragma unroll
-        for (int t = 0; t < S::Tiles; ++t) {
-          const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + o) * kTileBytes);
-          if constexpr (Fp8) {
-            uint32_t b[8];
-            widen(packed, b);
-#pragma unroll
-            for (int r = 0; r < RowTiles; ++r) multiply_f16(sum[g][r][t], low[o][r], high[o][r], b);
-          } else {
-#pragma unroll
-            for (int r = 0; r < RowTiles; ++r) multiply<false>(sum[g][r][t], low[o][r][0], high[o][r][0], packed);
-          }
-        }
-      }
-    }
-  }
-  ring.release(index, units * S::Chunks);
-}
-
-// Products 3 and 5: one unit on rows of the weights' type.
-template <bool Fp8, int RowTiles, int P>
-__device__ __forceinline__ void multiply_plain(const ExpertSteps& p, const Ring& ring, int index, const void* x,
-                                               float (&sum)[1][RowTiles][1][4]) {
-  using S = Shape<Fp8, P>;
-  constexpr int Own = S::Blocks / kWarps;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row = lane / 4;
-  uint4 low[2][Own][RowTiles], high[2][Own][RowTiles];
-  const auto load = [&](int chunk) {
-#pragma unroll
-    for (int o = 0; o < Own; ++o) {
-      const int byte = (chunk * S::Blocks + warp * Own + o) * kBlockBytes + lane % 4 * 16;
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-        low[chunk % 2][o][r] = global_row(p, x, r * 16 + row, S::kBytes, byte);
-        high[chunk % 2][o][r] = global_row(p, x, r * 16 + row + 8, S::kBytes, byte);
-      }
-    }
-  };
-  load(0);
-  float odd[RowTiles][4] = {};  // a second chain of sums
-#pragma unroll
-  for (int chunk = 0; chunk < S::Chunks; ++chunk) {
-    if (chunk + 1 < S::Chunks) load(chunk + 1);
-    const unsigned char* weights = ring.wait(index + chunk) + warp * Own * kTileBytes + lane * 16;
-#pragma unroll
-    for (int o = 0; o < Own; ++o) {
-      const uint4 packed = *reinterpret_cast<const uint4*>(weights + o * kTileBytes);
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r)
-        multiply<Fp8>(o % 2 == 0 ? sum[0][r][0] : odd[r], low[chunk % 2][o][r], high[chunk % 2][o][r], packed);
-    }
-  }
-  ring.release(index, S::Chunks);
-#pragma unroll
-  for (int r = 0; r < RowTiles; ++r)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[0][r][0][i] += odd[r][i];
-}
-
-// Every warp's part of the sums of Group units into shared memory: [warp][unit][tile][row][feature].
-template <int RowTiles, int Tiles, int Group>
-__device__ __forceinline__ void spread(float* sums, const float (&sum)[Group][RowTiles][Tiles][4]) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  constexpr int TileElements = 16 * RowTiles * kTileFeatures;
-#pragma unroll
-  for (int g = 0; g < Group; ++g) {
-#pragma unroll
-    for (int t = 0; t < Tiles; ++t) {
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-        float* target = sums + ((warp * Group + g) * Tiles + t) * TileElements + (r * 16 + lane / 4) * kTileFeatures +
-                        lane % 4 * 2;
-        *reinterpret_cast<float2*>(target) = make_float2(sum[g][r][t][0], sum[g][r][t][1]);
-        *reinterpret_cast<float2*>(target + 8 * kTileFeatures) = make_float2(sum[g][r][t][2], sum[g][r][t][3]);
-      }
-    }
-  }
-}
-
-template <int RowTiles, int Tiles, int Group>
-__device__ __forceinline__ float gather(const float* sums, int unit, int tile, int element) {
-  constexpr int TileElements = 16 * RowTiles * kTileFeatures;
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += sums[((w * Group + unit) * Tiles + tile) * TileElements + element];
-  return total;
-}
-
-template <bool Fp8>
-__device__ __forceinline__ void store_quantised(void* out, int64_t index, float value, float inverse_scale) {
-  const __nv_bfloat16 rounded = from_float<__nv_bfloat16>(value);
-  if constexpr (Fp8) {
-    static_cast<uint8_t*>(out)[index] = to_e4m3(to_float(rounded) * inverse_scale);
-  } else {
-    static_cast<__nv_bfloat16*>(out)[index] = rounded;
-  }
-}
-
-template <bool Fp8>
-__device__ __forceinline__ void store_scaled(void* out, int64_t index, float value) {
-  if constexpr (Fp8) {
-    static_cast<__half*>(out)[index] = from_float<__half>(value * kHeadroom);
-  } else {
-    static_cast<__nv_bfloat16*>(out)[index] = from_float<__nv_bfloat16>(value * kHeadroom);
-  }
-}
 
 template <bool Fp8, int RowTiles>
 struct Expert {
@@ -356,7 +99,8 @@ struct Expert {
   // shift W of a feature at this step.
   __device__ __forceinline__ float shift_product(int step, int layer, int feature) const {
     constexpr int64_t Features = kQkvHeads * kHeadDim + 2 * kMlp;
-    return p.shift_products == nullptr ? 0.0f : p.shift_products[(int64_t(step) * p.layers + layer) * Features + feature];
+    return p.shift_products == nullptr ? 0.0f
+                                       : p.shift_products[(int64_t(step) * p.layers + layer) * Features + feature];
   }
 
   __device__ void qkv(int step, int layer) {
@@ -365,7 +109,8 @@ struct Expert {
     const float scale = weight_scale(layer, kQkv);
     const int prefix = *p.prefix_length;
     const Range units = own_units<Fp8, kQkv>();
-    const RopeOperands ahead = rope_operands(step, layer, units.first + threadIdx.x / TileElements, threadIdx.x, prefix);
+    const RopeOperands ahead =
+        rope_operands(step, layer, units.first + threadIdx.x / TileElements, threadIdx.x, prefix);
     grid.wait();
     const Squares squares = load_squares();
     for (int first = 0; first < units.count; first += Group) {
@@ -380,9 +125,8 @@ struct Expert {
       for (int i = threadIdx.x; i < count * TileElements; i += kThreads) {
         const int unit = i / TileElements, element = i % TileElements, m = element / kTileFeatures;
         if (m >= p.rows) continue;
-        const RopeOperands operands = first == 0 && i == threadIdx.x
-                                          ? ahead
-                                          : rope_operands(step, layer, units.first + first + unit, i, prefix);
+        const RopeOperands operands =
+            first == 0 && i == threadIdx.x ? ahead : rope_operands(step, layer, units.first + first + unit, i, prefix);
         const float factor = scale * inverse[m];
         rotate(layer, units.first + first + unit, m, element % kTileFeatures, prefix + m, operands,
                gather<RowTiles, S::Tiles, Group>(sums(), unit, 0, element) * factor,
@@ -517,7 +261,8 @@ struct Expert {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int index = threadIdx.x + i * kThreads, unit = index / TileElements;
-      if (unit < units.count) ahead[i] = shifts(step, layer, (units.first + unit) * kTileFeatures + index % kTileFeatures);
+      if (unit < units.count)
+        ahead[i] = shifts(step, layer, (units.first + unit) * kTileFeatures + index % kTileFeatures);
     }
     grid.wait();
     const Squares squares = load_squares();
@@ -596,7 +341,8 @@ struct Expert {
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kWidth / 4 / kWarpSize; ++j) {
-        const float4 w = weight[j * kWarpSize + lane], n = reinterpret_cast<const float4*>(normed)[j * kWarpSize + lane];
+        const float4 w = weight[j * kWarpSize + lane],
+                     n = reinterpret_cast<const float4*>(normed)[j * kWarpSize + lane];
         sum += w.x * n.x + w.y * n.y + w.z * n.z + w.w * n.w;
       }
 #pragma unroll
@@ -672,8 +418,7 @@ template <bool Fp8, int RowTiles>
 cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   int device = 0, shared_limit = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
@@ -717,8 +462,8 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
   if (major < 9) return cudaErrorNotSupported;  // the bulk copy engine
-  if (p.rows < 1 || p.rows > kSkinnyMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows ||
-      p.action_dim < 4 || p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
+  if (p.rows < 1 || p.rows > kSkinnyMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows || p.action_dim < 4 ||
+      p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
     return cudaErrorInvalidValue;
   if (p.rows <= 16) return p.fp8 ? launch<true, 1>(p, stream) : launch<false, 1>(p, stream);
   return p.fp8 ? launch<true, 4>(p, stream) : launch<false, 4>(p, stream);

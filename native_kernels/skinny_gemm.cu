@@ -24,10 +24,10 @@ constexpr int kMaxNormWidth = 1024;
 constexpr int kNormVectors = kMaxNormWidth / (kWarpSize * 8);
 
 struct Layout {
-  int k_bytes;         // bytes of one weight row
-  int units;           // independent groups of tiles over the whole product
+  int k_bytes;  // bytes of one weight row
+  int units;    // independent groups of tiles over the whole product
   int units_per_block;
-  int x_stride;        // bytes of one normed row in shared memory
+  int x_stride;                              // bytes of one normed row in shared memory
   int x_offset, sum_offset, barrier_offset;  // in dynamic shared memory; the weights come first
 };
 
@@ -67,7 +67,8 @@ __device__ __forceinline__ void load_row(const SkinnyGemm& p, int row, Eight (&v
   }
 }
 
-// Normalise x's rows into shared memory as bf16, or fp16 for e4m3 weights, one warp a row; the next row is on its way meanwhile.
+// Normalise x's rows into shared memory as bf16, or fp16 for e4m3 weights, one warp a row; the next row is on its way
+// meanwhile.
 template <bool Fp8>
 __device__ void norm_rows(const SkinnyGemm& p, const NormStyle& style, unsigned char* x_shared, int row_stride) {
   const int lane = threadIdx.x % kWarpSize;
@@ -94,8 +95,8 @@ __device__ void norm_rows(const SkinnyGemm& p, const NormStyle& style, unsigned 
       Eight normed;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        normed.element[i] = from_float<__nv_bfloat16>(to_float(values[v].element[i]) * inverse * style.scale[v][i] +
-                                                      style.shift[v][i]);
+        normed.element[i] =
+            from_float<__nv_bfloat16>(to_float(values[v].element[i]) * inverse * style.scale[v][i] + style.shift[v][i]);
       }
       if constexpr (Fp8) {
         Vector<__half, 8> half;
@@ -134,8 +135,8 @@ struct Operands {
 };
 
 struct Element {
-  int m, n;     // row; first feature (kStore, kResidual, kGeglu), or the dimension within its head (kRope)
-  int head;     // kRope
+  int m, n;  // row; first feature (kStore, kResidual, kGeglu), or the dimension within its head (kRope)
+  int head;  // kRope
   __device__ __forceinline__ Element(const SkinnyGemm& p, bool rope, int unit, int element) {
     m = element / kTileFeatures;
     const int units_per_head = rope ? p.head_dim / (2 * kTileFeatures) : 1;
@@ -327,8 +328,7 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
     for (int r = 0; r < RowTiles; ++r) {
       float* target = own + t * UnitElements + (r * 16 + lane / 4) * kTileFeatures + lane % 4 * 2;
       *reinterpret_cast<float2*>(target) = make_float2(accumulator[r][t][0], accumulator[r][t][1]);
-      *reinterpret_cast<float2*>(target + 8 * kTileFeatures) =
-          make_float2(accumulator[r][t][2], accumulator[r][t][3]);
+      *reinterpret_cast<float2*>(target + 8 * kTileFeatures) = make_float2(accumulator[r][t][2], accumulator[r][t][3]);
     }
   }
   __syncthreads();

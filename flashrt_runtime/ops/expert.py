@@ -1,7 +1,7 @@
-"""The action expert's fused kernels: products of few rows with their norm, rotary embedding, GeGLU or residual.
+"""The expert's fused kernels: products of few rows with their norm, rotary embedding, GeGLU or residual.
 
-Weights are packed once at load; see native_kernels/skinny_gemm.cu for the layout's reason. Everything here enqueues
-work on the current stream and neither allocates nor synchronises, unless no `out` is given.
+Weights are packed once at load; native_kernels/skinny_gemm.cu says why so. Everything here enqueues work on
+the current stream and neither allocates nor synchronises.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class PackedLinear:
 def pack_tiles(weight: Tensor, order: Tensor | None = None) -> Tensor:
     """Weights (n, k) of 1- or 2-byte elements in the kernels' order; `order` permutes the features first."""
     if order is not None:
-        weight = weight.view(torch.uint8 if weight.element_size() == 1 else torch.int16)[order].view(weight.dtype)
+        weight = weight.view(torch.uint8 if weight.element_size() == 1 else torch.int16)[order].view(
+            weight.dtype
+        )
     n, k = weight.shape
     block = BLOCK_BYTES // weight.element_size()
     if n % TILE_FEATURES or k % block:
@@ -72,7 +74,8 @@ def geglu_order(mlp_dim: int) -> Tensor:
 
 
 def rope_order(heads: int, head_dim: int) -> Tensor:
-    """Order of a fused (q, k, v) projection of `heads` heads in all: first half tile, second half tile, ..."""
+    """Order of a fused (q, k, v) projection of `heads` heads in all: first half tile, second half tile,
+    ..."""
     features = torch.arange(heads * head_dim).view(heads, 2, head_dim // 2)
     return pair_order(features[:, 0].reshape(-1), features[:, 1].reshape(-1))
 
@@ -102,7 +105,8 @@ def skinny_gemm(
 ) -> Tensor:
     """out = epilogue(norm(x) @ weight^T) for x: (rows <= 64, k); see native_kernels/expert.h for every field.
 
-    norm: (scale, shift) float32 (k,), applied as x_hat * (1 + scale) + shift on bf16 rows; without it x has the
+    norm: (scale, shift) float32 (k,), applied as x_hat * (1 + scale) + shift on bf16 rows; without it x has
+    the
     weights' type. Returns `out`.
     """
     native.load().skinny_gemm(
@@ -136,7 +140,12 @@ def skinny_gemm(
 
 
 def expert_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_length: Tensor, out: Tensor, out_scale: Tensor | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix_length: Tensor,
+    out: Tensor,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of q: (rows, heads, 256) bf16 over cache slots [0, prefix_length + rows).
 
@@ -174,7 +183,8 @@ def action_step(
 ) -> None:
     """x += dt * (norm(hidden) @ out), then following = x @ project; either half may be left out.
 
-    x: (rows, action_dim) float32, in place; following, hidden: (rows, width) bf16; out, project: (weight, bias)
+    x: (rows, action_dim) float32, in place; following, hidden: (rows, width) bf16; out, project: (weight,
+    bias)
     float32 of shapes (action_dim, width) and (width, action_dim); silu is applied to `following` (pi0).
     """
     native.load().action_step(

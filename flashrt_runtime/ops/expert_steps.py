@@ -23,27 +23,34 @@ SHAPES = {"qkv": (2560, WIDTH), "out": (WIDTH, 2048), "gate_up": (2 * MLP, WIDTH
 
 
 def pack_chunks(weight: Tensor, product: str) -> Tensor:
-    """Weights (n, k) of one product, bf16 or e4m3, in the order in which the kernel streams them: (n * k,)."""
+    """Weights (n, k) of one product, bf16 or e4m3, as the kernel streams them: (n * k,)."""
     if tuple(weight.shape) != SHAPES[product]:
         raise ValueError(f"{product}: expected weights of shape {SHAPES[product]}, got {tuple(weight.shape)}")
     orders = {"qkv": rope_order(HEADS + 2, HEAD_DIM), "gate_up": geglu_order(MLP)}
     order = orders[product].to(weight.device) if product in orders else None
     tiles = UNIT_TILES[product]
     blocks = CHUNK_BYTES // TILE_BLOCK_BYTES // tiles
-    raw = pack_tiles(weight, order).view(torch.uint8).view(-1, tiles, weight.shape[1] * weight.element_size() // 64, 512)
+    raw = (
+        pack_tiles(weight, order)
+        .view(torch.uint8)
+        .view(-1, tiles, weight.shape[1] * weight.element_size() // 64, 512)
+    )
     raw = raw.view(raw.shape[0], tiles, -1, blocks, TILE_BLOCK_BYTES).permute(0, 2, 1, 3, 4)
     return raw.reshape(-1).view(weight.dtype)
 
 
 def shift_products(norms: Tensor, qkv: Tensor, gate_up: Tensor) -> Tensor:
-    """What the norms' shifts add to the products behind them, for every step and layer: (steps, layers, 10752) float32.
+    """What the norms' shifts add to the products behind them: (steps, layers, 10752) float32.
 
-    norms: (steps, 2 * layers + 1, 3, 1024) float32; qkv: (layers, 2560, 1024) and gate_up: (layers, 8192, 1024), the
-    weights as the kernel sees them (dequantised), any float dtype.
+    norms: (steps, 2 * layers + 1, 3, 1024) float32; qkv: (layers, 2560, 1024) and gate_up:
+    (layers, 8192, 1024), the weights as the kernel sees them (dequantised), any float dtype.
     """
     shift = norms[:, :-1, 1]
     parts = [
-        torch.stack([shift[:, 2 * layer + offset] @ weight[layer].float().T for layer in range(weight.shape[0])], dim=1)
+        torch.stack(
+            [shift[:, 2 * layer + offset] @ weight[layer].float().T for layer in range(weight.shape[0])],
+            dim=1,
+        )
         for offset, weight in enumerate((qkv, gate_up))
     ]
     return torch.cat(parts, dim=2).contiguous()
@@ -82,9 +89,11 @@ class ExpertBuffers:
 class ExpertWeights:
     """Weights and conditioning of the whole expert on the device.
 
-    products: packed, (layers, n * k) each; weight_scale: (layers, 4) and input_scale: (layers, 2) float32, e4m3 only;
+    products: packed, (layers, n * k) each; weight_scale: (layers, 4) and input_scale: (layers, 2)
+    float32, e4m3 only;
     norms: (steps or 1, 2 * layers + 1, 3 or 1, 1024) float32, rows scale, shift, gate, or scale alone;
-    shift_products: (steps, layers, 2560 + 8192) float32, the shifts times W_qkv and W_gate_up; with three rows only;
+    shift_products: (steps, layers, 2560 + 8192) float32, the shifts times W_qkv and W_gate_up; with
+    three rows only;
     project_in, project_out: (weight, bias) float32, the bias of project_in (steps or 1, 1024).
     """
 
@@ -108,11 +117,12 @@ def expert_steps(
     v_cache: Tensor,
     eps: float = 1e-6,
 ) -> None:
-    """Integrate x: (rows, action_dim) float32 in place over all denoise steps, as one kernel on the current stream.
+    """Integrate x over all denoise steps, as one kernel on the current stream.
 
-    rope: (cos, sin) float32 (positions, 128); prefix_length: int32 scalar on the device; k_cache, v_cache: bf16
-    (layers, capacity, 1, 256), whose slots from prefix_length on are overwritten. Raises RuntimeError where the device
-    cannot run the kernel (cudaErrorNotSupported).
+    x: (rows, action_dim) float32, noise in, actions out; rope: (cos, sin) float32 (positions, 128);
+    prefix_length: int32 scalar on the device; k_cache, v_cache: bf16 (layers, capacity, 1, 256), whose
+    slots from prefix_length on are overwritten. Raises RuntimeError where the device cannot run the kernel
+    (cudaErrorNotSupported).
     """
     norms = weights.norms
     adaptive = norms.shape[2] == 3

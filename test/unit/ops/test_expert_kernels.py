@@ -1,4 +1,5 @@
-"""The action expert's fused kernels against the torch definitions, on fresh random inputs with poisoned outputs."""
+"""The action expert's fused kernels against the torch definitions, on fresh random inputs with poisoned
+outputs."""
 
 from __future__ import annotations
 
@@ -97,15 +98,23 @@ class TestSkinnyGemm:
         x, gate = torch.randn(rows, 4096, device="cuda").bfloat16(), torch.randn(1024, device="cuda")
         residual = torch.randn(rows, 1024, device="cuda").bfloat16()
         want = residual.float() + gate * (case.see(x) @ case.weight.T)
-        close(expert.skinny_gemm(case.cast(x), case.linear, Epilogue.RESIDUAL, residual, gate=gate), want, 4e-3)
+        close(
+            expert.skinny_gemm(case.cast(x), case.linear, Epilogue.RESIDUAL, residual, gate=gate), want, 4e-3
+        )
 
     @pytest.mark.parametrize("adaptive", [False, True])
-    def test_geglu(self, rows: int, fp8: bool, adaptive: bool, norm: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def test_geglu(
+        self, rows: int, fp8: bool, adaptive: bool, norm: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         case = Case(8192, 1024, fp8, expert.geglu_order(4096))
         x = torch.randn(rows, 1024, device="cuda").bfloat16() * 3
         chosen = (norm[0], norm[1] if adaptive else None)
         scale = torch.tensor(8.0 / expert.E4M3_MAX, device="cuda")
-        out = poisoned(rows, 4096) if not fp8 else torch.zeros(rows, 4096, device="cuda").to(torch.float8_e4m3fn)
+        out = (
+            poisoned(rows, 4096)
+            if not fp8
+            else torch.zeros(rows, 4096, device="cuda").to(torch.float8_e4m3fn)
+        )
         if fp8:
             out.view(torch.uint8).fill_(0x7F)
         expert.skinny_gemm(x, case.linear, Epilogue.GEGLU, out, norm=chosen, out_scale=scale if fp8 else None)
@@ -166,7 +175,14 @@ def test_action_step(rows: int) -> None:
         reference.ada_rms_norm(hidden, style, EPS).double() @ w_out.double().T + b_out.double()
     )
     expert.action_step(
-        x, following, hidden=hidden, norm=(scale, shift), eps=EPS, out=(w_out, b_out), dt=-0.1, project=(w_in, b_in)
+        x,
+        following,
+        hidden=hidden,
+        norm=(scale, shift),
+        eps=EPS,
+        out=(w_out, b_out),
+        dt=-0.1,
+        project=(w_in, b_in),
     )
     close(x, want_x.float(), 1e-5)
     close(following, (want_x @ w_in.double().T + b_in.double()).float(), 4e-3)

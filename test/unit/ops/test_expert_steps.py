@@ -52,9 +52,17 @@ class RandomExpert:
         norms = torch.randn(steps if adaptive else 1, 2 * layers + 1, rows, 1024, device="cuda") * 0.3
         project_in = torch.randn(1024, 32, device="cuda") / 6, torch.randn(1, 1024, device="cuda")
         project_out = torch.randn(32, 1024, device="cuda") / 32, torch.randn(32, device="cuda")
-        shifts = steps_op.shift_products(norms, self.dense["qkv"], self.dense["gate_up"]) if adaptive else None
+        shifts = (
+            steps_op.shift_products(norms, self.dense["qkv"], self.dense["gate_up"]) if adaptive else None
+        )
         self.weights = ExpertWeights(
-            packed, norms, shifts, project_in, project_out, scales if fp8 else None, self.input_scale if fp8 else None
+            packed,
+            norms,
+            shifts,
+            project_in,
+            project_out,
+            scales if fp8 else None,
+            self.input_scale if fp8 else None,
         )
 
     def seen(self, x: torch.Tensor, layer: int, product: int) -> torch.Tensor:
