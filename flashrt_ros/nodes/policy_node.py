@@ -19,7 +19,7 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.executors import Executor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
 from rclpy.subscription import Subscription
@@ -31,6 +31,7 @@ from flashrt_ros.msg import ActionChunk, PolicyStatus
 from flashrt_ros.srv import Calibrate, SetPrompt
 
 from . import parameters, services, status, streams
+from .executors import make_executor
 from .exotic_images import cv_bridge_decoder
 from .failures import EXPECTED, describe, reason_of
 from .outputs import CommandPublisher, chunk_message
@@ -280,7 +281,7 @@ def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     node = PolicyNode(load, stop.is_set)
-    executor = SingleThreadedExecutor()
+    executor = make_executor()
     executor.add_node(node)
     try:
         if node.autostart and not _start(node) and not stop.is_set():
@@ -295,7 +296,7 @@ def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int
         gc.freeze()  # else the interpreter spends most of a second on the collector before it ends
 
 
-def _spin_once(executor: SingleThreadedExecutor, node: PolicyNode) -> None:
+def _spin_once(executor: Executor, node: PolicyNode) -> None:
     """One callback; what it raises is logged, as a robot must not lose its node to one bad message."""
     try:
         executor.spin_once(timeout_sec=0.1)

@@ -1,0 +1,280 @@
+"""The pipeline's threads, without transport: messages are pushed by the test, outputs collected by it.
+
+The policy is a stand-in, for what the real one cannot be made to do: block, fail and answer nonsense.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from builtin_interfaces.msg import Time
+from rclpy.clock import Clock
+from ros_rig import wait_until
+from sensor_msgs.msg import CompressedImage, Image, JointState
+
+from flashrt_ros.core.contract import load_contract
+from flashrt_ros.core.errors import PolicyMismatchError
+from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.timeline import CommandKind
+from flashrt_ros.nodes.outputs import time_message
+from flashrt_ros.nodes.pipeline import Pipeline
+
+PERIOD = 20_000_000  # control period and action period of the demo arm [ns]
+HOME = np.array([0.1, -1.0, 0.5, 0.0, 0.3, 0.0, 0.02])
+
+
+class StandInPolicy:
+    """Moves joint 0 at a constant, slow speed from where it is; `behave` may do anything first."""
+
+    precision = "fp32"
+
+    def __init__(self, names: tuple[str, ...], **spec) -> None:
+        fields = {
+            "views": ("base_0_rgb", "left_wrist_0_rgb"), "state_dim": 7, "action_dim": 7,
+            "state_names": names, "action_names": names, "action_rate_hz": 50.0, "checkpoint": "stand-in",
+        }
+        self.spec = SimpleNamespace(**{**fields, **spec})
+        self.behave: Callable[[str], np.ndarray | None] = lambda prompt: None
+        self.prompts: list[str] = []
+        self.closed_on = ""
+
+    def set_prompt(self, prompt: str) -> None:
+        pass
+
+    def predict(self, images, prompt, state, *, seed=None):
+        self.prompts.append(prompt)
+        answer = self.behave(prompt)
+        if answer is not None:
+            return answer
+        actions = np.tile(np.asarray(state, np.float32), (50, 1))
+        actions[:, 0] += 0.001 * np.arange(50)
+        return actions
+
+    def close(self) -> None:
+        self.closed_on = threading.current_thread().name
+
+
+class Driver:
+    """Feeds a pipeline with messages as a robot would, and collects what comes out."""
+
+    def __init__(self) -> None:
+        self.contract = load_contract("demo_arm")
+        self.policy = StandInPolicy(self.contract.action.joints)
+        self.commands: list = []
+        self.chunks: list = []
+        self.problems: list = []
+        self.pipeline = Pipeline(
+            self.contract,
+            Clock(),
+            publish_command=lambda output, stamp: self.commands.append((output, stamp)),
+            publish_chunk=self.chunks.append,
+            on_problem=self.problems.append,
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._feed)
+        self._thread.start()
+
+    def begin(self, prompt: str = "wave") -> None:
+        self.pipeline.load(lambda: self.policy, prompt, lambda: True)
+        self.pipeline.start()
+
+    def _feed(self) -> None:
+        while not self._stop.wait(0.01):
+            stamp = time.time_ns()
+            for stream, message in messages(time_message(stamp), self.contract.action.joints):
+                self.pipeline.synchroniser.push(stream, stamp, time.monotonic_ns(), message)
+            self.pipeline.wake()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.pipeline.close()
+
+
+def messages(stamp: Time, names: tuple[str, ...]):
+    import cv2
+
+    pixels = np.full((8, 8, 3), 128, np.uint8)
+    raw = Image(height=8, width=8, step=24, encoding="rgb8", data=array.array("B", pixels.tobytes()))
+    jpeg = array.array("B", cv2.imencode(".jpg", pixels)[1].tobytes())
+    state = JointState(name=list(names), position=array.array("d", HOME.tobytes()))
+    found = [
+        ("base_camera", raw),
+        ("wrist_camera", CompressedImage(format="jpeg", data=jpeg)),
+        ("joint_states", state),
+    ]
+    for _, message in found:
+        message.header.stamp = stamp
+    return found
+
+
+@pytest.fixture
+def driver():
+    made = Driver()
+    yield made
+    made.close()
+
+
+def running(driver: Driver) -> list:
+    return [(out, stamp) for out, stamp in list(driver.commands) if out.kind is CommandKind.RUNNING]
+
+
+def test_action_zero_is_due_when_its_chunk_says(driver: Driver) -> None:
+    """Action i of a chunk goes out i control periods after the chunk's stamp."""
+    driver.policy.behave = lambda prompt: time.sleep(0.05)
+    driver.begin()
+    wait_until(lambda: len(driver.chunks) >= 10, 30.0, "ten chunks")
+    due = {placed.accepted.sequence: placed.due for placed in driver.chunks}
+    known = [(out, stamp) for out, stamp in running(driver) if out.sequence in due]
+    errors = [stamp - due[out.sequence] - out.index * PERIOD for out, stamp in known]
+    assert len(errors) >= 20
+    assert abs(np.median(errors)) < PERIOD / 10
+    # Splicing by another count than the commands really sent would put chunks whole periods off.
+    assert np.mean(np.abs(errors) < PERIOD / 2) > 0.8
+
+
+def test_chunks_follow_one_another_by_what_was_sent_meanwhile(driver: Driver) -> None:
+    driver.policy.behave = lambda prompt: time.sleep(0.07)
+    driver.begin()
+    wait_until(lambda: len(driver.chunks) >= 5, 30.0, "five chunks")
+    first, *later = [placed.accepted for placed in driver.chunks]
+    assert (first.consumed, first.start_index) == (0, 0)
+    assert all(2 <= accepted.consumed <= 20 for accepted in later)
+    indices = [(out.sequence, out.index) for out, _ in running(driver)]
+    assert all(b[0] > a[0] or b[1] == a[1] + 1 for a, b in itertools.pairwise(indices))
+
+
+def test_reset_drops_what_the_old_prompt_was_computed_for(driver: Driver) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def block(prompt: str) -> None:
+        if prompt == "old" and len(driver.chunks) >= 2:
+            started.set()
+            assert go_on.wait(20.0)
+
+    driver.policy.behave = block
+    driver.begin("old")
+    assert started.wait(30.0)
+    before = len(driver.chunks)
+    driver.pipeline.set_prompt("new", reset=True)
+    go_on.set()
+    wait_until(lambda: len(driver.chunks) > before, 30.0, "a chunk for the new prompt")
+    assert {placed.prediction.prompt for placed in driver.chunks[before:]} == {"new"}
+    assert driver.pipeline.dropped[Reason.OLD_GENERATION] == 1
+
+
+def test_without_reset_the_chunk_in_work_is_still_used(driver: Driver) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def block(prompt: str) -> None:
+        if prompt == "old" and len(driver.chunks) >= 2:
+            started.set()
+            assert go_on.wait(20.0)
+
+    driver.policy.behave = block
+    driver.begin("old")
+    assert started.wait(30.0)
+    before = len(driver.chunks)
+    driver.pipeline.set_prompt("new", reset=False)
+    go_on.set()
+    wait_until(lambda: len(driver.chunks) > before + 1, 30.0, "two more chunks")
+    assert [placed.prediction.prompt for placed in driver.chunks[before : before + 2]] == ["old", "new"]
+    assert not driver.pipeline.dropped
+
+
+def test_a_failing_policy_is_reported_and_tried_again(driver: Driver) -> None:
+    def fail(prompt: str) -> None:
+        if len(driver.policy.prompts) <= 3:
+            raise RuntimeError("no luck")
+
+    driver.policy.behave = fail
+    driver.begin()
+    wait_until(lambda: driver.chunks, 30.0, "a chunk after three failures")
+    failures = [problem for problem in driver.problems if problem.reason is Reason.INFERENCE_ERROR]
+    assert [str(problem) for problem in failures] == ["RuntimeError: no luck"] * 3
+    wait_until(lambda: driver.pipeline.problem is None, 5.0, "the problem is over")
+
+
+@pytest.mark.parametrize(
+    ("actions", "reason"),
+    [
+        (np.full((50, 7), np.nan, np.float32), Reason.CHUNK_NOT_FINITE),
+        (np.zeros((50, 6), np.float32), None),
+        (np.zeros((0, 7), np.float32), Reason.CHUNK_SHAPE),
+    ],
+)
+def test_unusable_actions_are_dropped_and_never_commanded(driver: Driver, actions, reason) -> None:
+    driver.policy.behave = lambda prompt: actions
+    driver.begin()
+    wait_until(lambda: len(driver.problems) >= 3, 30.0, "three reports")
+    assert driver.chunks == []
+    assert all(output.values is None for output, _ in driver.commands)
+    if reason is not None:
+        assert driver.pipeline.dropped[reason] >= 1
+        assert driver.problems[-1].reason is reason
+
+
+def test_stop_during_inference_holds_at_once_and_drops_the_chunk(driver: Driver) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def block(prompt: str) -> None:
+        if len(driver.chunks) >= 2:
+            started.set()
+            assert go_on.wait(20.0)
+
+    driver.policy.behave = block
+    driver.begin()
+    assert started.wait(30.0)
+    begin = time.monotonic()
+    driver.pipeline.stop()
+    assert time.monotonic() - begin < 5.0  # the inference goes on until go_on
+    last, chunks, commands = driver.commands[-1][0], len(driver.chunks), len(driver.commands)
+    assert last.kind is CommandKind.HOLDING
+    assert (last.trajectory.positions == last.values).all()
+    go_on.set()
+    wait_until(lambda: driver.pipeline.worker.idle, 10.0, "the inference ends")
+    assert (len(driver.chunks), len(driver.commands)) == (chunks, commands)
+
+
+def test_stop_before_anything_was_commanded_says_nothing(driver: Driver) -> None:
+    driver.begin(prompt="")
+    wait_until(lambda: driver.problems, 10.0, "a report")
+    driver.pipeline.stop()
+    assert all(output.values is None for output, _ in driver.commands)
+
+
+def test_the_worker_closes_the_policy_it_loaded(driver: Driver) -> None:
+    driver.begin()
+    driver.pipeline.close()
+    assert driver.policy.closed_on == "inference"
+    assert not driver.pipeline.worker.running
+    driver.pipeline.close()  # again does no harm
+
+
+def test_a_policy_that_does_not_fit_is_closed_and_refused(driver: Driver) -> None:
+    misfit = StandInPolicy(driver.contract.action.joints, action_rate_hz=30.0)
+    with pytest.raises(PolicyMismatchError, match="50 Hz"):
+        driver.pipeline.load(lambda: misfit, "wave", lambda: True)
+    assert misfit.closed_on == "inference"
+    assert driver.pipeline.policy is None
+
+
+def test_loading_can_be_given_up(driver: Driver) -> None:
+    go_on = threading.Event()
+
+    def slow() -> StandInPolicy:
+        assert go_on.wait(20.0)
+        return driver.policy
+
+    with pytest.raises(InterruptedError):
+        driver.pipeline.load(slow, "wave", lambda: False)
+    go_on.set()
+    driver.pipeline.close()
+    assert not driver.pipeline.worker.running
