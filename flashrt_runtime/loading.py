@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import models
 from .checkpoints.base import Checkpoint, open_checkpoint
-from .engine import Engine
+from .engine import Engine, fused_expert
 from .errors import NotSupportedYetError, OptionError
 from .models import FlowPolicy
 from .models.weights import load_weights
@@ -138,6 +138,7 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     model.prepare(target.device)
     engine = None
     if target.device.type == "cuda":
+        fused_expert.attach(model, target.device)
         engine = Engine(model, opened.rules, target.device, settings.autotune)
         engine.capture()
     return Policy(model, opened, target, engine)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,18 @@ from ..config import PolicyConfig
 from ..layers.kv_cache import KVCache, Window
 from ..layers.paligemma import PaliGemma
 from ..layers.rope import rope_tables
+
+
+class ExpertKernel(Protocol):
+    """The whole integration as one kernel; see `engine.fused_expert`."""
+
+    def ready(self) -> bool:
+        """Whether it can stand in for the loop now."""
+        ...
+
+    def integrate(self, x: Tensor) -> None:
+        """As `FlowPolicy.integrate`."""
+        ...
 
 
 class FlowPolicy(nn.Module, ABC):
@@ -29,6 +42,7 @@ class FlowPolicy(nn.Module, ABC):
         self.num_views = num_views
         self.dtype = dtype
         self.rope_bf16 = rope_bf16
+        self.fused_expert: ExpertKernel | None = None
         self.paligemma = PaliGemma(config.vision, config.prefix, config.vocab_size, dtype)
         width = config.expert.width
         self.action_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
@@ -103,6 +117,9 @@ class FlowPolicy(nn.Module, ABC):
         x: (horizon, action_dim) float32. Reads the prefix from `cache` and its length from `prefix_length`
         (int32 scalar on the device).
         """
+        if self.fused_expert is not None and self.fused_expert.ready():
+            self.fused_expert.integrate(x)
+            return
         self.begin_suffix()
         for step in range(self.config.num_steps):
             ops.euler_step(x, self.velocity(x, step), -1.0 / self.config.num_steps)

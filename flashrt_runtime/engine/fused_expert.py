@@ -1,0 +1,155 @@
+"""The denoise steps of pi0.5's action expert as one kernel, in place of the model's own loop over layers.
+
+The model stays the definition: this holds packed copies of its expert's weights and gives the same actions,
+by test. It serves the published 300M expert in bf16 and fp8, chunks of up to 16 actions, on GPUs that can hold the
+kernel's whole grid; elsewhere the model's loop runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..config import GEMMA_300M
+from ..layers.gemma import GemmaLayer
+from ..layers.linear import Linear
+from ..layers.norms import EPS
+from ..models import FlowPolicy, Pi05
+from ..ops import expert_steps as steps_op
+from ..ops import native
+from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
+from ..quantization.fp8 import Fp8Linear
+
+logger = logging.getLogger(__name__)
+
+MAX_ACTIONS = 16
+CAPABILITY = (9, 0)
+
+
+def refusal(model: FlowPolicy, device: torch.device) -> str | None:
+    """Why the kernel cannot serve this model on this device, in one line; None when it can."""
+    config = model.config
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "it needs compute capability 9.0 or newer"
+    if not native.available():
+        return f"no native kernels: {native.unavailable_reason()}"
+    if not isinstance(model, Pi05):
+        return f"it serves pi05, not {config.policy}"
+    if replace(config.expert, depth=GEMMA_300M.depth) != GEMMA_300M:
+        return "it serves the published expert's widths only"
+    if model.dtype != torch.bfloat16:
+        return f"it computes in bfloat16, not {model.dtype}"
+    if config.horizon > MAX_ACTIONS:
+        return f"it serves chunks of up to {MAX_ACTIONS} actions, not {config.horizon}"
+    return None
+
+
+class FusedExpert:
+    """Packed weights, conditioning and scratch of one model's expert."""
+
+    def __init__(self, model: Pi05, device: torch.device) -> None:
+        self.model = model
+        layers = [layer for layer in model.expert.layers if isinstance(layer, GemmaLayer)]
+        self.linears = {name: [_linear(layer, name) for layer in layers] for name in PRODUCTS}
+        packed = {
+            name: torch.stack([steps_op.pack_chunks(linear.weight, name) for linear in linears])
+            for name, linears in self.linears.items()
+        }
+        self.fp8 = isinstance(self.linears["qkv"][0], Fp8Linear)
+        weight_scale = input_scale = None
+        if self.fp8:
+            scales = [
+                [_fp8(linears[i]).weight_scale for linears in self.linears.values()]
+                for i in range(len(layers))
+            ]
+            weight_scale = torch.stack([torch.stack(row) for row in scales]).float().contiguous()
+            input_scale = self._share_input_scales(len(layers), device)
+        dense = {
+            name: torch.stack([_dense(linear) for linear in self.linears[name]])
+            for name in ("qkv", "gate_up")
+        }
+        styles = model.styles.contiguous()
+        self.weights = ExpertWeights(
+            packed,
+            styles,
+            steps_op.shift_products(styles, dense["qkv"], dense["gate_up"]),
+            (model.action_in.weight.contiguous(), model.action_in.bias.view(1, -1)),
+            (model.action_out.weight.contiguous(), model.action_out.bias),
+            weight_scale,
+            input_scale,
+        )
+        self.buffers = ExpertBuffers.allocate(model.config.horizon, packed["qkv"].dtype, device)
+
+    def _share_input_scales(self, layers: int, device: torch.device) -> Tensor:
+        """One table of the activation scales of out and down; the linears' scalars become views of it, so that
+        calibration writes what the kernel reads.
+        """
+        table = torch.ones(layers, 2, dtype=torch.float32, device=device)
+        for column, name in enumerate(("out", "down")):
+            for layer, linear in enumerate(self.linears[name]):
+                table[layer, column] = _fp8(linear).activation_scale
+                _fp8(linear).activation_scale = table[layer, column]
+        return table
+
+    def ready(self) -> bool:
+        """Whether activation scales are in force; until then, and while observing, the model's loop runs."""
+        if not self.fp8:
+            return True
+        observing = any(_fp8(linear).observing for linears in self.linears.values() for linear in linears)
+        scaled = (linear for name in ("out", "down") for linear in self.linears[name])
+        return not observing and all(linear.input_scale is not None for linear in scaled)
+
+    def integrate(self, x: Tensor) -> None:
+        """`FlowPolicy.integrate` for x: (horizon, action_dim) float32, in place."""
+        model = self.model
+        steps_op.expert_steps(
+            self.weights,
+            self.buffers,
+            x,
+            model.config.num_steps,
+            model.rope,
+            model.prefix_length,
+            model.cache.k,
+            model.cache.v,
+            EPS,
+        )
+
+
+def attach(model: FlowPolicy, device: torch.device) -> None:
+    """Give the model the fused expert where it can be had, and say in the log why where not."""
+    reason = refusal(model, device)
+    if reason is None:
+        assert isinstance(model, Pi05)
+        fused = FusedExpert(model, device)
+        try:  # the grid may not fit this device beside what else runs on it
+            fused.integrate(torch.zeros(model.config.horizon, model.config.action_dim, device=device))
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            reason = str(error)
+        else:
+            model.fused_expert = fused
+    if reason is not None:
+        logger.info("expert by the model's own loop: for the fused kernel, %s", reason)
+
+
+def _linear(layer: GemmaLayer, name: str) -> Linear:
+    linear = getattr(layer, name)
+    assert isinstance(linear, Linear)
+    return linear
+
+
+def _fp8(linear: Linear) -> Fp8Linear:
+    assert isinstance(linear, Fp8Linear)
+    return linear
+
+
+def _dense(linear: Linear) -> Tensor:
+    """The weight as it multiplies: bf16, or float32 of the dequantised e4m3."""
+    if isinstance(linear, Fp8Linear):
+        return linear.weight.float() * linear.weight_scale
+    return linear.weight
