@@ -1,8 +1,8 @@
 """The denoise steps of pi0.5's action expert as one kernel, in place of the model's own loop over layers.
 
 The model stays the definition: this holds packed copies of its expert's weights and gives the same actions,
-by test. It serves the published 300M expert in bf16 and fp8, chunks of up to 16 actions, on GPUs that can hold the
-kernel's whole grid; elsewhere the model's loop runs.
+by test. It serves the published 300M expert in bf16 and fp8, chunks of up to 16 actions, on GPUs that can
+hold the kernel's whole grid; elsewhere the model's loop runs.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class FusedExpert:
         self.buffers = ExpertBuffers.allocate(model.config.horizon, packed["qkv"].dtype, device)
 
     def _share_input_scales(self, layers: int, device: torch.device) -> Tensor:
-        """One table of the activation scales of out and down; the linears' scalars become views of it, so that
-        calibration writes what the kernel reads.
+        """One table of the activation scales of out and down; the linears' scalars become views of it,
+        so that calibration writes what the kernel reads.
         """
         table = torch.ones(layers, 2, dtype=torch.float32, device=device)
         for column, name in enumerate(("out", "down")):
