@@ -46,6 +46,7 @@ from flashrt_ros.demo.faults import (
 )
 from flashrt_ros.demo.sim import ArmSim, CameraRenderer
 from flashrt_ros.demo.trajectory import CommandError, TrajectoryExecutor
+from flashrt_ros.nodes.executors import make_executor
 
 MAX_CATCH_UP = 0.1  # simulated time further behind than this is given up, and counted [s]
 MAX_IMAGE_SIDE = 1280  # the model's off-screen buffer is 1280 x 960 [pixels]
@@ -356,10 +357,13 @@ def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; 1 when physics or rendering failed, 2 on wrong parameters."""
     rclpy.init(args=args)
     node: DemoRobot | None = None
+    executor = make_executor()
     try:
         node = DemoRobot()
+        executor.add_node(node)
         node.start()
-        rclpy.spin(node)
+        while rclpy.ok():
+            executor.spin_once(timeout_sec=0.1)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except ValueError as error:
@@ -369,6 +373,8 @@ def main(args: list[str] | None = None) -> int:
         # A thread still inside a native call at interpreter exit would abort the process.
         if node is not None:
             node.stop()
+        executor.shutdown()
+        if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
     return 1 if node is None or node.failure is not None else 0
