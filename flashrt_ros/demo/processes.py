@@ -63,7 +63,7 @@ class LaunchedDemo:
         self._reader: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the launch process, in a session of its own so that Ctrl-C reaches it from stop() only."""
+        """Start the launch process, apart from the terminal, so that Ctrl-C reaches it from stop() only."""
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ DEMO = [sys.executable, "-m", "flashrt_ros.demo"]
 BAG = [sys.executable, "-m", "flashrt_ros.demo.sample_bag"]
 
 
-def session_processes(process) -> list[str]:
+def domain_processes(process) -> list[str]:
     """Nodes of the demo's domain that still run, found by their environment."""
     domain = f"ROS_DOMAIN_ID={process.domain}".encode()
     left = []
@@ -53,7 +53,7 @@ def test_demo_drives_the_arm_and_writes_its_report(start, checkpoint, tmp_path) 
     report = tmp_path / "report"
     demo = start([*DEMO, "--checkpoint", str(checkpoint), "--duration", "6", "--report", str(report)])
     assert demo.wait(120) == 0, demo.output
-    assert session_processes(demo) == []
+    assert domain_processes(demo) == []
 
     summary = json.loads((report / "summary.json").read_text())
     assert summary["duration_s"] > 5.5
@@ -84,11 +84,11 @@ def test_ctrl_c_ends_the_demo_within_two_seconds_and_leaves_nothing(start, check
     report = tmp_path / "report"
     demo = start([*DEMO, "--checkpoint", str(checkpoint), "--report", str(report)])
     demo.wait_for_line("running", 90)
-    assert len(session_processes(demo)) == 3  # the demo and its two nodes
+    assert len(domain_processes(demo)) == 3  # the demo and its two nodes
     begin = time.monotonic()
     assert demo.end(signal.SIGINT, timeout=10) == 130, demo.output
     assert time.monotonic() - begin < 2.0
-    assert session_processes(demo) == []
+    assert domain_processes(demo) == []
     assert "Traceback" not in demo.output
     assert not list(report.iterdir())
 
@@ -105,7 +105,7 @@ def test_a_node_that_dies_ends_the_demo_with_its_last_lines(start, checkpoint, t
     assert demo.wait(20) == 1, demo.output
     assert "A node ended while the demo ran" in demo.output
     assert "Last lines of policy_node" in demo.output
-    assert session_processes(demo) == []
+    assert domain_processes(demo) == []
 
 
 def parent_of(entry: Path) -> int | None:
@@ -122,7 +122,7 @@ def test_without_chunks_the_demo_says_why(start, checkpoint, tmp_path) -> None:
     assert demo.wait(90) == 1, demo.output
     assert "No action chunk, no command came within" in demo.output
     assert "prompt" in demo.lines[-1] + demo.lines[-2]
-    assert session_processes(demo) == []
+    assert domain_processes(demo) == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_sample_bag_holds_every_stream_of_a_moving_arm(start, tmp_path, storage)
     path = tmp_path / "bag"
     recorder = start([*BAG, "--out", str(path), "--duration", "2", "--storage", storage])
     assert recorder.wait(90) == 0, recorder.output
-    assert session_processes(recorder) == []
+    assert domain_processes(recorder) == []
     contract = load_contract("demo_arm")
     robot = RobotView.from_contract(contract)
     with AnyReader([path]) as reader:
