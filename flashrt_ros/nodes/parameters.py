@@ -30,6 +30,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec("checkpoint", "", "directory of the policy's checkpoint"),
     ParameterSpec("robot", "", "robot contract: a name from config/robots or the path of a YAML file"),
     ParameterSpec("prompt", "", "task prompt; empty: wait for ~/set_prompt"),
+    ParameterSpec("framework", "torch", "torch, or jax for an Orbax checkpoint", choices=("torch", "jax")),
     ParameterSpec("config", "pi05", "policy family of the checkpoint; auto reads it from the checkpoint"),
     ParameterSpec("precision", "", "empty: the device's default", choices=PRECISIONS),
     ParameterSpec("hardware", "auto", "auto | cpu | any, or the name of a GPU architecture"),
@@ -47,6 +48,7 @@ class PolicyParameters:
     checkpoint: str
     robot: str
     prompt: str
+    framework: str
     config: str
     precision: str | None
     hardware: str

@@ -65,6 +65,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICENESS)
     return flashrt_runtime.load_model(
         values.checkpoint,
+        framework=values.framework,
         config=values.config,
         num_views=len(contract.views),
         hardware=values.hardware,

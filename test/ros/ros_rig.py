@@ -179,6 +179,7 @@ class Rig:
             "RCUTILS_COLORIZED_OUTPUT": "0",
         }
         self._processes: list[RosProcess] = []
+        self._clients: dict[str, Any] = {}
         self._context = Context()
         rclpy.init(context=self._context, domain_id=self._domain.number)
         self.node = rclpy.create_node("test_observer", context=self._context)
@@ -214,14 +215,17 @@ class Rig:
 
     def call(self, service_type: Any, name: str, timeout: float = 30.0, **fields: Any) -> Any:
         """Call a service once it is there; its response."""
-        client = self.node.create_client(service_type, name)
-        try:
-            wait_until(lambda: self._still(client.service_is_ready), timeout, f"service {name}")
-            future = client.call_async(service_type.Request(**fields))
-            wait_until(lambda: self._still(future.done), timeout, f"answer of service {name}")
-            return future.result()
-        finally:
-            self.node.destroy_client(client)
+        future = self.request(service_type, name, timeout, **fields)
+        wait_until(lambda: self._still(future.done), timeout, f"answer of service {name}")
+        return future.result()
+
+    def request(self, service_type: Any, name: str, timeout: float = 30.0, **fields: Any) -> Any:
+        """Call a service once it is there, without waiting for the answer: the future of its response."""
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = self.node.create_client(service_type, name)
+        wait_until(lambda: self._still(client.service_is_ready), timeout, f"service {name}")
+        return client.call_async(service_type.Request(**fields))
 
     def close(self) -> None:
         """End everything; fails when a process had to be killed."""

@@ -1,11 +1,13 @@
 """The policy node over a stand-in policy, for what cannot be had from the real runtime: failing on demand.
 
-Everything but the policy is the real node. Prompts: "break down" fails in set_prompt, "fail" in predict.
+Everything but the policy is the real node. Prompts: "break down" fails in set_prompt, "load slowly" says
+"loading" and takes its time.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,13 +31,18 @@ class StandInPolicy:
             raise RuntimeError("broken on purpose")
 
     def predict(self, images, prompt, state, *, seed=None):
-        if prompt == "fail":
-            raise RuntimeError("failed on purpose")
         return np.tile(np.asarray(state, np.float32), (self.spec.horizon, 1))
 
     def close(self) -> None:
         pass
 
 
+def load(values, contract) -> StandInPolicy:
+    if values.prompt == "load slowly":
+        print("loading", flush=True)
+        time.sleep(2.0)
+    return StandInPolicy(values.checkpoint, contract.action.joints)
+
+
 if __name__ == "__main__":
-    sys.exit(main(load=lambda values, contract: StandInPolicy(values.checkpoint, contract.action.joints)))
+    sys.exit(main(load=load))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.srv import GetParameters
 from ros_rig import wait_until
 from trajectory_msgs.msg import JointTrajectory
 
+from flashrt_ros.bringup import pi05_nodes
 from flashrt_ros.msg import ActionChunk, PolicyStatus
+from flashrt_ros.runner import node_command
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture
@@ -76,6 +84,33 @@ def check_hold_and_silence(rig, commands, statuses) -> None:
     held = np.array([point.positions for point in last.points])
     assert (held == np.array(before.points[0].positions)).all()
     assert not np.any([point.velocities for point in last.points[1:]])
+
+
+@pytest.mark.parametrize("autostart", [True, False])
+def test_a_signal_while_the_checkpoint_loads(rig, policy_node, autostart: bool) -> None:
+    """A real checkpoint that loads for seconds would take gigabytes: a stand-in policy does it here."""
+    command = [sys.executable, str(HERE / "stand_in_node.py")]
+    node = policy_node(command=command, prompt="load slowly", autostart=autostart)
+    if not autostart:
+        configure = Transition(id=Transition.TRANSITION_CONFIGURE)
+        rig.request(ChangeState, "/policy_node/change_state", timeout=60.0, transition=configure)
+    node.wait_for_line("loading")
+    node.send_signal(signal.SIGINT)
+    assert node.wait(10.0) == 0, node.output
+    assert "asked to stop while the checkpoint was being loaded" in node.output
+
+
+def test_parameters_come_from_the_file_and_launch_arguments_win(rig, checkpoint, tmp_path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("/**/policy_node: {ros__parameters: {seed: 5, prompt: of the file, num_steps: 3}}\n")
+    arguments = {"checkpoint": str(checkpoint), "namespace": "left", "params_file": str(own)}
+    spec = pi05_nodes({**arguments, "prompt": "given"})[0]
+    rig.start(node_command(spec), spec.env)
+    names = ["seed", "num_steps", "prompt", "checkpoint", "autostart"]
+    answer = rig.call(GetParameters, "/left/policy_node/get_parameters", timeout=60.0, names=names)
+    seed, steps, prompt, path, autostart = answer.values
+    assert (seed.integer_value, steps.integer_value, prompt.string_value) == (5, 3, "given")
+    assert (path.string_value, autostart.bool_value) == (str(checkpoint), True)
 
 
 def test_activate_before_configure_is_refused(policy_node, change, state) -> None:
