@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--rates", action="store_true", help="also GEMM and attention rates, and the ceilings"
     )
+    parser.add_argument("--commit", help="of the measured sources, where they are no checkout")
     parser.add_argument(
         "--out", type=Path, default=Path("docs"), help="directory of gpu_report.{json,md,png}"
     )
@@ -206,7 +207,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": args.commit or commit(),
         "command": " ".join(["python -m benchmarks.bench_policy", *sys.argv[1:]]),
     }
     report.write(args.out, header, rows)
