@@ -144,7 +144,7 @@ def _read_facts(path: Path, layout: Layout, policy: PolicyName, hints: Hints) ->
         return read_lerobot(path, policy, hints)
     from .openpi import read_openpi
 
-    return read_openpi(path, layout, policy, hints)
+    return read_openpi(path, policy, hints)
 
 
 def _assemble(

@@ -16,8 +16,7 @@ ResizeRule = Literal["antialias_uint8", "bilinear_float"]
 
 
 def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) of an image scaled to fit size x size, aspect kept, rounded down as both families
-    do."""
+    """(height, width) of an image scaled to fit size x size, aspect kept, rounded down by both families."""
     ratio = max(width / size, height / size)
     return int(height / ratio), int(width / ratio)
 
@@ -26,8 +25,7 @@ def resize_with_pad(pixels: Tensor, size: int, resize: ResizeRule) -> Tensor:
     """Scale to fit size x size and centre on black; pixels: (3, H, W).
 
     antialias_uint8 (openpi): uint8 in and out, bilinear with antialiasing, within 1 of 255 levels of
-    Pillow's. bilinear_float (LeRobot): float32 in and out, bilinear without antialiasing; interpolation stays
-    within the pixels' range, so nothing needs clipping.
+    Pillow's. bilinear_float (LeRobot): float32 levels in and out, bilinear without antialiasing.
     """
     height, width = pixels.shape[1:]
     target = fitted_size(height, width, size)
@@ -69,4 +67,5 @@ def prepare_image(
     # openpi's bytes cross to the device, a quarter of what floats would be
     levels = resize_with_pad(pixels, size, resize).to(device)
     scaled = levels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return scaled.div_(255.0).mul_(2.0).sub_(1.0)
+    # interpolated floats overshoot by a rounding error
+    return scaled.div_(255.0).clamp_(0.0, 1.0).mul_(2.0).sub_(1.0)

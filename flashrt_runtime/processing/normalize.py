@@ -40,6 +40,9 @@ class Normalizer:
         self.dtype = np.dtype(np.float64 if rules.family == "openpi" else np.float32)
         needed = NEEDED[mode]
         self.identity = needed is None or stats.width == 0
+        self.offset: Array = np.zeros(0)
+        self.scale: Array = self.offset
+        self.scale_back: Array = self.offset
         if self.identity or needed is None:
             return
         first, second = (self._statistic(stats, name, width) for name in needed)
