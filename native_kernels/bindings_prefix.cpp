@@ -8,8 +8,6 @@
 
 namespace py = pybind11;
 
-void bind_lt_matmul(py::module_& module);  // lt_matmul.cpp
-
 namespace {
 
 void check(cudaError_t status, const char* operation) {
@@ -73,7 +71,4 @@ void bind_prefix(py::module_& module) {
   module.def("qkv_rope", &qkv_rope);
   module.def("camera_patches", &camera_patches);
   module.def("embed_tokens", &embed_tokens);
-#ifdef FLASHRT_HAVE_CUBLASLT
-  bind_lt_matmul(module);
-#endif
 }

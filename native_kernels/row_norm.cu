@@ -93,13 +93,14 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_vector_kernel(Rows rows)
     const Weight weight = reinterpret_cast<const Weight*>(rows.weight)[index];
     Weight bias;
     if constexpr (kLayer) bias = reinterpret_cast<const Weight*>(rows.bias)[index];
-    float values[N];
+    Result result;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float normed = (to_float(total[v].element[i]) - mean) * factor;
-      values[i] = kLayer ? normed * weight.element[i] + bias.element[i] : normed * (1.0f + weight.element[i]);
+      const float value = kLayer ? normed * weight.element[i] + bias.element[i] : normed * (1.0f + weight.element[i]);
+      result.element[i] = store_as<Out>(value, inverse_scale);
     }
-    static_cast<Result*>(rows.out)[row + index] = store_all<Out>(values, inverse_scale);
+    static_cast<Result*>(rows.out)[row + index] = result;
   }
 }
 

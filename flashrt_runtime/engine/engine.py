@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import PATCH_SIZE, FamilyRules
 from ..models import FlowPolicy
-from ..ops import native, prefix, scaled_gemm
+from ..ops import native, prefix
 from ..processing.images import prepare_image
 from ..quantization.calibration import Calibrator
 from .staging import FRAME_BYTES, Staging
@@ -113,8 +113,7 @@ class Engine:
         )
 
     def _fastest(self, bucket: int, pool: Any) -> torch.cuda.CUDAGraph:
-        with scaled_gemm.tuning(self.device):
-            self.forward(bucket)  # algorithms are chosen and workspaces allocated outside the capture
+        self.forward(bucket)  # libraries choose algorithms and allocate workspaces outside the capture
         self.stream.synchronize()
         candidates: list[tuple[float, int, torch.cuda.CUDAGraph]] = []
         for _ in range(self.autotune):

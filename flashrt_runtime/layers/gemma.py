@@ -47,7 +47,7 @@ class GemmaLayer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """GeGLU feed-forward."""
-        out: Tensor = self.down(self.gate_up.geglu(x, self.down))
+        out: Tensor = self.down(self.gate_up.geglu(x, self.down.input_scale))
         return out
 
 

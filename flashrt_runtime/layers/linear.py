@@ -15,10 +15,10 @@ class Linear(nn.Linear):
         """float32 scalar when the input is to come as e4m3 of value / scale; None for the compute dtype."""
         return None
 
-    def gelu(self, x: Tensor, reader: Linear) -> Tensor:
-        """gelu(self(x)), as `reader` wants its input."""
-        return ops.gelu(self(x), reader.input_scale)
+    def gelu(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """gelu(self(x)), as e4m3 of value / scale where a scale is given."""
+        return ops.gelu(self(x), scale)
 
-    def geglu(self, x: Tensor, reader: Linear) -> Tensor:
-        """gelu(gate) * up of self(x) = gate ‖ up, as `reader` wants its input."""
-        return ops.geglu(self(x), reader.input_scale)
+    def geglu(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """gelu(gate) * up of self(x) = gate ‖ up, as e4m3 of value / scale where a scale is given."""
+        return ops.geglu(self(x), scale)

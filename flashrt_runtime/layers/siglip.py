@@ -29,7 +29,7 @@ class SiglipLayer(nn.Module):
         normed, x = self.norm1(x, branch, self.qkv.input_scale)
         attended = ops.vision_attention(self.qkv(normed), self.num_heads, self.out.input_scale)
         normed, x = self.norm2(x, self.out(attended), self.fc1.input_scale)
-        return x, self.fc2(self.fc1.gelu(normed, self.fc2))
+        return x, self.fc2(self.fc1.gelu(normed, self.fc2.input_scale))
 
 
 class Siglip(nn.Module):

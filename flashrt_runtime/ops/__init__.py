@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, prefix, reference, scaled_gemm
+from . import native, prefix, reference
 from .reference import (
     E4M3,
     E4M3_MAX,
@@ -39,7 +39,6 @@ __all__ = [
     "quantise",
     "rms_norm",
     "scaled_linear",
-    "scaled_linear_gelu",
     "split_qkv_rope",
     "vision_attention",
     "weight_only_linear",
@@ -68,36 +67,12 @@ def scaled_linear(
         and k % 16 == 0
         and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
     ):
-        if dtype == torch.bfloat16 and x.is_contiguous() and native.available():
-            tuned = scaled_gemm.product(x, weight, x_scale, weight_scale, bias)
-            if tuned is not None:
-                return tuned
         rows = x.reshape(-1, k)
         out = torch._scaled_mm(
             rows, weight.t(), x_scale, weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
         )
         return out.view(*x.shape[:-1], n)
     return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
-
-
-def scaled_linear_gelu(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out_scale: Tensor,
-    inverse_out_scale: Tensor,
-) -> Tensor:
-    """gelu(scaled_linear(...)) as e4m3 of value / out_scale; inverse_out_scale: 1 / out_scale."""
-    if _native(x) and dtype == torch.bfloat16 and x.is_contiguous():
-        fused = scaled_gemm.product(
-            x, weight, x_scale, weight_scale, bias, gelu=True, inverse_out_scale=inverse_out_scale
-        )
-        if fused is not None:
-            return fused
-    return gelu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), out_scale)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:

@@ -72,7 +72,7 @@ class Calibrator:
         """Write the scales. What nothing reached (the last prefix layer's unused half) keeps 1."""
         for linear in self.linears.values():
             scale = linear.amax / E4M3_MAX
-            linear.set_activation_scale(torch.where(scale > 0, scale, torch.ones_like(scale)))
+            linear.activation_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
             linear.calibrated = True
 
     def scales(self) -> dict[str, float]:

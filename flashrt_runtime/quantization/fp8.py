@@ -26,7 +26,6 @@ class Fp8Linear(Linear):
     weight: Tensor
     weight_scale: Tensor
     activation_scale: Tensor
-    activation_inverse: Tensor
     amax: Tensor
 
     def __init__(self, linear: Linear, *, static: bool) -> None:
@@ -38,7 +37,7 @@ class Fp8Linear(Linear):
         self.observing = False
         self.weight = nn.Parameter(linear.weight.to(ops.E4M3), requires_grad=False)
         self.bias = linear.bias
-        for name in ("weight_scale", "activation_scale", "activation_inverse", "amax"):
+        for name in ("weight_scale", "activation_scale", "amax"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=linear.weight.device))
 
     @property
@@ -57,23 +56,7 @@ class Fp8Linear(Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = scale.reshape(())
         self.activation_scale = torch.ones_like(self.weight_scale)
-        self.activation_inverse = torch.ones_like(self.weight_scale)
         self.amax = torch.zeros_like(self.weight_scale)
-
-    def set_activation_scale(self, scale: Tensor) -> None:
-        """Write the scale of the input and its inverse in place: a captured graph sees them from its next
-        replay.
-        """
-        self.activation_scale.copy_(scale)
-        self.activation_inverse.copy_(scale.reciprocal())
-
-    def gelu(self, x: Tensor, reader: Linear) -> Tensor:
-        """gelu(self(x)), as `reader` wants its input; in the product's epilogue where both are quantised."""
-        scale, wanted = self.input_scale, reader.input_scale
-        if scale is None or wanted is None or not isinstance(reader, Fp8Linear) or x.dtype != ops.E4M3:
-            return super().gelu(x, reader)
-        operands = x, self.weight, scale, self.weight_scale, self.bias, self.dtype
-        return ops.scaled_linear_gelu(*operands, wanted, reader.activation_inverse)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) of the compute dtype, or e4m3 by `input_scale`. Returns (..., out) of the compute

@@ -131,7 +131,7 @@ def fp8_linear(static: bool = True) -> tuple[Fp8Linear, torch.Tensor]:
 
 def test_definition_of_the_product() -> None:
     linear, weight = fp8_linear()
-    linear.set_activation_scale(torch.tensor(4.0 / ops.E4M3_MAX))
+    linear.activation_scale.fill_(4.0 / ops.E4M3_MAX)
     linear.calibrated = True
     x = torch.randn(5, 32)
     seen = ops.quantise(x, linear.activation_scale).double() * linear.activation_scale.double()
