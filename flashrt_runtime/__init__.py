@@ -21,7 +21,7 @@ __all__ = ["Policy", "PolicySpec", "__version__", "errors", "load_model"]
 
 
 def __getattr__(name: str) -> object:
-    """Import torch only when a policy is asked for, so that `flashrt --help` and launch files start at once."""
+    """Import torch only when a policy is asked for: `flashrt --help` and launch files start at once."""
     if name == "load_model":
         from .loading import load_model
 
