@@ -51,9 +51,16 @@ VARIANTS = {
     "pi0": {},
     "pi05_relative": {"use_relative_actions": True, "action_feature_names": NAMES},
     "pi0_relative_unnamed": {"use_relative_actions": True},
-    "pi05_min_max": {"normalization_mapping": {"VISUAL": MODE.IDENTITY, "STATE": MODE.MIN_MAX, "ACTION": MODE.QUANTILE10}},
+    "pi05_min_max": {
+        "normalization_mapping": {"VISUAL": MODE.IDENTITY, "STATE": MODE.MIN_MAX, "ACTION": MODE.QUANTILE10}
+    },
     "pi05_no_statistics": {},
-    "pi05_empty_camera": {"empty_cameras": 1, "chunk_size": 15, "n_action_steps": 15, "num_inference_steps": 5},
+    "pi05_empty_camera": {
+        "empty_cameras": 1,
+        "chunk_size": 15,
+        "n_action_steps": 15,
+        "num_inference_steps": 5,
+    },
 }
 
 
@@ -63,10 +70,18 @@ def statistics(generator: np.random.Generator) -> dict[str, dict[str, torch.Tens
     for name in ("observation.state", "action"):
         q01, q99 = generator.uniform(-1.5, -0.5, DOF), generator.uniform(0.5, 1.5, DOF)
         q01[3] = q99[3] = 0.25
+        moving = np.arange(DOF) != 3
         values = {
-            "mean": generator.normal(size=DOF), "std": generator.uniform(0.1, 1, DOF), "min": q01 - 0.5,
-            "max": q99 + 0.5, "q01": q01, "q10": q01 + 0.1, "q90": q99 - 0.1, "q99": q99, "count": np.array([100.0]),
-        }  # fmt: skip
+            "mean": generator.normal(size=DOF),
+            "std": generator.uniform(0.1, 1, DOF) * moving,
+            "min": q01 - 0.5 * moving,
+            "max": q99 + 0.5 * moving,
+            "q01": q01,
+            "q10": q01 + 0.1 * moving,
+            "q90": q99 - 0.1 * moving,
+            "q99": q99,
+            "count": np.array([100.0]),
+        }
         stats[name] = {key: torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
     return stats
 
@@ -78,7 +93,8 @@ def write(name: str, options: dict) -> None:
     kind, make = (PI0Config, make_pi0_pre_post_processors) if name.startswith("pi0_") or name == "pi0" else (
         PI05Config, make_pi05_pre_post_processors)  # fmt: skip
     cameras = {
-        f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, 240, 320)) for camera in ("wrist", "front")
+        f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, 240, 320))
+        for camera in ("wrist", "front")
     }
     config = kind(
         input_features=cameras | {"observation.state": PolicyFeature(FeatureType.STATE, (DOF,))},
@@ -102,7 +118,9 @@ def write(name: str, options: dict) -> None:
     config._save_pretrained(folder)
     before.save_pretrained(folder)
     after.save_pretrained(folder)
-    np.savez(folder / "expected.npz", states=states, normalised=normalised, actions=actions, physical=physical)
+    np.savez(
+        folder / "expected.npz", states=states, normalised=normalised, actions=actions, physical=physical
+    )
     (folder / "texts.json").write_text(json.dumps({"tasks": tasks, "texts": SEEN}, indent=1) + "\n")
 
 
