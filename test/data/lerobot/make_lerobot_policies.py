@@ -1,23 +1,27 @@
 #!/usr/bin/env python
-"""Writes the policy directories beside this script with LeRobot itself, and what its pipelines make of some inputs.
+"""Writes the policy directories beside this script with LeRobot itself, and what it makes of some inputs.
 
     make parity-env && .venv-parity/bin/python test/data/lerobot/make_lerobot_policies.py
 
-Each directory holds config.json and the pre- and postprocessor as LeRobot saves them (no weights), and expected.npz:
-states (n, dof), normalised (n, dof), actions (horizon, dof) in model space and physical (n, horizon, dof), one
-chunk for each state; texts.json: tasks and the text that reached the tokenizer. LeRobot 0.6.1, seed 0.
+Each directory holds config.json and the pre- and postprocessor as LeRobot saves them (no weights), expected.npz:
+states (n, dof), normalised (n, dof), actions (horizon, dof) in model space, physical (n, horizon, dof), one chunk
+for each state; and texts.json: tasks and the text that reached the tokenizer. LeRobot 0.6.1, seed 0.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import lerobot.processor.tokenizer_processor as tokenizer_processor
 import numpy as np
 import torch
-import transformers
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.pi0.processor_pi0 import make_pi0_pre_post_processors
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pi05.processor_pi05 import make_pi05_pre_post_processors
 
 HERE = Path(__file__).resolve().parent
 DOF, HORIZON, SAMPLES = 7, 5, 12
@@ -25,9 +29,25 @@ NAMES = ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rot
 TASKS = ["Pick up_the red block\n", "  fold the towel ", "open\nthe drawer", "put it down"]
 SEEN: list[str] = []
 
+MODES = {
+    "VISUAL": NormalizationMode.IDENTITY,
+    "STATE": NormalizationMode.MIN_MAX,
+    "ACTION": NormalizationMode.QUANTILE10,
+}
+SHORT = {"chunk_size": 15, "n_action_steps": 15, "num_inference_steps": 5}
+VARIANTS = {
+    "pi05": {},
+    "pi0": {},
+    "pi05_relative": {"use_relative_actions": True, "action_feature_names": NAMES},
+    "pi0_relative_unnamed": {"use_relative_actions": True},
+    "pi05_min_max": {"normalization_mapping": MODES},
+    "pi05_no_statistics": {},
+    "pi05_empty_camera": {"empty_cameras": 1, **SHORT},
+}
+
 
 class RecordingTokenizer:
-    """LeRobot asks a hub for PaliGemma's tokenizer; here the text that would be tokenised is all that matters."""
+    """LeRobot asks a hub for PaliGemma's tokenizer; here only the text that it would get matters."""
 
     def __call__(self, texts, max_length, **_):
         SEEN.extend(texts)
@@ -35,33 +55,7 @@ class RecordingTokenizer:
         return {"input_ids": ones, "attention_mask": ones}
 
 
-transformers.AutoTokenizer.from_pretrained = staticmethod(lambda *_, **__: RecordingTokenizer())
-import lerobot.processor.tokenizer_processor as tokenizer_processor
-
-tokenizer_processor.AutoTokenizer = transformers.AutoTokenizer
-from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
-from lerobot.policies.pi0.configuration_pi0 import PI0Config
-from lerobot.policies.pi0.processor_pi0 import make_pi0_pre_post_processors
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
-from lerobot.policies.pi05.processor_pi05 import make_pi05_pre_post_processors
-
-MODE = NormalizationMode
-VARIANTS = {
-    "pi05": {},
-    "pi0": {},
-    "pi05_relative": {"use_relative_actions": True, "action_feature_names": NAMES},
-    "pi0_relative_unnamed": {"use_relative_actions": True},
-    "pi05_min_max": {
-        "normalization_mapping": {"VISUAL": MODE.IDENTITY, "STATE": MODE.MIN_MAX, "ACTION": MODE.QUANTILE10}
-    },
-    "pi05_no_statistics": {},
-    "pi05_empty_camera": {
-        "empty_cameras": 1,
-        "chunk_size": 15,
-        "n_action_steps": 15,
-        "num_inference_steps": 5,
-    },
-}
+tokenizer_processor.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: RecordingTokenizer())
 
 
 def statistics(generator: np.random.Generator) -> dict[str, dict[str, torch.Tensor]]:
@@ -90,12 +84,12 @@ def write(name: str, options: dict) -> None:
     """One policy directory."""
     SEEN.clear()
     generator = np.random.default_rng(0)
-    kind, make = (PI0Config, make_pi0_pre_post_processors) if name.startswith("pi0_") or name == "pi0" else (
-        PI05Config, make_pi05_pre_post_processors)  # fmt: skip
-    cameras = {
-        f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, 240, 320))
-        for camera in ("wrist", "front")
-    }
+    if name.startswith("pi05"):
+        kind, make = PI05Config, make_pi05_pre_post_processors
+    else:
+        kind, make = PI0Config, make_pi0_pre_post_processors
+    camera = PolicyFeature(FeatureType.VISUAL, (3, 240, 320))
+    cameras = {f"observation.images.{view}": camera for view in ("wrist", "front")}
     config = kind(
         input_features=cameras | {"observation.state": PolicyFeature(FeatureType.STATE, (DOF,))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (DOF,))},
@@ -118,9 +112,8 @@ def write(name: str, options: dict) -> None:
     config._save_pretrained(folder)
     before.save_pretrained(folder)
     after.save_pretrained(folder)
-    np.savez(
-        folder / "expected.npz", states=states, normalised=normalised, actions=actions, physical=physical
-    )
+    results = {"states": states, "normalised": normalised, "actions": actions, "physical": physical}
+    np.savez(folder / "expected.npz", **results)
     (folder / "texts.json").write_text(json.dumps({"tasks": tasks, "texts": SEEN}, indent=1) + "\n")
 
 

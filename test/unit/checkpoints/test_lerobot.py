@@ -1,4 +1,4 @@
-"""LeRobot policy directories, as LeRobot 0.6.1 saved them (test/data/lerobot, with what it made of some inputs)."""
+"""LeRobot policy directories as LeRobot 0.6.1 saved them: test/data/lerobot, with its own results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """model.safetensors as LeRobot saves it: every key prefixed, head and embedding both there and not the same."""
+    """model.safetensors as LeRobot saves it: keys prefixed, head and embedding both there and not the same."""
     files = {}
     for policy in ("pi05", "pi0"):
         folder = make_checkpoint(tmp_path_factory.mktemp(policy), policy=policy)
