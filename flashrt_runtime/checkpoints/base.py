@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -99,7 +99,8 @@ class Checkpoint:
     action_dim: int | None = None
     delta_actions: tuple[bool, ...] | None = None
     tokenizer: Path | None = None
-    notes: tuple[str, ...] = field(default=())
+    untrained: bool = False
+    notes: tuple[str, ...] = ()
 
     def keys(self) -> tuple[str, ...]:
         """Canonical names of the policy's tensors."""

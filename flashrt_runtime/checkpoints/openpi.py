@@ -55,6 +55,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         action_rate_hz=extra.number("action_rate_hz"),
         delta_actions=extra.flags("delta_actions"),
         tokenizer=tokenizer_in(path),
+        untrained=extra.flag("untrained") or False,
         notes=tuple(notes),
     )
 

@@ -60,6 +60,7 @@ class Facts:
     action_dim: int | None = None
     delta_actions: tuple[bool, ...] | None = None
     tokenizer: Path | None = None
+    untrained: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -196,6 +197,7 @@ def _assemble(
         action_dim=action_dim,
         delta_actions=delta,
         tokenizer=facts.tokenizer,
+        untrained=facts.untrained,
         notes=facts.notes,
     )
 

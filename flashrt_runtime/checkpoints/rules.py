@@ -6,9 +6,9 @@ Sources: openpi `transforms.py`, `tokenizer.py`, `image_tools.py`; LeRobot `norm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..config import FamilyRules, NormalizationMode, PolicyName
 from ..errors import OptionError
@@ -71,6 +71,29 @@ def override_rules(rules: FamilyRules, changes: Mapping[str, object]) -> FamilyR
         if not choices and not _is_a(value, hints[name]):
             raise OptionError(f"rule {name!r} is {value!r}: expected a {hints[name].__name__}")
     return replace(rules, **changes)  # type: ignore[arg-type]
+
+
+def parse_rules(assignments: Sequence[str]) -> dict[str, object]:
+    """Overrides written as "name=value", for `override_rules`. Raises OptionError for anything else."""
+    hints = get_type_hints(FamilyRules)
+    changes: dict[str, object] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in hints:
+            raise OptionError(f"rule {assignment!r}: expected name=value with a name of {', '.join(hints)}")
+        try:
+            changes[name] = _parsed(text, hints[name])
+        except ValueError as error:
+            raise OptionError(f"rule {assignment!r}: expected a {hints[name].__name__}") from error
+    return changes
+
+
+def _parsed(text: str, kind: Any) -> object:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return float(text) if kind is float else text
 
 
 def _is_a(value: object, kind: type) -> bool:

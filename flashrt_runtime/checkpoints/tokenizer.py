@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import TokenizerNotFoundError
+from ..errors import CheckpointError, TokenizerNotFoundError
 
 if TYPE_CHECKING:
     from .base import Checkpoint
@@ -58,25 +58,44 @@ def resolve_tokenizer(checkpoint: Checkpoint) -> Path:
         )
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer
-    if override:
-        return Path(override)
-    for candidate in search_path():
-        if candidate.is_file():
-            return candidate
-    if find_spec("gcsfs") is not None:
-        from .download import TokenizerDownloadError, download_with_gcsfs
+    found = Path(override) if override else next(filter(Path.is_file, search_path()), None)
+    if found is None:
+        found = _fetched(checkpoint)
+    _check_vocabulary(found, checkpoint.config.vocab_size)
+    return found
 
-        try:
-            return download_with_gcsfs(cache_file())
-        except TokenizerDownloadError as error:
-            raise TokenizerNotFoundError(
-                f"no PaliGemma tokenizer, and {error}. Run: {DOWNLOAD_COMMAND}"
-            ) from error
-    looked = ", ".join(map(str, search_path()))
-    raise TokenizerNotFoundError(
-        f"no PaliGemma tokenizer in {checkpoint.path}, ${ENVIRONMENT_VARIABLE}, {looked}. Run: "
-        f"{DOWNLOAD_COMMAND}"
-    )
+
+def _fetched(checkpoint: Checkpoint) -> Path:
+    """From openpi's bucket, where gcsfs is installed."""
+    if find_spec("gcsfs") is None:
+        looked = ", ".join(map(str, search_path()))
+        raise TokenizerNotFoundError(
+            f"no PaliGemma tokenizer in {checkpoint.path}, ${ENVIRONMENT_VARIABLE}, {looked}. "
+            f"Run: {DOWNLOAD_COMMAND}"
+        )
+    from .download import TokenizerDownloadError, download_with_gcsfs
+
+    try:
+        return download_with_gcsfs(cache_file())
+    except TokenizerDownloadError as error:
+        raise TokenizerNotFoundError(
+            f"no PaliGemma tokenizer, and {error}. Run: {DOWNLOAD_COMMAND}"
+        ) from error
+
+
+def _check_vocabulary(file: Path, vocab_size: int) -> None:
+    """A tokenizer that did not come with the checkpoint must have exactly the vocabulary of its embedding."""
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a SentencePiece model: {error}") from error
+    if pieces != vocab_size:
+        raise TokenizerNotFoundError(
+            f"{file} has {pieces} pieces, but the policy was trained with {vocab_size}: it is another "
+            "tokenizer"
+        )
 
 
 # fmt: off

@@ -12,8 +12,10 @@ from rich.logging import RichHandler
 from ..errors import FlashRTError
 from .console import ERRORS
 from .download_tokenizer import download_tokenizer_command
+from .info import info_command
 from .make_checkpoint import make_checkpoint_command
 from .parity import parity_command
+from .predict import predict_command
 
 app = typer.Typer(
     name="flashrt",
@@ -23,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("info")(info_command)
+app.command("predict")(predict_command)
 app.command("make-checkpoint")(make_checkpoint_command)
 app.command("download-tokenizer")(download_tokenizer_command)
 app.command("parity")(parity_command)

@@ -3,9 +3,10 @@
 
     make parity-env && .venv-parity/bin/python test/data/lerobot/make_lerobot_policies.py
 
-Each directory holds config.json and the pre- and postprocessor as LeRobot saves them (no weights), expected.npz:
-states (n, dof), normalised (n, dof), actions (horizon, dof) in model space, physical (n, horizon, dof), one chunk
-for each state; and texts.json: tasks and the text that reached the tokenizer. LeRobot 0.6.1, seed 0.
+Each directory holds config.json and the pre- and postprocessor as LeRobot saves them (no weights);
+expected.npz: states (n, dof), normalised (n, dof), actions (horizon, dof) in model space, and physical
+(n, horizon, dof), one chunk for each state; texts.json: tasks and the text that reached the tokenizer.
+LeRobot 0.6.1, seed 0.
 """
 
 from __future__ import annotations

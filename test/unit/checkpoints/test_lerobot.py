@@ -27,7 +27,7 @@ LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """model.safetensors as LeRobot saves it: keys prefixed, head and embedding both there and not the same."""
+    """model.safetensors as LeRobot saves it: keys prefixed, head and embedding both there and different."""
     files = {}
     for policy in ("pi05", "pi0"):
         folder = make_checkpoint(tmp_path_factory.mktemp(policy), policy=policy)

@@ -1,0 +1,143 @@
+"""`flashrt info`: what a checkpoint is, without loading it onto a device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoints import Checkpoint, FeatureStats, open_checkpoint, resolve_tokenizer
+from ..checkpoints.architecture import parameter_count
+from ..checkpoints.rules import parse_rules
+from ..errors import TokenizerNotFoundError
+from .console import ERRORS, OUTPUT, print_json
+
+
+def info_command(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",
+    config: Annotated[str, typer.Option(help="Insist on pi05 or pi0.")] = "auto",
+    action_horizon: Annotated[int | None, typer.Option(help="Where the files do not tell it.")] = None,
+    asset_id: Annotated[str | None, typer.Option(help="Which statistics of assets/, if several.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Override a rule: name=value; repeatable.")] = None,
+    verify: Annotated[bool, typer.Option(help="Read every weight and refuse non-finite ones.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show layout, dimensions, rules, normalisation, tokenizer and size of a checkpoint."""
+    with (
+        ERRORS.status("reading"),
+        open_checkpoint(
+            checkpoint,
+            framework,
+            config,
+            rules=parse_rules(rule or []),
+            action_horizon=action_horizon,
+            asset_id=asset_id,
+            verify_weights=verify,
+        ) as opened,
+    ):
+        content = describe(opened)
+    if as_json:
+        print_json(content)
+        return
+    for title, table in _tables(content):
+        OUTPUT.print(f"[bold]{title}[/bold]", table)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything `info` shows, as plain data."""
+    config = checkpoint.config
+    dtypes = Counter(str(checkpoint.dtype(key)).removeprefix("torch.") for key in checkpoint.keys())  # noqa: SIM118
+    stats = checkpoint.norm_stats
+    return {
+        "checkpoint": {
+            "path": str(checkpoint.path),
+            "layout": checkpoint.layout,
+            "policy": config.policy,
+            "trained": not checkpoint.untrained,
+            "weight files": len(checkpoint.store.files),
+            "size": _size(checkpoint.size_bytes),
+            "parameters": parameter_count(config),
+            "storage": ", ".join(f"{name}: {count} tensors" for name, count in sorted(dtypes.items())),
+        },
+        "interface": {
+            "views": list(checkpoint.views) if checkpoint.views else None,
+            "empty cameras": checkpoint.empty_cameras,
+            "state": checkpoint.state_dim,
+            "state names": list(checkpoint.state_names) if checkpoint.state_names else None,
+            "actions": checkpoint.action_dim,
+            "action names": list(checkpoint.action_names) if checkpoint.action_names else None,
+            "delta actions": list(checkpoint.delta_actions) if checkpoint.delta_actions else None,
+            "horizon": config.horizon,
+            "action rate Hz": checkpoint.action_rate_hz,
+            "prompt capacity": config.prompt_capacity,
+            "denoise steps": config.num_steps,
+            "tokenizer": _tokenizer(checkpoint),
+        },
+        "dimensions": {
+            "vision": asdict(config.vision),
+            "prefix": asdict(config.prefix),
+            "expert": asdict(config.expert),
+            "vocabulary": config.vocab_size,
+            "model action width": config.action_dim,
+        },
+        "rules": asdict(checkpoint.rules),
+        "normalisation": {
+            "statistics": str(checkpoint.norm_stats_file) if checkpoint.norm_stats_file else None,
+            "state": _stats(stats.state) if stats else None,
+            "actions": _stats(stats.actions) if stats else None,
+        },
+        "notes": list(checkpoint.notes),
+    }
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str:
+    try:
+        return str(resolve_tokenizer(checkpoint))
+    except TokenizerNotFoundError as error:
+        return f"none: {error}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _stats(stats: FeatureStats | None) -> dict[str, list[float]] | None:
+    return None if stats is None else {name: array.tolist() for name, array in stats.arrays().items()}
+
+
+def _tables(content: dict[str, Any]) -> list[tuple[str, Table]]:
+    tables = []
+    for title in ("checkpoint", "interface", "dimensions", "rules", "normalisation"):
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in content[title].items():
+            table.add_row(name, Text(_text(value, separator=", " if title == "dimensions" else "\n")))
+        tables.append((title, table))
+    for note in content["notes"]:
+        tables.append(("note", _line(note)))
+    return tables
+
+
+def _line(text: str) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row(Text(text))
+    return table
+
+
+def _text(value: object, separator: str = "\n") -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return (
+            separator.join(f"{name} {_text(entry)}" for name, entry in value.items()) or "none: left as it is"
+        )
+    if isinstance(value, list):
+        return ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
