@@ -77,6 +77,8 @@ PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
 )
 
 DEMO_PROMPT = "pick up the red block"
+# The demo's policy is untrained: with fresh noise every chunk goes elsewhere, and the arm only jitters.
+DEMO_SEED = 7
 
 DEMO_ARGUMENTS: tuple[LaunchArgument, ...] = tuple(
     LaunchArgument("prompt", DEMO_PROMPT, "task prompt") if argument.name == "prompt" else argument
@@ -144,7 +146,9 @@ def demo_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
         env=node_environment(),
         log_level=values["log_level"],
     )
-    return [robot, _policy_node(values)]
+    # A parameter file of the user's own decides about the seed itself.
+    noise = {} if values["params_file"] else {"seed": DEMO_SEED}
+    return [robot, _policy_node(values, noise)]
 
 
 def node_environment() -> dict[str, str]:
@@ -156,13 +160,14 @@ def node_environment() -> dict[str, str]:
     return environment
 
 
-def _policy_node(values: Mapping[str, str]) -> NodeSpec:
+def _policy_node(values: Mapping[str, str], extra: Mapping[str, int] | None = None) -> NodeSpec:
     parameters: dict[str, bool | int | float | str] = {
         "checkpoint": _existing_directory("checkpoint", values["checkpoint"]),
         "robot": values["robot"],
         "autostart": True,
         "use_sim_time": values["use_sim_time"] == "true",
     }
+    parameters.update(extra or {})
     # An empty text leaves the choice to the parameter file.
     parameters.update({name: values[name] for name in ("prompt", "precision") if values[name]})
     return NodeSpec(

@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from flashrt_ros.bringup import DEMO_PROMPT, BringupError, node_environment
+from flashrt_ros.bringup import DEMO_PROMPT, DEMO_SEED, BringupError, node_environment
 from flashrt_ros.core.contract import RobotContract, load_contract
 
 from .live import LiveView, summary_table
@@ -138,6 +138,7 @@ class Demo:
             "policy": untrained if self._untrained else "a checkpoint that is not marked as untrained",
             "checkpoint": self._options.checkpoint,
             "prompt": self._options.prompt,
+            "noise": f"seed {DEMO_SEED}, the same for every chunk",
             "command": shlex.join(["python", "-m", "flashrt_ros.demo", *sys.argv[1:]]),
             "machine": f"{os.cpu_count()} processors, load average {os.getloadavg()[0]:.1f} at the end",
         }

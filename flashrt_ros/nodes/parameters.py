@@ -8,7 +8,7 @@ from typing import Any
 from rcl_interfaces.msg import IntegerRange, ParameterDescriptor
 from rclpy.node import Node
 
-PRECISIONS = ("", "fp32", "bf16", "fp16", "fp8", "nvfp4")
+from flashrt_ros.bringup import PRECISIONS
 
 
 class ParameterError(ValueError):

@@ -50,6 +50,8 @@ def test_a_parameter_file_of_ones_own(checkpoint: Path, tmp_path: Path) -> None:
     own.write_text("/**: {ros__parameters: {seed: 1}}\n")
     node = pi05_nodes({"checkpoint": str(checkpoint), "params_file": str(own)})[0]
     assert node.parameter_files == (str(own),)
+    demo = demo_nodes({"checkpoint": str(checkpoint), "params_file": str(own)})[1]
+    assert "seed" not in demo.parameters  # the demo's own seed would win over the file's
     with pytest.raises(BringupError, match=r"params_file:=/nowhere\.yaml: no such file"):
         pi05_nodes({"checkpoint": str(checkpoint), "params_file": "/nowhere.yaml"})
 

@@ -64,6 +64,7 @@ def test_demo_starts_robot_and_policy_side_by_side(resolve, checkpoint: Path, na
     policy = found.nodes[f"{prefix}/policy_node"]
     assert policy.executable == "policy_node"
     assert policy.parameters["prompt"] == "pick up the red block"
+    assert policy.parameters["seed"] == 7
     assert all(node.namespace == prefix and not node.remappings for node in found.nodes.values())
 
 

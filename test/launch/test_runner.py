@@ -54,7 +54,8 @@ def test_nodes_get_what_the_node_list_says(recorder_prefix: Path, checkpoint: Pa
     assert policy.parameters["prompt"] == prompt
     assert policy.parameters["checkpoint"] == str(checkpoint)
     assert policy.parameters["autostart"] is True
-    assert policy.parameters["seed"] == -1  # of the parameter file
+    assert policy.parameters["num_steps"] == 0  # of the parameter file
+    assert policy.parameters["seed"] == 7  # the demo's own
     assert policy.env["FASTRTPS_DEFAULT_PROFILES_FILE"].endswith("fastdds_images.xml")
     assert statuses == {"left/demo_robot": 0, "left/policy_node": 0}
 
@@ -148,7 +149,7 @@ def test_command_line_ends_with_its_nodes(recorder_prefix: Path, checkpoint: Pat
     lines = [process.stdout.readline() for _ in range(2)]
     assert sorted(lines) == ["[demo_robot] recorded\n", "[policy_node] recorded\n"]
     process.send_signal(number)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=5) == 0
 
 
 def test_command_line_takes_over_a_nodes_exit_status(recorder_prefix: Path, checkpoint: Path) -> None:
