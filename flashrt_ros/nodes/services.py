@@ -39,7 +39,7 @@ def set_prompt(
 def calibrate(
     pipeline: Pipeline | None, request: Calibrate.Request, response: Calibrate.Response
 ) -> Calibrate.Response:
-    """Check the request; there is no precision yet that has anything to calibrate."""
+    """Check the request; the calibration itself is not offered yet."""
     code, message = _calibrate_problem(pipeline, request)
     response.success, response.code, response.message = code == Calibrate.Response.CODE_OK, code, message
     return response
@@ -57,7 +57,4 @@ def _calibrate_problem(pipeline: Pipeline | None, request: Calibrate.Request) ->
         return codes.CODE_NOT_CONFIGURED, "no policy is loaded: configure the node first"
     if pipeline.active:
         return codes.CODE_ACTIVE, "the node is active: deactivate it first"
-    return (
-        codes.CODE_NOT_SUPPORTED,
-        f"precision {pipeline.policy.precision} has no activation scales to calibrate",
-    )
+    return codes.CODE_NOT_SUPPORTED, "calibration is not offered by this service yet"
