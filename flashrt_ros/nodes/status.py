@@ -60,12 +60,14 @@ def current_problem(pipeline: Pipeline, now: int) -> Problem:
     """What stands in the way; the cause before its consequence: a missing stream rather than "starved"."""
     output = pipeline.output
     commanding = output is not None and output.kind is CommandKind.RUNNING
-    if pipeline.problem is not None:
-        return pipeline.problem
+    # Read once: the worker and the control thread replace them at any time.
+    problem, violation = pipeline.problem, pipeline.last_violation
+    if problem is not None:
+        return problem
     if output is not None and not commanding:
         return Problem(output.reason, "", output.message)
-    if pipeline.last_violation is not None and now - pipeline.last_violation[0] < VIOLATION_SHOWN:
-        return pipeline.last_violation[1]
+    if violation is not None and now - violation[0] < VIOLATION_SHOWN:
+        return violation[1]
     return NONE
 
 
