@@ -126,7 +126,7 @@ def test_a_signal_ends_the_node_with_a_hold(rig, demo_robot, policy_node, number
     demo_robot()
     node = policy_node()
     commands.wait_for(timeout=60.0)
-    assert node.end(number) == 0, node.output
+    assert node.end(number, timeout=5.0) == 0, node.output
     assert "Traceback" not in node.output
     last = commands.messages[-1]
     positions = np.array([point.positions for point in last.points])
