@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,7 +48,8 @@ def content_digest(files: Sequence[Path], remember: Path | None = None) -> str:
         digests.append(digest)
     if remember is not None:
         recent = dict(list(known.items())[-REMEMBERED:])
-        write_atomically(remember, json.dumps(recent, indent=1).encode())
+        with contextlib.suppress(OSError):  # a read-only home costs the time of hashing, no more
+            write_atomically(remember, json.dumps(recent, indent=1).encode())
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import models
 from .checkpoints.base import Checkpoint, open_checkpoint
 from .engine import Engine, fused_expert
-from .errors import NotSupportedYetError, OptionError
+from .errors import CheckpointError, NotSupportedYetError, OptionError
 from .models import FlowPolicy
 from .models.weights import load_weights
 from .options import Target, requested_precision, resolve_config, resolve_target
@@ -50,6 +51,9 @@ def load_model(
     decode_graph_steps: int = 80,
     embodiment_tag: str | None = None,
     action_horizon: int | None = None,
+    asset_id: str | None = None,
+    delta_actions: Sequence[bool] | None = None,
+    rules: Mapping[str, object] | None = None,
 ) -> Policy:
     """Load a policy.
 
@@ -59,9 +63,13 @@ def load_model(
     "cpu", "any", "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16",
     "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the use_* flags map
     onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune: graphs
-    captured per prompt bucket, of which the fastest is kept; 0 and 1 capture once. weight_cache: keep
-    quantised weights on disk; recalibrate: ignore those that are there. The other options belong to
-    features that are not supported yet.
+    captured per prompt bucket, of which the fastest is kept; True is 3, False, 0 and 1 capture once.
+    weight_cache: keep quantised weights on disk; recalibrate: ignore those that are there.
+
+    What a checkpoint may leave open: action_horizon (actions per chunk), asset_id (which assets/<id> holds
+    the statistics), delta_actions (per action dimension, whether the model gives offsets to the state;
+    openpi's files do not say, and absolute is assumed), rules (fields of `config.FamilyRules` by name). The
+    other options belong to features that are not supported yet.
 
     Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's
     units. Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
@@ -69,15 +77,15 @@ def load_model(
     """
     later = {
         "fp4_layers": fp4_layers,
-        "use_awq": use_awq,
+        "use_awq": use_awq or None,
         "awq_alpha": awq_alpha,
-        "use_p1_split_gu": use_p1_split_gu,
+        "use_p1_split_gu": use_p1_split_gu or None,
         "vision_pool_factor": None if vision_pool_factor == 1 else vision_pool_factor,
         "vision_num_layers": vision_num_layers,
         "cache_frames": None if cache_frames == 1 else cache_frames,
         "decode_cuda_graph": decode_cuda_graph or None,
+        "decode_graph_steps": None if decode_graph_steps == 80 else decode_graph_steps,
         "embodiment_tag": embodiment_tag,
-        "action_horizon": action_horizon,
     }
     for name, value in later.items():
         if value is not None:
@@ -85,11 +93,23 @@ def load_model(
     _check_range("num_views", num_views, 1, MAX_VIEWS)
     if num_steps is not None:
         _check_range("num_steps", num_steps, 1, MAX_STEPS)
-    _check_range("autotune", int(autotune), 0, 100)
+    if isinstance(autotune, bool):
+        autotune = 3 if autotune else 0
+    _check_range("autotune", autotune, 0, 100)
     policy_name = resolve_config(config)
-    target = resolve_target(hardware, requested_precision(precision, use_fp8, use_fp16, use_fp4))
-    settings = Settings(num_views, num_steps, int(autotune), recalibrate, weight_cache)
-    return _load(Path(checkpoint).expanduser(), framework, policy_name, target, settings)
+    wanted = requested_precision(precision, use_fp8, use_fp16, use_fp4)
+    target = resolve_target(hardware, wanted, allow_fp8=use_fp8 is not False)
+    settings = Settings(num_views, num_steps, autotune, recalibrate, weight_cache)
+    opened = open_checkpoint(
+        Path(checkpoint).expanduser(),
+        framework=framework,
+        config=policy_name,
+        rules=rules,
+        action_horizon=action_horizon,
+        asset_id=asset_id,
+        delta_actions=delta_actions,
+    )
+    return _load(opened, target, settings)
 
 
 @dataclass(frozen=True)
@@ -103,16 +123,16 @@ class Settings:
     weight_cache: bool
 
 
-def _load(path: Path, framework: str, policy_name: str, target: Target, settings: Settings) -> Policy:
+def _load(opened: Checkpoint, target: Target, settings: Settings) -> Policy:
     started = time.perf_counter()
-    opened = open_checkpoint(path, framework=framework, config=policy_name)
     policy = build_policy(opened, target, settings)
     logger.info(
-        "%s: %s from %s (%s rules), %d views, %d steps, %s on %s, loaded in %.2f s",
-        path,
+        "%s: %s from %s (%s rules, %s actions), %d views, %d steps, %s on %s, loaded in %.2f s",
+        opened.path,
         opened.config.policy,
         opened.layout,
         opened.rules.family,
+        "delta" if any(opened.delta_actions or ()) else "absolute",
         settings.num_views,
         opened.config.num_steps,
         target.precision,
@@ -126,6 +146,7 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     """The policy of an opened checkpoint: model built, weights in place, graphs captured where there is a
     GPU.
     """
+    _check_views(opened, settings.num_views)
     config = opened.config.with_steps(settings.num_steps)
     opened.config = config
     model = models.build(config, settings.num_views, target.dtype, opened.rules.rope_bf16)
@@ -155,6 +176,24 @@ def _load_quantised(model: FlowPolicy, opened: Checkpoint, target: Target, setti
         return
     load_weights(model, opened.config, opened, target.device)
     cache.save(model)
+
+
+def _check_views(opened: Checkpoint, num_views: int) -> None:
+    """A checkpoint that names its views cannot be given more; fewer is masked views, said in the log."""
+    if opened.views is None:
+        return
+    if num_views > len(opened.views):
+        raise CheckpointError(
+            f"{opened.path}: num_views={num_views}, but it was trained with {len(opened.views)}: "
+            f"{', '.join(opened.views)}"
+        )
+    if num_views < len(opened.views):
+        logger.warning(
+            "%s: num_views=%d, so the model never sees %s",
+            opened.path,
+            num_views,
+            ", ".join(opened.views[num_views:]),
+        )
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

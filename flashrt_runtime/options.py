@@ -116,8 +116,6 @@ def requested_precision(
             f"use_{wanted[0]} and use_{wanted[1]} contradict each other: set one, or precision="
         )
     if precision is None:
-        if use_fp8 is False and not wanted:
-            return "bf16"
         return wanted[0] if wanted else None
     if wanted and wanted[0] != precision:
         raise OptionError(
@@ -130,15 +128,15 @@ def requested_precision(
     return precision
 
 
-def default_precision(device: torch.device) -> str:
-    """fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU."""
+def default_precision(device: torch.device, allow_fp8: bool = True) -> str:
+    """fp8 on a GPU that has it (and where it was not switched off), else bf16; fp32 on the CPU."""
     if device.type == "cpu":
         return "fp32"
-    return "fp8" if torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else "bf16"
+    return "fp8" if allow_fp8 and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY else "bf16"
 
 
-def resolve_target(hardware: str, precision: str | None) -> Target:
-    """Device and precision together; None takes `default_precision`.
+def resolve_target(hardware: str, precision: str | None, allow_fp8: bool = True) -> Target:
+    """Device and precision together; None takes `default_precision`, without fp8 unless `allow_fp8`.
 
     fp8 runs on the CPU too, with the same numerics by float8 casts. Raises NotSupportedYetError for nvfp4 and
     HardwareError for fp16 on the CPU and fp8 on a GPU without it.
@@ -149,7 +147,7 @@ def resolve_target(hardware: str, precision: str | None) -> Target:
             f"precision {precision!r} is not supported yet: use {', '.join(PRECISIONS)}"
         )
     if precision is None:
-        precision = default_precision(device)
+        precision = default_precision(device, allow_fp8)
         logger.info("precision: %s, the default of %s", precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise HardwareError("precision 'fp16' needs a GPU: use 'bf16' or 'fp32' on the CPU")

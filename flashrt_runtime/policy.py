@@ -28,7 +28,7 @@ from .errors import (
 from .models import FlowPolicy
 from .options import Target
 from .processing.actions import ActionTransform
-from .processing.images import prepare_image
+from .processing.images import fitted_size, prepare_image
 from .processing.prompt import PromptEncoder
 from .processing.state import StateTransform
 from .quantization.calibration import Calibrator
@@ -64,6 +64,7 @@ class PolicySpec:
     action_names: tuple[str, ...] | None
     action_rate_hz: float | None
     checkpoint: str
+    action_representation: str = "absolute"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ class Policy:
         self._calibrator = Calibrator(model) if target.precision == "fp8" else None
         self._target = target
         self._lock = threading.Lock()
+        self._prompt_lock = threading.Lock()  # held for a tokenisation at most, never for an inference
         self._prompt: str | None = None
-        self._noise = torch.Generator().manual_seed(torch.seed() % 2**63)
+        self._noise = torch.Generator()
+        self._noise.seed()
         self._tokenizer: PromptEncoder | None = None
         self._checkpoint = checkpoint
         stats, rules, config = checkpoint.norm_stats, checkpoint.rules, checkpoint.config
@@ -136,13 +139,26 @@ class Policy:
     def set_prompt(self, prompt: str) -> None:
         """Use `prompt` from the next predict on.
 
-        Raises PromptError (empty), PromptTooLongError (even with no state digits) or
-        TokenizerNotFoundError; the prompt in force then stays.
+        May be called while another thread predicts. Raises PromptError (empty), PromptTooLongError (with
+        the digits of a zero state, where the prompt holds the state) or TokenizerNotFoundError; the prompt
+        in force then stays.
         """
         self._check_open()
-        longest = np.zeros(self.spec.state_dim or 0, np.float32) if self._needs_state_text else None
-        self._encoder().encode(prompt, longest)
-        self._prompt = prompt
+        some_state = np.zeros(self.spec.state_dim or 0, np.float32) if self._needs_state_text else None
+        with self._prompt_lock:
+            self._encoder().encode(prompt, some_state)
+            self._prompt = prompt
+
+    def _tokens(self, prompt: str | None, normalized: FloatArray | None, keep: bool) -> NDArray[np.int64]:
+        """Tokens of `prompt`, or of the one in force for None; `keep` puts it in force."""
+        with self._prompt_lock:
+            text = self._prompt if prompt is None else prompt
+            if text is None:
+                raise PromptError("no prompt yet: pass prompt= with an observation, or call set_prompt first")
+            tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
+            if keep:
+                self._prompt = text
+            return tokens
 
     def predict(
         self,
@@ -168,22 +184,14 @@ class Policy:
             views = self._ordered_views(images)
             start = self._start_noise(noise, seed)
             normalized = self._normalized_state(state)
-            if prompt is not None and prompt != self._prompt:
-                self.set_prompt(prompt)
-            text = self._prompt
-            if text is None:
-                raise PromptError("no prompt yet: pass prompt= to predict, or call set_prompt first")
-            tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
-            inputs = _ModelInputs(views, tokens, self._padded(normalized), start)
-            actions = self._run(model, inputs)
-            if not np.isfinite(actions).all():
-                bad = int((~np.isfinite(actions)).sum())
-                raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
             if self._actions is None:
                 raise CheckpointError(
                     f"{self.spec.checkpoint}: no action statistics (norm_stats), so no actions in the "
                     "robot's units; use sample_actions for model space"
                 )
+            tokens = self._tokens(prompt, normalized, keep=True)
+            actions = self._run(model, _ModelInputs(views, tokens, self._padded(normalized), start))
+            self._refuse_non_finite(actions)
             return self._actions.to_physical(
                 actions, None if state is None else np.asarray(state, np.float32)
             )
@@ -211,10 +219,7 @@ class Policy:
             self._expect("image_mask", image_mask, (model.num_views,))
             self._expect("token_mask", token_mask, np.shape(tokens))
             self._expect("noise", noise, (self.spec.horizon, self.spec.model_action_dim))
-            if int(np.sum(token_mask)) > self.spec.prompt_capacity:
-                raise ObservationError(
-                    f"{int(np.sum(token_mask))} valid tokens do not fit {self.spec.prompt_capacity}"
-                )
+            self._check_tokens(np.asarray(tokens), np.asarray(token_mask), model.config.vocab_size)
             if state is not None:
                 self._expect("state", state, (self.spec.model_action_dim,))
             put = self._put
@@ -227,7 +232,26 @@ class Policy:
                 put(noise, torch.float32),
             )
             self._calibrate_first(lambda: model.sample_actions(*tensors))
-            return self._take(model.sample_actions(*tensors))
+            actions = self._take(model.sample_actions(*tensors))
+            self._refuse_non_finite(actions)
+            return actions
+
+    def _check_tokens(self, tokens: NDArray[Any], mask: NDArray[Any], vocab_size: int) -> None:
+        if tokens.ndim != 1:
+            raise ObservationError(f"tokens: expected shape (text,), got {tokens.shape}")
+        valid = int(np.sum(mask))
+        if valid > self.spec.prompt_capacity:
+            raise ObservationError(f"{valid} valid tokens do not fit {self.spec.prompt_capacity}")
+        if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+            raise ObservationError(
+                f"tokens: expected ids from 0 to {vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
+            )
+
+    @staticmethod
+    def _refuse_non_finite(actions: FloatArray) -> None:
+        if not np.isfinite(actions).all():
+            bad = int((~np.isfinite(actions)).sum())
+            raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
 
     def calibrate(
         self,
@@ -247,17 +271,21 @@ class Policy:
         calibrator = self._calibrator_or_refuse()
         if percentile != 100.0:
             raise NotSupportedYetError(f"percentile={percentile} is not supported yet: use 100, the maximum")
+        if max_samples is not None and max_samples < 1:
+            raise OptionError(f"max_samples must be 1 or more, or None for all; got {max_samples}")
         count = 0
-        with self._lock:
-            model = self._check_open()
-            calibrator.reset()
-            for observation in itertools.islice(observations, max_samples):
-                inputs = self._inputs(**observation)
+        calibrator.reset()
+        for observation in itertools.islice(observations, max_samples):
+            with self._lock:  # not around the caller's iterator, which may be slow or call us
+                model = self._check_open()
+                inputs = self._inputs(**self._observation(observation))
                 with calibrator.observe():
                     self._eager(model, inputs)
-                count += 1
-            if count == 0:
-                raise OptionError("calibrate: no observations were given")
+            count += 1
+        if count == 0:
+            raise OptionError("calibrate: no observations were given")
+        with self._lock:
+            self._check_open()
             calibrator.apply()
         logger.info(
             "activation scales of %d projections from %d observations", len(calibrator.linears), count
@@ -265,6 +293,15 @@ class Policy:
         if verbose:
             for name, scale in calibrator.scales().items():
                 logger.info("%s: activation scale %.6g", name, scale)
+
+    @staticmethod
+    def _observation(observation: Mapping[str, Any]) -> dict[str, Any]:
+        known = {"images", "prompt", "state", "noise", "seed"}
+        if "images" not in observation or not known.issuperset(observation):
+            raise ObservationError(
+                f"expected images and any of prompt, state, noise and seed; got {sorted(observation)}"
+            )
+        return dict(observation)
 
     def recalibrate(self) -> None:
         """Drop the calibration in force: the next observation sets the scales again."""
@@ -297,6 +334,8 @@ class Policy:
     def close(self) -> None:
         """Free the model's memory. Any later call raises ClosedError; closing twice is allowed."""
         with self._lock:
+            if self._model is not None:
+                self._model.fused_expert = None  # it refers back to the model
             self._model = None
             self._engine = None
             self._calibrator = None
@@ -336,11 +375,8 @@ class Policy:
         """predict's arguments in model space; raises as predict does and leaves the prompt in force as it
         is.
         """
-        text = self._prompt if prompt is None else prompt
-        if text is None:
-            raise PromptError("no prompt yet: give every observation one, or call set_prompt first")
         normalized = self._normalized_state(state)
-        tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
+        tokens = self._tokens(prompt, normalized, keep=False)
         views, start = self._ordered_views(images), self._start_noise(noise, seed)
         return _ModelInputs(views, tokens, self._padded(normalized), start)
 
@@ -372,6 +408,7 @@ class Policy:
         )
 
     def _ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
+        size = self._checkpoint.config.vision.image_size
         names = self.spec.views
         if isinstance(images, Mapping):
             aliases = dict(zip(VIEW_ALIASES, names, strict=False))
@@ -391,6 +428,10 @@ class Policy:
                 raise ObservationError(f"image {name!r}: expected a uint8 array of RGB pixels, got {kind}")
             if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
                 raise ObservationError(f"image {name!r}: expected shape (H, W, 3), got {image.shape}")
+            if 0 in fitted_size(image.shape[0], image.shape[1], size):
+                raise ObservationError(
+                    f"image {name!r}: {image.shape[1]}x{image.shape[0]} is too narrow to fit {size}x{size}"
+                )
         return ordered
 
     def _normalized_state(self, state: NDArray[np.floating] | Sequence[float] | None) -> FloatArray | None:

@@ -18,6 +18,7 @@ namespace {
 
 void check(cudaError_t status, const char* operation) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // said here; or the next launch of anybody would report it
   throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorName(status) + ": " +
                            cudaGetErrorString(status));
 }

@@ -13,6 +13,7 @@ from ..config import FamilyRules, PolicyConfig, PolicyName
 from ..errors import CheckpointError, NotSupportedYetError, OptionError
 from .architecture import EMBEDDING_KEY, LM_HEAD_KEY, check_shapes, detect_policy, infer_config
 from .base import Checkpoint, FeatureStats, Layout, NormStats
+from .hub import local_directory
 from .layout import detect_layout
 from .rules import override_rules
 from .safetensors_store import SafetensorsStore, find_non_finite
@@ -67,6 +68,7 @@ class Facts:
 def read_checkpoint(path: Path, framework: str, hints: Hints) -> Checkpoint:
     """Open the checkpoint at `path`; see `base.open_checkpoint`."""
     _check_hints(hints)
+    path = local_directory(path)
     layout = detect_layout(path, framework)
     LOG.info("%s: layout %s", path, layout)
     store = _open_store(path, layout, hints)

@@ -141,6 +141,7 @@ class Engine:
         grey = [np.full((size, size, 3), 127, np.uint8)] * self.model.num_views
         noise = np.random.default_rng(0).standard_normal((config.horizon, config.action_dim), np.float32)
         state = np.zeros(config.action_dim, np.float32)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self._upload(grey, np.ones(1, np.int64), state, noise)
         self.stream.synchronize()
@@ -181,8 +182,15 @@ class Engine:
             logger.warning(
                 "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
             )
-            self._allocate(needed)
-            self.capture()
+            before = self.staging, self.graphs
+            try:
+                self._allocate(needed)
+                self.capture()
+            except BaseException:  # the graphs in force read the buffers they were captured with
+                self.staging, self.graphs = before
+                raise
+        # a calibration on the caller's stream writes scales and cache that the graph reads and writes
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self._upload(images, tokens, state, noise)
             self.graphs[self.bucket_of(len(tokens))].replay()

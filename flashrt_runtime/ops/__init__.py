@@ -1,7 +1,7 @@
-"""Operations with two implementations: torch (`reference`, any device) and CUDA (`native`, `scaled_gemm`).
+"""Operations with two implementations: torch (`reference`, any device) and CUDA (`native`, `prefix`).
 
 Layers call this module. Each operation takes the native kernel when the tensors are on a GPU that has it,
-and the torch definition otherwise; the two agree by test, so the choice never changes what is computed.
+and the torch definition otherwise; the two agree by test, to the rounding of the dtype.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..errors import ActionError
 from ..ops import E4M3_MAX
 from .fp8 import Fp8Linear, fp8_linears
 
@@ -70,6 +71,12 @@ class Calibrator:
     @torch.inference_mode()
     def apply(self) -> None:
         """Write the scales. What nothing reached (the last prefix layer's unused half) keeps 1."""
+        broken = [name for name, linear in self.linears.items() if not torch.isfinite(linear.amax)]
+        if broken:
+            raise ActionError(
+                f"calibration: activations of {len(broken)} projections are not finite, first {broken[0]}: "
+                "the scales in force stay"
+            )
         for linear in self.linears.values():
             scale = linear.amax / E4M3_MAX
             linear.activation_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))

@@ -7,6 +7,7 @@ architecture has another name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -68,7 +69,8 @@ class WeightCache:
         except (SafetensorError, OSError, ValueError) as error:
             logger.warning("%s: not usable and made again: %s", self.path, error)
             return False
-        os.utime(self.path)
+        with contextlib.suppress(OSError):  # only keeps it from being pruned first
+            os.utime(self.path)
         return True
 
     def save(self, model: nn.Module) -> None:
@@ -85,7 +87,8 @@ class WeightCache:
             logger.warning("%s: quantised weights not kept: %s", self.path, error)
         finally:
             temporary.unlink(missing_ok=True)
-        self._prune()
+        with contextlib.suppress(OSError):  # another process prunes too
+            self._prune()
 
     def _prune(self) -> None:
         """Keep the files used last."""

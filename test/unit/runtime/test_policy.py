@@ -1,0 +1,234 @@
+"""The contract of `load_model` and of the policy it returns, on a small checkpoint from disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flashrt_runtime
+from flashrt_runtime import Policy
+from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ClosedError,
+    HardwareError,
+    NotSupportedYetError,
+    ObservationError,
+    OptionError,
+    PromptError,
+    PromptTooLongError,
+)
+
+PROMPT = "pick up the red block"
+VIEWS = ("base_0_rgb", "left_wrist_0_rgb")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("policy") / "tiny", size="tiny", preset="demo_arm")
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path) -> Iterator[Policy]:
+    loaded = flashrt_runtime.load_model(checkpoint, hardware="cpu", num_steps=2)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def images() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (120, 160, 3), dtype=np.uint8) for _ in range(2)]
+
+
+STATE = np.zeros(7)
+
+
+def test_actions_in_the_robots_units(policy: Policy, images: list[np.ndarray]) -> None:
+    actions = policy.predict(images, PROMPT, STATE, seed=1)
+    assert actions.shape == (50, 7)
+    assert actions.dtype == np.float32
+    assert np.isfinite(actions).all()
+    assert policy.spec.views == VIEWS
+    assert (policy.spec.state_dim, policy.spec.action_dim) == (7, 7)
+    assert policy.spec.action_representation == "absolute"
+
+
+def test_a_seed_is_the_noise_it_draws(policy: Policy, images: list[np.ndarray]) -> None:
+    first, again = (policy.predict(images, PROMPT, STATE, seed=3) for _ in range(2))
+    other = policy.predict(images, PROMPT, STATE, seed=4)
+    noise = torch.randn((50, 32), generator=torch.Generator().manual_seed(3)).numpy()
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, policy.predict(images, PROMPT, STATE, noise=noise))
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(policy.predict(images, state=STATE), policy.predict(images, state=STATE))
+
+
+def test_images_by_name_and_by_alias(policy: Policy, images: list[np.ndarray]) -> None:
+    want = policy.predict(images, PROMPT, STATE, seed=1)
+    by_name = dict(zip(reversed(VIEWS), reversed(images), strict=True))
+    np.testing.assert_array_equal(policy.predict(by_name, PROMPT, STATE, seed=1), want)
+    by_alias = {"image": images[0], "wrist_image": images[1]}
+    np.testing.assert_array_equal(policy.predict(by_alias, PROMPT, STATE, seed=1), want)
+    swapped = policy.predict(images[::-1], PROMPT, STATE, seed=1)
+    assert not np.array_equal(swapped, want)
+
+
+def test_prompt_is_kept_and_changes_actions(policy: Policy, images: list[np.ndarray]) -> None:
+    policy.set_prompt("open the drawer")
+    assert policy.prompt == "open the drawer"
+    kept = policy.predict(images, state=STATE, seed=1)
+    np.testing.assert_array_equal(policy.predict(images, "open the drawer", STATE, seed=1), kept)
+    assert not np.array_equal(policy.predict(images, PROMPT, STATE, seed=1), kept)
+    assert policy.prompt == PROMPT
+
+
+def test_a_refused_prompt_leaves_the_one_in_force(policy: Policy, images: list[np.ndarray]) -> None:
+    policy.set_prompt(PROMPT)
+    with pytest.raises(PromptTooLongError, match="200"):
+        policy.set_prompt("again and " * 300)
+    with pytest.raises(PromptTooLongError):
+        policy.predict(images, "again and " * 300, STATE)
+    with pytest.raises(PromptError):
+        policy.set_prompt("  ")
+    assert policy.prompt == PROMPT
+
+
+def test_a_prompt_set_meanwhile_waits_for_the_next(policy: Policy, images: list[np.ndarray]) -> None:
+    policy.set_prompt(PROMPT)
+    want = policy.predict(images, PROMPT, STATE, seed=1)
+    results: list[np.ndarray] = []
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            policy.set_prompt("open the drawer")
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        results += [policy.predict(images, PROMPT, STATE, seed=1) for _ in range(5)]
+    finally:
+        stop.set()
+        changer.join()
+    for result in results:
+        np.testing.assert_array_equal(result, want)
+
+
+BAD_IMAGES = {
+    "one image": (lambda a: a[:1], "expected 2 images"),
+    "three images": (lambda a: [*a, a[0]], "got 3"),
+    "unknown name": (lambda a: {"base_0_rgb": a[0], "top": a[1]}, "top"),
+    "float": (lambda a: [a[0].astype(np.float32), a[1]], "uint8"),
+    "grey": (lambda a: [a[0][..., 0], a[1]], r"\(H, W, 3\)"),
+    "empty": (lambda a: [a[0][:0], a[1]], r"\(H, W, 3\)"),
+    "too narrow": (lambda a: [np.zeros((1, 400, 3), np.uint8), a[1]], "too narrow"),
+    "none": (lambda a: [None, a[1]], "NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_images_that_do_not_fit(policy: Policy, images: list[np.ndarray], case: str) -> None:
+    change, message = BAD_IMAGES[case]
+    with pytest.raises(ObservationError, match=message):
+        policy.predict(change(images), PROMPT, STATE)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [(None, "pass state="), (np.zeros(6), r"\(7,\)"), (np.full(7, np.nan), "not finite")],
+)
+def test_states_that_do_not_fit(
+    policy: Policy, images: list[np.ndarray], state: np.ndarray | None, message: str
+) -> None:
+    with pytest.raises(ObservationError, match=message):
+        policy.predict(images, PROMPT, state)
+
+
+def test_noise_that_does_not_fit(policy: Policy, images: list[np.ndarray]) -> None:
+    noise = np.zeros((50, 32), np.float32)
+    with pytest.raises(OptionError, match="noise= and seed="):
+        policy.predict(images, PROMPT, STATE, noise=noise, seed=1)
+    with pytest.raises(ObservationError, match=r"\(50, 32\)"):
+        policy.predict(images, PROMPT, STATE, noise=noise[:10])
+    with pytest.raises(ObservationError, match="not finite"):
+        policy.predict(images, PROMPT, STATE, noise=noise * np.nan)
+
+
+def test_model_space_entry_refuses_what_the_model_cannot_index(policy: Policy) -> None:
+    images, mask = np.zeros((2, 3, 224, 224), np.float32), np.ones(2, bool)
+    noise = np.zeros((50, 32), np.float32)
+    for tokens in (np.array([10**6]), np.array([-1]), np.ones((1, 3), np.int64)):
+        with pytest.raises(ObservationError, match="tokens"):
+            policy.sample_actions(images, mask, tokens, np.ones(tokens.shape, bool), None, noise)
+
+
+def test_nothing_to_calibrate(policy: Policy) -> None:
+    with pytest.raises(OptionError, match="fp32"):
+        policy.calibrate([])
+
+
+def test_closed(checkpoint: Path, images: list[np.ndarray]) -> None:
+    policy = flashrt_runtime.load_model(checkpoint, hardware="cpu", num_steps=1)
+    policy.close()
+    policy.close()
+    with pytest.raises(ClosedError):
+        policy.predict(images, PROMPT, STATE)
+    with pytest.raises(ClosedError):
+        policy.set_prompt(PROMPT)
+
+
+def test_loading_leaves_the_global_random_state_alone(checkpoint: Path) -> None:
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    flashrt_runtime.load_model(checkpoint, hardware="cpu", num_steps=1).close()
+    assert torch.equal(torch.rand(3), want)
+
+
+BAD_OPTIONS = {
+    "views 0": ({"num_views": 0}, OptionError, "from 1 to 3"),
+    "views 4": ({"num_views": 4}, OptionError, "from 1 to 3"),
+    "more views than trained": ({"num_views": 3}, CheckpointError, "base_0_rgb, left_wrist_0_rgb"),
+    "steps": ({"num_steps": 101}, OptionError, "from 1 to 100"),
+    "autotune": ({"autotune": 2.5}, OptionError, "autotune"),
+    "precision": ({"precision": "fp7"}, OptionError, "fp7"),
+    "contradiction": ({"precision": "fp32", "use_fp8": True}, OptionError, "fp8"),
+    "both flags": ({"use_fp8": True, "use_fp16": True}, OptionError, "contradict"),
+    "fp16 on the CPU": ({"precision": "fp16"}, HardwareError, "GPU"),
+    "nvfp4": ({"precision": "nvfp4"}, NotSupportedYetError, "nvfp4"),
+    "later option": ({"vision_pool_factor": 2}, NotSupportedYetError, "vision_pool_factor"),
+    "decode steps": ({"decode_graph_steps": 40}, NotSupportedYetError, "decode_graph_steps"),
+    "config": ({"config": "pi9"}, OptionError, "pi9"),
+    "later config": ({"config": "groot"}, NotSupportedYetError, "groot"),
+    "other architecture": ({"config": "pi0"}, CheckpointError, "pi0"),
+    "hardware": ({"hardware": "tpu"}, OptionError, "tpu"),
+    "framework": ({"framework": "caffe"}, OptionError, "caffe"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_options_that_are_refused(checkpoint: Path, case: str) -> None:
+    options, error, message = BAD_OPTIONS[case]
+    with pytest.raises(error, match=message):
+        flashrt_runtime.load_model(checkpoint, **{"hardware": "cpu", **options})
+
+
+def test_neutral_values_of_later_options(checkpoint: Path) -> None:
+    neutral = {"use_awq": False, "use_p1_split_gu": False, "vision_pool_factor": 1, "cache_frames": 1}
+    policy = flashrt_runtime.load_model(
+        checkpoint, hardware="cpu", use_fp8=False, autotune=True, num_steps=1, **neutral
+    )
+    assert policy.precision == "fp32"
+    policy.close()
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="nowhere"):
+        flashrt_runtime.load_model(tmp_path / "nowhere", hardware="cpu")
