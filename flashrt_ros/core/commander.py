@@ -7,6 +7,7 @@ measured joint positions, so commands never jump to where the arm is not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -45,10 +46,13 @@ class Commander:
     """`tick` and `farewell` belong to one thread (control); `mark_observation` and `submit` to another
     (worker)."""
 
-    def __init__(self, contract: RobotContract, measured: Callable[[], FloatArray]) -> None:
+    def __init__(
+        self, contract: RobotContract, measured: Callable[[], FloatArray],
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         """`measured` returns the action joints' current positions (dof,) in robot units, or raises a
-        CoreError."""
-        self.timeline = Timeline.from_contract(contract)
+        CoreError; `clock` gives monotonic time in ns."""
+        self.timeline = Timeline.from_contract(contract, clock)
         self.limiter = Limiter(contract)
         self._measured = measured
         self._representation = contract.action.representation
@@ -58,9 +62,9 @@ class Commander:
         self._trajectories = contract.trajectory_lookahead > 0
         self._reference: FloatArray | None = None  # position commanded last
 
-    def mark_observation(self) -> ObservationMark:
+    def mark_observation(self, taken: int | None = None) -> ObservationMark:
         """See Timeline.mark_observation."""
-        return self.timeline.mark_observation()
+        return self.timeline.mark_observation(taken)
 
     def submit(self, actions: ArrayLike, mark: ObservationMark) -> Accepted | Dropped:
         """Splice in a chunk (horizon, dof) in robot units; see Timeline.submit.
@@ -83,6 +87,7 @@ class Commander:
     def tick(self) -> Output:
         """The command due now, within limits; advances the timeline by one control period."""
         if self._reference is None:
+            self.timeline.watch()
             if not self.timeline.pending:
                 return self._silence(self.timeline.idle_reason)
             try:
@@ -92,7 +97,18 @@ class Commander:
         command = self.timeline.tick()
         if command.values is None:
             return self._silence(command.reason)
-        return self._limited(command)
+        return self._stalled() if command.stalled else self._limited(command)
+
+    def _stalled(self) -> Output:
+        """Hold where the robot is now: while no tick came it may have gone on along its last lookahead."""
+        try:
+            self._reference = self.limiter.check_start(self._measured())
+        except CoreError as error:
+            self.timeline.stop(error.reason)
+            return self._silence(error.reason, str(error))
+        self.timeline.confirm(self._reference)
+        command = self.timeline.hold_command()
+        return self._silence(self.timeline.idle_reason) if command is None else self._limited(command)
 
     def farewell(self) -> Output | None:
         """The last message before going silent (deactivate, shutdown): a hold. None when nothing was

@@ -42,10 +42,11 @@ class Reason(IntEnum):
     STARVED = 305, "the actions ran out before a new chunk came: holding"
     HOLD_DEADLINE = 306, "held longer than the hold deadline: commands stopped"
     OLD_GENERATION = 307, "a chunk was computed before the last reset and was dropped"
-    CHUNK_LATE = 308, "a chunk came when all its actions were already due"
+    CHUNK_LATE = 308, "a chunk came too late: its actions were already due or its observation is too old"
     CHUNK_ORDER = 309, "a chunk's observation is older than that of the chunk being played"
     NO_CHUNK = 310, "no chunk has come yet"
     START_OUTSIDE_LIMITS = 311, "the measured joints lie outside the limits: move them inside before starting"
+    CONTROL_STALLED = 312, "control ticks stopped coming for a while: the chunk was dropped, holding"
 
     # 400s: runtime
     INFERENCE_ERROR = 401, "the policy raised an error"

@@ -6,14 +6,17 @@ Ticks on which the robot was held count for nothing, so the first chunk starts a
 first inference took. An action is never played more than `open_loop_cap` after the start of its chunk; when
 actions run out the robot is held by representation (absolute: last command; delta, velocity: zero), and
 after `hold_deadline` commands stop.
+
+Counts alone would let an old plan outlive a pause, so a monotonic clock bounds them: the age of a chunk's
+observation, the wait of an accepted chunk for its first tick, the hold, and the gap between two ticks.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,77 +25,14 @@ from .chunk import at_control_rate, blend, check_chunk
 from .contract_model import FloatArray, Representation, RobotContract
 from .errors import ChunkError, TimelineConfigError
 from .reasons import Reason
+from .timeline_types import Accepted, Command, CommandKind, Dropped, ObservationMark
 from .timing import period_ratio, to_s
 
-
-class CommandKind(Enum):
-    """What a tick asks for; only RUNNING and HOLDING carry values to publish."""
-
-    WAITING = "waiting"  # nothing has been commanded since the last reset
-    RUNNING = "running"
-    HOLDING = "holding"
-    STOPPED = "stopped"  # hold deadline passed: silence until a chunk comes
+__all__ = ["Accepted", "Admit", "Command", "CommandKind", "Dropped", "ObservationMark", "Timeline"]
 
 
-@dataclass(frozen=True, slots=True)
-class ObservationMark:
-    """Where the timeline stood when an observation was handed to the model.
-
-    sent: commands of chunks sent so far. serial: order of marks. sequence and index: the chunk then playing
-    and its action next due (0 and 0 when none): the remainder that real-time chunking conditions on.
-    """
-
-    sent: int
-    generation: int
-    serial: int
-    sequence: int
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """A chunk was spliced in.
-
-    consumed: its control ticks covered by commands sent since the mark. start_index: first of its actions
-    still due. blended: whether it was cross-faded with what was playing.
-    """
-
-    sequence: int
-    generation: int
-    consumed: int
-    start_index: int
-    blended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A chunk was refused; what played before goes on."""
-
-    reason: Reason
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One control tick.
-
-    values: (dof,) float64, None when WAITING or STOPPED. lookahead: (n, dof), the points at action period
-    that follow if nothing new comes, due offsets[i] ns after this command (absolute, velocity: their
-    values; delta: increments since the point before). sequence: chunk in force, 0 for none. index and
-    phase: action of that chunk and control ticks into it, -1 and 0 unless RUNNING. Arrays are shared: do
-    not write to them.
-    """
-
-    kind: CommandKind
-    reason: Reason
-    values: FloatArray | None
-    lookahead: FloatArray
-    offsets: NDArray[np.int64]
-    sequence: int
-    index: int
-    phase: int
-    generation: int
-
+# Ticks further apart than this many control periods, and than this time [ns], mean that control stood still.
+STALL_PERIODS, STALL_TIME = 5, 100_000_000
 
 Admit = Callable[[FloatArray], Dropped | None]
 
@@ -113,8 +53,10 @@ class Timeline:
         blend_steps: int,
         hold_deadline: int,
         lookahead: int | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """Periods and durations in ns; `lookahead` bounds Command.lookahead (default: the open-loop cap).
+        """Periods and durations in ns; `lookahead` bounds Command.lookahead (default: the open-loop cap);
+        `clock` gives monotonic time in ns.
 
         Raises TimelineConfigError when the control rate is no integer multiple of the action rate, or when
         the cap is shorter than one action.
@@ -137,6 +79,10 @@ class Timeline:
         self._control_period = control_period
         self._blend_ticks = blend_steps * self._ratio
         self._hold_ticks = hold_deadline // control_period
+        self._hold_deadline = hold_deadline
+        self._cap = open_loop_cap
+        self._stall = max(STALL_PERIODS * control_period, STALL_TIME)
+        self._clock = clock
         self._lookahead_ticks = (reach + rounding) // control_period
         self._rest = np.zeros(dof)
         self._lock = threading.Lock()
@@ -144,11 +90,15 @@ class Timeline:
         self._sequence = 0
         self._serial = 0  # of the last mark
         self._accepted_serial = 0  # mark of the chunk accepted last
+        self._fenced_serial = 0  # last mark before the last stop or stall
+        self._ticked: int | None = None  # monotonic time of the last tick
         self._sent = 0
         self._clear(CommandKind.WAITING)
 
     @classmethod
-    def from_contract(cls, contract: RobotContract) -> Timeline:
+    def from_contract(
+        cls, contract: RobotContract, clock: Callable[[], int] = time.monotonic_ns
+    ) -> Timeline:
         """A timeline with a contract's periods, cap, blend, deadline and longest trajectory lookahead."""
         return cls(
             dof=contract.dof,
@@ -159,6 +109,7 @@ class Timeline:
             blend_steps=contract.timeline.blend_steps,
             hold_deadline=contract.timeline.hold_deadline,
             lookahead=contract.trajectory_lookahead,
+            clock=clock,
         )
 
     def _clear(self, kind: CommandKind) -> None:
@@ -170,6 +121,9 @@ class Timeline:
         self._last: FloatArray | None = None  # last values sent
         self._before_last: FloatArray | None = None
         self._held = 0  # ticks held so far
+        self._held_since = 0  # monotonic time of the first of them
+        self._accepted_at = 0  # monotonic time at which the path was accepted
+        self._stop_reason = Reason.HOLD_DEADLINE
         self._reason = Reason.OK  # why nothing plays, when it is not plain starvation
 
     @property
@@ -206,11 +160,14 @@ class Timeline:
 
     def _idle_reason(self) -> Reason:
         if self._kind is CommandKind.STOPPED:
-            return Reason.HOLD_DEADLINE
+            return self._stop_reason
         return self._reason or Reason.NO_CHUNK
 
-    def mark_observation(self) -> ObservationMark:
-        """Note where the timeline stands; call it when an observation is handed to the model."""
+    def mark_observation(self, taken: int | None = None) -> ObservationMark:
+        """Note where the timeline stands; call it when an observation is handed to the model.
+
+        `taken`: monotonic time of the observation [ns], now when None.
+        """
         with self._lock:
             self._serial += 1
             playing = self._cursor < len(self._path)
@@ -220,6 +177,7 @@ class Timeline:
                 serial=self._serial,
                 sequence=self._sequence if playing else 0,
                 index=(self._offset + self._cursor) // self._ratio if playing else 0,
+                taken=self._clock() if taken is None else taken,
             )
 
     def submit(
@@ -229,7 +187,8 @@ class Timeline:
 
         `admit` may refuse the commands that would follow, (n, dof) at control rate and already blended.
         Never raises for a bad chunk: Dropped says CHUNK_SHAPE, CHUNK_NOT_FINITE, OLD_GENERATION, CHUNK_ORDER,
-        CHUNK_LATE (all its actions within the cap have been covered), or what `admit` said.
+        CHUNK_LATE (all its actions within the cap have been covered, its observation is older than the cap
+        and the hold deadline together, or from before a stop or stall), or what `admit` said.
         """
         try:
             checked = check_chunk(actions, self._dof)
@@ -249,6 +208,7 @@ class Timeline:
             path.flags.writeable = False
             self._path, self._cursor, self._offset = path, 0, consumed
             self._held, self._reason, self._accepted_serial = 0, Reason.OK, mark.serial
+            self._accepted_at = self._clock()
             self._sequence += 1
             return Accepted(self._sequence, self._generation, consumed, -(-consumed // self._ratio), blended)
 
@@ -260,6 +220,11 @@ class Timeline:
             return Dropped(Reason.CHUNK_ORDER, "a chunk of this or a later observation is already playing")
         if (consumed := self._consumed(mark)) >= length:
             text = f"{consumed} commands were sent since its observation, it covers {length}"
+            return Dropped(Reason.CHUNK_LATE, text)
+        if mark.serial <= self._fenced_serial:
+            return Dropped(Reason.CHUNK_LATE, "its observation was taken before commands stopped or stalled")
+        if (age := self._clock() - mark.taken) > (bound := self._cap + self._hold_deadline):
+            text = f"its observation is {to_s(age):.3f} s old; the bound (cap + hold) is {to_s(bound):g} s"
             return Dropped(Reason.CHUNK_LATE, text)
         return None
 
@@ -279,16 +244,48 @@ class Timeline:
     def tick(self) -> Command:
         """The command due now; advances by one control period."""
         with self._lock:
+            now = self._clock()
+            stalled = self._watch(now)
             if self._cursor < len(self._path):
                 return self._run()
             if self._last is None:
                 return self._silent(self._idle_reason())
             self._held += 1
-            if self._held > self._hold_ticks:
-                self._clear(CommandKind.STOPPED)
+            self._held_since = now if self._held == 1 else self._held_since
+            if self._held > self._hold_ticks or now - self._held_since > self._hold_deadline:
+                self._stop(Reason.HOLD_DEADLINE)
                 return self._silent(Reason.HOLD_DEADLINE)
             self._kind = CommandKind.HOLDING
-            return self._hold(self._last, self._reason or Reason.STARVED)
+            return replace(self._hold(self._last, self._reason or Reason.STARVED), stalled=stalled)
+
+    def watch(self) -> None:
+        """Tell that the control thread is alive but asks for no command now: a chunk waiting for its first
+        tick expires after the open-loop cap."""
+        with self._lock:
+            self._watch(self._clock())
+
+    def _watch(self, now: int) -> bool:
+        """Drop the plan when ticks had stopped coming (returned) or it waited too long to be started."""
+        gap = 0 if self._ticked is None else now - self._ticked
+        self._ticked = now
+        if gap > self._stall and self._last is not None:
+            self._fenced_serial = self._serial  # the robot may have gone on along its lookahead, uncounted
+            self._flush(Reason.CONTROL_STALLED)
+            return True
+        waiting = self._cursor == 0 and len(self._path) > 0
+        if waiting and now - self._accepted_at > self._cap + self._control_period:  # a tick may be that far
+            self._flush(Reason.CHUNK_LATE)
+        return False
+
+    def stop(self, reason: Reason) -> None:
+        """Stop for `reason`, as after the hold deadline: only a chunk of a later observation starts again."""
+        with self._lock:
+            self._stop(reason)
+
+    def _stop(self, reason: Reason) -> None:
+        self._clear(CommandKind.STOPPED)
+        self._stop_reason = reason
+        self._fenced_serial = self._serial
 
     def _run(self) -> Command:
         values = self._path[self._cursor]

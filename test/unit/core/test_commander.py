@@ -31,9 +31,23 @@ class Arm:
         return self.positions.copy()
 
 
-def commander_of(contract: RobotContract, *start: float) -> tuple[Commander, Arm]:
+class Clock:
+    """Monotonic time [ns] that the test moves by hand."""
+
+    now = 10**12
+
+    def __call__(self) -> int:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += round(seconds * 1e9)
+
+
+def commander_of(
+    contract: RobotContract, *start: float, clock: Clock | None = None
+) -> tuple[Commander, Arm]:
     arm = Arm(*(start or (0.0, 0.1)))
-    return Commander(contract, arm), arm
+    return Commander(contract, arm, clock or Clock()), arm
 
 
 def submit(commander: Commander, actions: Any) -> Accepted | Dropped:
@@ -111,6 +125,58 @@ def test_no_start_without_a_measured_position_and_nothing_is_consumed(small: Sma
     assert output.message == "joint_states: joint positions are 3.000 s old"
     arm.error = None
     assert commander.tick().index == 0
+
+
+def test_a_chunk_that_waits_for_a_measured_position_expires(small: Small) -> None:
+    clock = Clock()
+    commander, arm = commander_of(small(cap=0.5), clock=clock)
+    arm.error = IngestError(Reason.STALE_RECEIPT, "joint_states", "joint positions are 3.000 s old")
+    submit(commander, constant(0.01, 0.1))
+    reasons = []
+    for _ in range(30):
+        reasons.append(commander.tick().reason)
+        clock.advance(0.02)
+    assert reasons[0] is Reason.STALE_RECEIPT
+    assert reasons[-1] is Reason.CHUNK_LATE
+    arm.error = None
+    output = commander.tick()
+    assert (output.kind, output.reason, output.values) == (CommandKind.WAITING, Reason.CHUNK_LATE, None)
+    submit(commander, constant(0.01, 0.1))
+    assert commander.tick().index == 0
+
+
+@pytest.mark.parametrize("representation", ["absolute", "delta", "velocity"])
+def test_after_a_stall_of_the_control_thread_it_holds_where_the_arm_is(
+    small: Small, representation: str
+) -> None:
+    clock = Clock()
+    lookahead = 0.0 if representation == "velocity" else 0.1
+    commander, arm = commander_of(small(representation=representation, lookahead=lookahead), clock=clock)
+    submit(commander, constant(0.01, 0.1))
+    assert commander.tick().kind is CommandKind.RUNNING
+    arm.positions = np.array([0.4, 0.3])  # it went on along its lookahead
+    clock.advance(0.15)
+    held = [commander.tick() for _ in range(2)]
+    for output in held:
+        assert (output.kind, output.reason) == (CommandKind.HOLDING, Reason.CONTROL_STALLED)
+        expected = [0.4, 0.3] if representation == "absolute" else [0.0, 0.0]
+        np.testing.assert_allclose(published(output), expected)
+        if output.trajectory is not None:
+            np.testing.assert_allclose(output.trajectory.positions[0], [0.4, 0.3])
+
+
+def test_after_a_stall_without_a_measured_position_it_stops(small: Small) -> None:
+    clock = Clock()
+    commander, arm = commander_of(small(), clock=clock)
+    submit(commander, constant(0.01, 0.1))
+    commander.tick()
+    arm.error = IngestError(Reason.STALE_RECEIPT, "joint_states", "gone")
+    clock.advance(0.15)
+    for _ in range(2):
+        output = commander.tick()
+        assert (output.kind, output.reason, output.values) == (
+            CommandKind.STOPPED, Reason.STALE_RECEIPT, None
+        )
 
 
 def test_no_start_from_far_outside_the_limits(small: Small) -> None:

@@ -1,6 +1,7 @@
 """The timeline: examples of every rule, then properties over random arrival patterns."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,12 +21,27 @@ ABSOLUTE, DELTA, VELOCITY = Representation.ABSOLUTE, Representation.DELTA, Repre
 
 def timeline(
     representation: Representation = ABSOLUTE, *, ratio: int = 1, cap: int = 10, blend_steps: int = 0,
-    hold: int = 3, lookahead: int | None = None, dof: int = 1,
+    hold: int = 3, lookahead: int | None = None, dof: int = 1, clock: Callable[[], int] = lambda: 0,
 ) -> Timeline:
-    """Cap and lookahead in actions, hold deadline in control ticks."""
+    """Cap and lookahead in actions, hold deadline in control ticks; time stands still without a clock."""
     control = PERIOD // ratio
     ahead = None if lookahead is None else lookahead * PERIOD
-    return Timeline(dof, representation, PERIOD, control, cap * PERIOD, blend_steps, hold * control, ahead)
+    return Timeline(
+        dof, representation, PERIOD, control, cap * PERIOD, blend_steps, hold * control, ahead, clock
+    )
+
+
+class Clock:
+    """Monotonic time [ns] that the test moves by hand."""
+
+    def __init__(self) -> None:
+        self.now = 10**12
+
+    def __call__(self) -> int:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += round(seconds * 1e9)
 
 
 def ramp(start: float, count: int) -> np.ndarray:
@@ -387,6 +403,100 @@ def test_blend_is_exact_beyond_its_steps() -> None:
     assert blend(np.full((1, 1), 3.0), new[:1], 2)[0, 0] == 2.0
 
 
+def assert_late(outcome: Accepted | Dropped, text: str) -> None:
+    assert isinstance(outcome, Dropped)
+    assert outcome.reason is Reason.CHUNK_LATE
+    assert text in outcome.message
+
+
+def test_a_chunk_of_an_observation_older_than_cap_and_deadline_is_dropped() -> None:
+    clock = Clock()
+    line = timeline(cap=10, hold=5, clock=clock)  # 0.2 s + 0.1 s
+    mark = line.mark_observation()
+    assert mark.taken == clock.now
+    clock.advance(0.3)
+    accepted(line.submit(ramp(0, 5), mark))
+    old = line.mark_observation()
+    clock.advance(0.301)
+    assert_late(line.submit(ramp(0, 5), old), "0.301 s old; the bound (cap + hold) is 0.3 s")
+    assert_late(line.submit(ramp(0, 5), line.mark_observation(clock.now - 400_000_000)), "0.400 s old")
+
+
+def test_an_accepted_chunk_expires_unless_a_tick_starts_it() -> None:
+    clock = Clock()
+    line = timeline(cap=10, clock=clock)
+    line.submit(ramp(0, 5), line.mark_observation())
+    for _ in range(10):
+        clock.advance(0.02)
+        line.watch()
+    assert line.pending
+    clock.advance(0.03)
+    line.watch()
+    assert not line.pending
+    command = line.tick()
+    assert (command.kind, command.reason) == (CommandKind.WAITING, Reason.CHUNK_LATE)
+    accepted(line.submit(ramp(0, 5), line.mark_observation()))
+    clock.advance(0.25)
+    assert line.tick().kind is CommandKind.WAITING
+
+
+def test_a_chunk_observed_before_a_stop_does_not_start_motion() -> None:
+    line = timeline(cap=2, hold=1)
+    line.submit(ramp(0, 5), line.mark_observation())
+    line.tick()
+    before = line.mark_observation()
+    assert [line.tick().kind for _ in range(3)][-1] is CommandKind.STOPPED
+    assert_late(line.submit(ramp(10, 5), before), "before commands stopped or stalled")
+    assert line.tick().kind is CommandKind.STOPPED
+    accepted(line.submit(ramp(10, 5), line.mark_observation()))
+    assert value(line.tick()) == 10
+
+
+def test_ticks_that_stop_coming_flush_the_plan() -> None:
+    clock = Clock()
+    line = timeline(cap=50, hold=10, clock=clock)
+    line.submit(ramp(0, 50), line.mark_observation())
+    line.tick()
+    before = line.mark_observation()
+    clock.advance(0.1)
+    command = line.tick()
+    assert (command.kind, command.stalled) == (CommandKind.RUNNING, False)
+    clock.advance(0.101)
+    command = line.tick()
+    assert (command.kind, command.reason, command.stalled) == (
+        CommandKind.HOLDING, Reason.CONTROL_STALLED, True
+    )
+    assert not line.pending
+    again = line.tick()
+    assert (again.reason, again.stalled) == (Reason.CONTROL_STALLED, False)
+    assert_late(line.submit(ramp(10, 5), before), "before commands stopped or stalled")
+    accepted(line.submit(ramp(20, 5), line.mark_observation()))
+    assert value(line.tick()) == 20
+
+
+def test_a_slow_control_rate_stalls_after_five_periods() -> None:
+    clock = Clock()
+    line = Timeline(1, ABSOLUTE, 10**9, 10**9, 20 * 10**9, 0, 10**9, clock=clock)
+    line.submit(ramp(0, 20), line.mark_observation())
+    line.tick()
+    clock.advance(5.0)
+    assert line.tick().kind is CommandKind.RUNNING
+    clock.advance(5.001)
+    assert line.tick().reason is Reason.CONTROL_STALLED
+
+
+def test_the_hold_deadline_is_also_a_time() -> None:
+    clock = Clock()
+    line = timeline(cap=1, hold=10, clock=clock)  # 0.2 s
+    line.submit(ramp(0, 5), line.mark_observation())
+    line.tick()
+    kinds = []
+    for _ in range(5):
+        clock.advance(0.06)  # ticks come at a third of their rate
+        kinds.append(line.tick().kind)
+    assert kinds == [CommandKind.HOLDING] * 4 + [CommandKind.STOPPED]
+
+
 # Properties. Actions spell out chunk and index, so that a published value tells where it came from.
 CHUNK = 1000.0
 
@@ -399,6 +509,7 @@ class Model:
     generation: int = 0
     marks: list[tuple[ObservationMark, int, int]] = field(default_factory=list)  # mark, sent, generation
     newest_accepted: int = -1
+    stopped: int = 0  # marks taken before the last stop
     chunk: tuple[int, int, int, int] | None = None  # number, first tick, ticks it covers, sent at its start
     last: float | None = None
     held: int = 0
@@ -442,7 +553,7 @@ def run_pattern(
             consumed = model.sent - sent
             fits = (
                 name != "bad" and generation == model.generation and position > model.newest_accepted
-                and consumed < covered
+                and consumed < covered and position >= model.stopped
             )
             assert isinstance(outcome, Accepted) == fits, outcome
             if fits:
@@ -488,7 +599,7 @@ def expect_tick(line: Timeline, model: Model, ratio: int, hold: int) -> tuple[Co
     if model.held > hold:
         assert command.kind is CommandKind.STOPPED
         assert command.values is None
-        model.last, model.held = None, 0
+        model.last, model.held, model.stopped = None, 0, len(model.marks)
         return command.kind, None
     assert command.kind is CommandKind.HOLDING
     assert value(command) == pytest.approx(model.last, abs=1e-9)
