@@ -130,10 +130,12 @@ class Limiter:
             if self._within(targets, previous, self._steps(periods)):
                 return None
             before = np.concatenate([previous[None, :], targets[:-1]])
-            for target, start, period in zip(targets, before, periods, strict=True):
-                if violations := self._judge(target, start, period):
-                    return violations[0]
-        return None
+            bounded, speed, outside, too_fast = self._excess(targets, before, periods[:, None])
+            rows = np.flatnonzero((outside | too_fast).any(axis=1))
+            if not len(rows):
+                return None
+            row = rows[0]
+            return self._named(targets[row], bounded[row], speed[row], outside[row], too_fast[row])[0]
 
     def _steps(self, periods: NDArray[np.int64]) -> FloatArray:
         """Largest allowed change of position per row, (n, dof)."""
@@ -174,14 +176,23 @@ class Limiter:
         return values, positions
 
     def _judge(self, target: FloatArray, start: FloatArray, period: np.int64) -> tuple[Violation, ...]:
-        """Violations of one wish; a target outside is pulled to its bound before its speed is judged."""
-        seconds = float(period) / NS_PER_S
-        bounded = np.clip(target, self.lower, self.upper)
-        speed = np.abs(bounded - start) / seconds
-        slack = TOLERANCE * np.maximum(1.0, np.abs(bounded))
-        outside = np.abs(target - bounded) > slack
-        too_fast = speed > self.velocity * (1.0 + TOLERANCE)
+        """Violations of one wish."""
+        return self._named(target, *self._excess(target, start, period))
 
+    def _excess(
+        self, targets: FloatArray, before: FloatArray, periods: NDArray[np.int64] | np.int64
+    ) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], NDArray[np.bool_]]:
+        """Targets pulled to their bounds, the speeds to there, and where each is beyond its limit; one wish
+        (dof,) or a path (n, dof)."""
+        bounded = np.clip(targets, self.lower, self.upper)
+        speed = np.abs(bounded - before) / (periods / NS_PER_S)
+        slack = TOLERANCE * np.maximum(1.0, np.abs(bounded))
+        return bounded, speed, np.abs(targets - bounded) > slack, speed > self.velocity * (1.0 + TOLERANCE)
+
+    def _named(
+        self, target: FloatArray, bounded: FloatArray, speed: FloatArray, outside: NDArray[np.bool_],
+        too_fast: NDArray[np.bool_],
+    ) -> tuple[Violation, ...]:
         def found(
             reason: Reason, where: NDArray[np.bool_], values: FloatArray, limits: FloatArray
         ) -> list[Violation]:

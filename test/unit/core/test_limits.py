@@ -77,6 +77,42 @@ def test_the_path_is_limited_one_point_after_the_other(small: Small) -> None:
     assert longer.values[0, 0] == pytest.approx(0.1)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    representation=st.sampled_from(["absolute", "delta", "velocity"]), seed=st.integers(0, 2**31),
+    count=st.integers(1, 40), spread=st.sampled_from([1e-3, 0.02, 0.3, 2.0, 1e308]),
+)
+def test_first_violation_is_that_of_a_walk_along_the_path(
+    small: Small, representation: str, seed: int, count: int, spread: float
+) -> None:
+    """Row after row in plain Python, against the whole path at once."""
+    limiter, rng = Limiter(small(representation=representation)), np.random.default_rng(seed)
+    rows = rng.uniform(-1, 1, (count, 2)) * spread
+    if rng.random() < 0.5:
+        rows = np.cumsum(rows / 10, axis=0)
+    start, periods = rng.uniform([-1, 0], [1, 0.5]), rng.integers(1, 4, count) * PERIOD
+    expected: tuple[Reason, str] | None = None
+    before = start.tolist()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row, period in zip(rows, periods / 1e9, strict=True):
+            step = row * period if representation == "velocity" else row
+            target = row if representation == "absolute" else np.array(before) + step
+            found = []
+            for joint, wish in enumerate(target):
+                bounded = min(max(wish, limiter.lower[joint]), limiter.upper[joint])
+                if abs(wish - bounded) > 1e-6 * max(1.0, abs(bounded)):
+                    found.append((0, joint, Reason.LIMIT_POSITION))
+                if abs(bounded - before[joint]) / period > limiter.velocity[joint] * (1 + 1e-6):
+                    found.append((1, joint, Reason.LIMIT_VELOCITY))
+            if found:
+                _, joint, reason = min(found)
+                expected = reason, limiter.names[joint]
+                break
+            before = target.tolist()
+    violation = limiter.first_violation(rows, start, periods)
+    assert (violation and (violation.reason, violation.joint)) == expected
+
+
 def test_first_violation_looks_along_the_whole_path_without_clamping(small: Small) -> None:
     limiter = Limiter(small())
     periods = np.full(3, PERIOD)
