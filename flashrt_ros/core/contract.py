@@ -41,6 +41,8 @@ __all__ = [
     "default_search_path", "known_contracts", "load_contract",
 ]
 
+MAX_LOOKAHEAD = NS_PER_S  # as in the schema; also bounds the default, the open-loop cap
+
 
 def load_contract(
     path_or_name: str | PathLike[str], search_path: Sequence[str | PathLike[str]] | None = None
@@ -105,7 +107,7 @@ def _build(data: Mapping[str, Any], source: SourceMap) -> RobotContract:
         action=ActionSpec(
             Representation(action["representation"]), to_ns(action["period"]), tuple(action["joints"])
         ),
-        outputs=tuple(_output(spec, cap) for spec in data["outputs"]),
+        outputs=tuple(_output(spec, min(cap, MAX_LOOKAHEAD)) for spec in data["outputs"]),
         on_violation=OnViolation(data["limits"]["on_violation"]),
         sync=sync,
         rates=RatesSpec(
@@ -147,8 +149,8 @@ def _joint(spec: Mapping[str, Any]) -> JointSpec:
     )
 
 
-def _output(spec: Mapping[str, Any], cap: int) -> OutputSpec:
+def _output(spec: Mapping[str, Any], lookahead: int) -> OutputSpec:
     kind = OutputType(spec["type"])
     if kind is OutputType.FLOAT64_MULTI_ARRAY:
         return OutputSpec(spec["topic"], kind, 0)
-    return OutputSpec(spec["topic"], kind, to_ns(spec["lookahead"]) if "lookahead" in spec else cap)
+    return OutputSpec(spec["topic"], kind, to_ns(spec["lookahead"]) if "lookahead" in spec else lookahead)

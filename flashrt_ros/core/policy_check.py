@@ -35,7 +35,7 @@ class PolicySpecLike(Protocol):
 
 
 def check_policy(contract: RobotContract, spec: PolicySpecLike) -> None:
-    """Compare views, state and action widths, names and rate where the checkpoint carries them.
+    """Compare views, state and action widths, names, representation and rate where the checkpoint has them.
 
     Raises PolicyMismatchError with one `file:line: text` per disagreement.
     """
@@ -55,6 +55,9 @@ def _disagreements(contract: RobotContract, spec: PolicySpecLike) -> Iterator[tu
     yield from _check_vector(
         contract, "action", ("action", "joints"), contract.action.joints, spec.action_dim, spec.action_names
     )
+    ours, theirs = str(contract.action.representation), getattr(spec, "action_representation", "absolute")
+    if ours != theirs:
+        yield ("action", "representation"), f"action.representation is {ours}, the checkpoint's is {theirs}"
     rate, policy_rate = NS_PER_S / contract.action.period, spec.action_rate_hz
     if policy_rate is not None and abs(rate - policy_rate) > RATE_TOLERANCE * policy_rate:
         period = to_s(contract.action.period)

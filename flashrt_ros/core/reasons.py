@@ -50,7 +50,7 @@ class Reason(IntEnum):
 
     # 400s: runtime
     INFERENCE_ERROR = 401, "the policy raised an error"
-    NO_MODEL = 402, "no policy is loaded"
+    # 402 was in use once: do not give it again
     WORKER_STOPPED = 403, "the inference worker has been stopped"
     CONTROL_ERROR = 404, "the control callback raised an error"
 

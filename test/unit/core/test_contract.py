@@ -172,6 +172,16 @@ MISTAKES = [
     ("limits: {on_violation: clamp}", "limits: {on_violation: ignore}", "on_violation",
      "expected one of clamp, reject; got 'ignore'"),
     ("limits: {on_violation: clamp}", "limits: {}", "limits: {}", "missing on_violation"),
+    ("max_skew: 0.05", "max_skew: 50", "sync:", "sync.max_skew: .* in seconds above 0, at most 1, got 50"),
+    ("max_age: 0.25", "max_age: 250", "sync:", "sync.max_age: .* in seconds above 0, at most 5, got 250"),
+    ("topic: joint_states\n", "topic: joint_states\n    max_age: 5.1\n", "max_age: 5.1",
+     "streams.joint_states.max_age: .* in seconds above 0, at most 5, got 5.1"),
+    ("open_loop_cap: 0.5", "open_loop_cap: 500", "timeline:",
+     "timeline.open_loop_cap: .* in seconds above 0, at most 5, got 500"),
+    ("hold_deadline: 1.0", "hold_deadline: 1000", "timeline:",
+     "timeline.hold_deadline: .* in seconds above 0, at most 60, got 1000"),
+    ("lookahead: 0.1}", "lookahead: 100}", "lookahead: 100",
+     r"outputs\[0\].lookahead: .* in seconds above 0, at most 1, got 100"),
     ("max_age: 0.25", "max_age: 0.25, max_age: 1.0", "sync:", "key max_age is given twice"),
     ("max_age: 0.25", "7: 0.25", "sync:", "every key must be plain text"),
     ("robot: demo_arm", "robot: [demo_arm", "streams:", "not valid YAML: .*parsing a flow"),
@@ -240,6 +250,17 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ContractError, match="cannot be read"):
         load_contract(path)
+
+
+def test_the_largest_durations(load: Callable[[str], RobotContract], demo_text: str) -> None:
+    text = (
+        demo_text.replace("sync: {max_skew: 0.05, max_age: 0.25}", "sync: {max_skew: 1, max_age: 5}")
+        .replace("open_loop_cap: 0.5", "open_loop_cap: 5").replace("hold_deadline: 1.0", "hold_deadline: 60")
+    )
+    contract = load(text.replace("lookahead: 0.1", "lookahead: 1.0"))
+    assert contract.timeline.open_loop_cap == 5_000_000_000
+    assert contract.trajectory_lookahead == 1_000_000_000
+    assert load(text.replace(", lookahead: 0.1", "")).trajectory_lookahead == 1_000_000_000
 
 
 def test_options_off_the_demo(load: Callable[[str], RobotContract], demo_text: str) -> None:
@@ -339,6 +360,7 @@ def policy(**changes: object) -> SimpleNamespace:
 
 @pytest.mark.parametrize("changes", [
     {}, {"state_names": None, "action_names": None}, {"action_rate_hz": None}, {"action_rate_hz": 49.99},
+    {"action_representation": "absolute"},
 ])
 def test_a_fitting_checkpoint_passes(demo: RobotContract, changes: dict[str, object]) -> None:
     demo.check_policy(policy(**changes))
@@ -357,6 +379,8 @@ def test_a_fitting_checkpoint_passes(demo: RobotContract, changes: dict[str, obj
     ({"action_names": ("shoulder_lift", "shoulder_pan", "elbow", "wrist_1", "wrist_2", "wrist_3", "gripper")},
      "  joints: [",
      "action joints are shoulder_pan, .*the checkpoint's are shoulder_lift, .*first at index 0"),
+    ({"action_representation": "delta"}, "representation: absolute",
+     "action.representation is absolute, the checkpoint's is delta"),
     ({"state_names": ("a", "b")}, "  joints: [", "state joints are .*the checkpoint's are a, b"),
 ])
 def test_each_disagreement_names_line_and_checkpoint(
@@ -368,6 +392,15 @@ def test_each_disagreement_names_line_and_checkpoint(
     assert blame in demo_text.splitlines()[problem.line - 1]
     assert problem.text.endswith("(checkpoint models/arm)")
     assert caught.value.reason is Reason.POLICY_MISMATCH
+
+
+def test_a_checkpoint_that_names_no_representation_gives_absolute_actions(
+    load: Callable[[str], RobotContract], demo_text: str
+) -> None:
+    contract = load(demo_text.replace("representation: absolute", "representation: delta"))
+    with pytest.raises(PolicyMismatchError, match="representation is delta, the checkpoint's is absolute"):
+        contract.check_policy(policy())
+    contract.check_policy(policy(action_representation="delta"))
 
 
 def test_an_optional_camera_cannot_serve_a_needed_view(
@@ -384,7 +417,7 @@ def test_reasons_are_stable_and_described() -> None:
     assert (int(Reason.NO_MESSAGE), int(Reason.SKEW), int(Reason.CLOCK)) == (101, 104, 105)
     assert (int(Reason.IMAGE_ENCODING), int(Reason.JOINT_NOT_FINITE)) == (201, 205)
     assert (int(Reason.CHUNK_NOT_FINITE), int(Reason.CHUNK_LATE)) == (301, 308)
-    assert (int(Reason.INFERENCE_ERROR), int(Reason.NO_MODEL)) == (401, 402)
+    assert (int(Reason.INFERENCE_ERROR), int(Reason.WORKER_STOPPED)) == (401, 403)
     texts = [reason.text for reason in Reason]
     assert all(texts)
     assert len(set(texts)) == len(texts)
