@@ -152,14 +152,16 @@ def open_checkpoint(
     tensor.
 
     path: an openpi PyTorch directory (model.safetensors, assets/), a LeRobot policy directory (config.json
-    with a `type`) or an openpi Orbax directory (params/). framework: "torch" reads safetensors, "jax" reads
-    Orbax. config: "pi05" or "pi0" insists on that policy; "auto" takes what the tensors say. rules: overrides
-    of single `FamilyRules` fields, e.g. {"state_in_prompt": False}. action_horizon, state_dim, action_dim,
-    delta_actions: facts that openpi's layout does not record; each overrides what the files say. asset_id:
-    which folder of assets/ holds the statistics, when there are several. verify_weights: read every tensor
-    once and refuse non-finite ones (memory bandwidth of the mapped file, about 0.05 s/GB from a warm page
-    cache); without it only names, shapes and statistics are checked. cache_dir: where converted Orbax weights
-    are kept; default $FLASHRT_CACHE_DIR or ~/.cache/flash_rt.
+    with a `type`), an openpi Orbax directory (params/), or a hub id where `huggingface_hub` is installed.
+    framework: "torch" reads safetensors, "jax" reads Orbax.
+    config: "pi05" or "pi0" insists on that policy; "auto" takes what the tensors say.
+    rules: overrides of single `FamilyRules` fields, e.g. {"state_in_prompt": False}.
+    action_horizon, state_dim, action_dim, delta_actions: facts that openpi's layout does not record; each
+    overrides what the files say.
+    asset_id: which folder of assets/ holds the statistics, when there are several.
+    verify_weights: read every tensor once and refuse non-finite ones (memory bandwidth of the mapped file,
+    about 0.05 s/GB from a warm page cache); without it only names, shapes and statistics are checked.
+    cache_dir: where converted Orbax weights are kept; default $FLASHRT_CACHE_DIR or ~/.cache/flash_rt.
 
     Nothing is allocated on any device. Raises CheckpointNotFoundError, CheckpointError, OptionError or
     NotSupportedYetError; messages name the file and the key.

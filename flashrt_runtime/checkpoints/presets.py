@@ -14,10 +14,11 @@ from .architecture import EMBEDDING_KEY, EXPERT
 class Motion:
     """How an untrained policy is made fit to be watched; see `DEMO_MOTION`.
 
-    weight_scales: factors on drawn tensors, by canonical key or a pattern of `fnmatch`. query_scale: factor
-    on attention queries. output_scale: factor on the velocity that comes with weight_scales. travel: (dof,)
-    motion in the robot's units that one unit of the unscaled velocity gives; safe for any draw. chosen_seed,
-    chosen_travel: the draw that stands for seed 0 of a tiny pi0.5, and what suits it.
+    weight_scales: factors on drawn tensors, by canonical key or a pattern of `fnmatch`.
+    query_scale: factor on attention queries.
+    output_scale: factor on the velocity that comes with weight_scales.
+    travel: (dof,) motion in the robot's units that one unit of the unscaled velocity gives, for any draw.
+    chosen_seed, chosen_travel: the draw that stands for seed 0 of a tiny pi0.5, and what suits it.
     """
 
     weight_scales: Mapping[str, float]

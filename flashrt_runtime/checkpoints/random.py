@@ -239,9 +239,10 @@ def make_checkpoint(
 ) -> Path:
     """Write an untrained checkpoint directory in openpi's layout and return it.
 
-    size: "tiny" (2.6 MB), "small" (about 170 MB) or "full" (the published dimensions, 7.2 GB in bfloat16).
-    preset: whose robot it is for, see `presets`. dtype: "float32", "bfloat16" (mixed as openpi stores it) or
-    "float16"; default float32, bfloat16 for "full". The same arguments give the same bytes.
+    size: "tiny" (2.7 MB), "small" (174 MB) or "full" (the published dimensions, 7.2 GB in bfloat16).
+    preset: whose robot it is for, see `presets`.
+    dtype: "float32", "bfloat16" (mixed as openpi stores it) or "float16"; default float32, full bfloat16.
+    The same arguments give the same bytes.
 
     Holds model.safetensors, config.json, assets/<preset>/norm_stats.json and tokenizer.model. Raises
     OptionError, also when `out` holds a checkpoint that was not made by this function.

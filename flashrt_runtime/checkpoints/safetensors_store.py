@@ -6,6 +6,7 @@ Format: 8-byte little-endian header length, a JSON header {name: {dtype, shape, 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from .stats import read_json_object
@@ -27,9 +27,13 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 FORMAT_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
+# Linux on x86-64 and arm64; Python names it from 3.13 on.
+MAP_NORESERVE = 0x4000
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a header: dtype name, shape and byte range after the header."""
+    """One tensor of a header: dtype name, shape and byte range in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,29 +57,43 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         try:
             header = json.loads(file.read(length))
+            start = 8 + length
             entries = {
-                name: Entry(str(item["dtype"]), tuple(item["shape"]), *item["data_offsets"])
+                name: Entry(
+                    str(item["dtype"]), tuple(item["shape"]), *(start + at for at in item["data_offsets"])
+                )
                 for name, item in header.items()
                 if name != "__metadata__"
             }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
-    available = size - 8 - length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        if entry.end > available:
-            raise CheckpointError(
-                f"{path}: truncated: {name!r} ends at byte {entry.end + 8 + length}, the file has {size}; "
-                "fetch it again"
-            )
+        _check_entry(path, name, entry, size)
     return entries
 
 
+def _check_entry(path: Path, name: str, entry: Entry, size: int) -> None:
+    """A tensor must lie within the file and have the bytes of its shape."""
+    if entry.end > size:
+        raise CheckpointError(
+            f"{path}: truncated: {name!r} ends at byte {entry.end}, the file has {size}; fetch it again"
+        )
+    dtype = TORCH_DTYPES.get(entry.dtype)
+    if dtype is not None and entry.end - entry.begin != prod(entry.shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: {name!r} has {entry.end - entry.begin} bytes, not those of {entry.dtype} {entry.shape}"
+        )
+
+
 class SafetensorsStore:
-    """Tensors of one or several safetensors files, mapped and never copied."""
+    """Tensors of one or several safetensors files, mapped and never copied.
+
+    The pages of a tensor are given back to the kernel when the next one is asked for, so that reading a whole
+    checkpoint holds little of it in memory; a tensor that is still in use is simply read again.
+    """
 
     def __init__(self, locations: Mapping[str, Path]) -> None:
-        """locations: the file of every tensor. Raises CheckpointError when a file or a tensor is not as
-        promised."""
+        """locations: the file of every tensor. Raises CheckpointError when one is not as promised."""
         self.locations = dict(locations)
         self.files = tuple(sorted(set(self.locations.values())))
         headers = {file: read_header(file) for file in self.files}
@@ -89,12 +107,8 @@ class SafetensorsStore:
                     f"{file}: {name!r} is stored as {entry.dtype}, expected one of {', '.join(TORCH_DTYPES)}"
                 )
             self.entries[name] = entry
-        self.handles: dict[Path, Any] = {}
-        for file in self.files:
-            try:
-                self.handles[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: damaged safetensors file: {error}") from error
+        self.maps = {file: _map(file) for file in self.files}
+        self._read: tuple[mmap.mmap, int, int] | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
@@ -105,15 +119,43 @@ class SafetensorsStore:
         return {name: TORCH_DTYPES[entry.dtype] for name, entry in self.entries.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One tensor, a view of the mapped file."""
-        if not self.handles:
+        """One tensor, a view of the mapped file; what is written into it is lost."""
+        if not self.maps:
             raise CheckpointError(f"{self.files[0]}: the checkpoint was closed")
-        tensor: torch.Tensor = self.handles[self.locations[key]].get_tensor(key)
-        return tensor
+        entry, mapped = self.entries[key], self.maps[self.locations[key]]
+        self._give_back()
+        dtype, count = TORCH_DTYPES[entry.dtype], prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=dtype)
+        self._read = (mapped, entry.begin, entry.end)
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
+
+    def _give_back(self) -> None:
+        """Drop the whole pages of the tensor handed out last from this process; the page cache keeps them."""
+        if self._read is None:
+            return
+        mapped, begin, end = self._read
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            mapped.madvise(mmap.MADV_DONTNEED, first, length)
+        self._read = None
 
     def close(self) -> None:
-        """Drop the mappings; tensors handed out keep theirs."""
-        self.handles.clear()
+        """Forget the mappings; tensors handed out keep theirs."""
+        self._read = None
+        self.maps.clear()
+
+
+def _map(file: Path) -> mmap.mmap:
+    """The whole file, privately and without reserving memory: torch wants writable memory even to read it."""
+    with file.open("rb") as opened:
+        return mmap.mmap(
+            opened.fileno(),
+            0,
+            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
 
 
 def open_store(directory: Path) -> SafetensorsStore:

