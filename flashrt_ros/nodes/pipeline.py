@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +38,7 @@ from .failures import describe, reason_of
 
 FloatArray = NDArray[np.float64]
 ANY_PROMPT = "task"
+SENDING_PATIENCE = 1.0  # how long the last command may wait for one that is being sent [s]
 
 
 class PolicyLike(Protocol):
@@ -81,6 +85,20 @@ class PlacedChunk:
     due: int
 
 
+def guarded(handler: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`handler`, for a thread that must go on: what it raises becomes a line on stderr."""
+
+    def call(subject: Any) -> None:
+        try:
+            handler(subject)
+        except Exception as error:
+            with contextlib.suppress(Exception):  # there is no other way left to say it
+                text = f"{type(subject).__name__} not reported ({type(error).__name__}: {error}): {subject}"
+                print(f"flashrt_ros: {text}", file=sys.stderr, flush=True)
+
+    return call
+
+
 class Pipeline:
     """Owns the worker and the control thread. `start` and `stop` may be repeated; `close` ends it.
 
@@ -116,17 +134,19 @@ class Pipeline:
         self.control: ControlThread | None = None
         self._clock = clock
         self._publish_command, self._publish_chunk = publish_command, publish_chunk
-        self._on_problem = on_problem
+        self._on_problem = guarded(on_problem)
         self._seed = seed
         self._ingest = Ingest(contract, fallback_decoder)
         self._trigger = InferenceTrigger(contract.rates)
         self._used: dict[str, int] = {}  # camera stamps of the last observation
+        self._jumps = 0  # clock jumps of the streams that have been dealt with
         self._placing = threading.Lock()
+        self._sending = threading.Lock()  # nothing may follow the last command of `stop`
         self._next_due = 0  # when the next control tick is due [ns, ROS time]
         self._active = False
         self._started = 0  # [ns, monotonic clock]
         self.worker: InferenceWorker[None, Prediction | None] = InferenceWorker(
-            lambda _job: self._infer(), self._on_result, self._on_worker_error
+            lambda _job: self._infer(), self._on_result, guarded(self._on_worker_error)
         )
         self.worker.start()
 
@@ -138,6 +158,20 @@ class Pipeline:
         return self._active
 
     @property
+    def fault(self) -> Problem | None:
+        """While active: which of the threads has died, and what to do; None while both run."""
+        control = self.control
+        if not self._active or control is None:
+            return None
+        if not control.running:
+            text = "the control thread has died, nothing is commanded: deactivate and activate again"
+            return Problem(Reason.CONTROL_ERROR, "", text)
+        if not self.worker.running:
+            text = "the inference thread has died: deactivate, clean up and configure again"
+            return Problem(Reason.WORKER_STOPPED, "", text)
+        return None
+
+    @property
     def running_for(self) -> float:
         """Time since start [s]."""
         return to_s(time.monotonic_ns() - self._started)
@@ -146,7 +180,7 @@ class Pipeline:
         """Load the policy on the worker thread, check it against the contract, set the prompt ("" for none).
 
         `wait` is asked every 50 ms whether to go on. Raises what the loader and the prompt raise,
-        PolicyMismatchError, or InterruptedError when `wait` says no.
+        PolicyMismatchError, InterruptedError when `wait` says no, or RuntimeError when the thread died.
         """
 
         def load_and_check() -> None:
@@ -160,15 +194,7 @@ class Pipeline:
                 raise
             self.policy, self.prompt = policy, prompt
 
-        future = self.worker.call(load_and_check)
-        while True:
-            try:
-                return future.result(timeout=0.05)
-            except TimeoutError:
-                if future.done():  # the loader's own TimeoutError
-                    raise
-                if not wait():
-                    raise InterruptedError("asked to stop while the checkpoint was being loaded") from None
+        self._result_of(self.worker.call(load_and_check), wait)
 
     def start(self) -> None:
         """Begin to infer and to command, from a fresh timeline."""
@@ -179,7 +205,8 @@ class Pipeline:
         for meter in (self.inference, self.stamp_to_publish):
             meter.clear()
         self._next_due = self._clock.now().nanoseconds + self.contract.rates.control_period
-        self.control = ControlThread(self.contract.rates.control_period, self._tick, self._on_control_error)
+        on_error = guarded(self._on_control_error)
+        self.control = ControlThread(self.contract.rates.control_period, self._tick, on_error)
         self._started = time.monotonic_ns()
         self._active = True
         self.control.start()
@@ -190,21 +217,46 @@ class Pipeline:
             return
         self._active = False
         self.worker.withdraw()
-        if self.control is not None:
-            self.control.stop()
+        ended = self.control is None or self.control.stop()
         farewell = self.commander.farewell()
         self.commander.reset()
-        if farewell is not None:
-            self._publish_command(farewell, self._clock.now().nanoseconds)
+        if farewell is not None and self._sending.acquire(timeout=SENDING_PATIENCE):
+            try:
+                self._publish_command(farewell, self._clock.now().nanoseconds)
+            finally:
+                self._sending.release()
+        if not ended:
+            text = "the control thread is stuck and did not stop; it sends no more commands once it goes on"
+            self._report(Problem(Reason.CONTROL_ERROR, "", text))
 
     def close(self) -> None:
-        """Stop, free the policy on its own thread and join that thread."""
-        self.stop()
-        if self.worker.running:
+        """Stop, free the policy on its own thread and join that thread; an error in closing is reported."""
+        try:
+            self.stop()
+        finally:
             policy, self.policy = self.policy, None
-            if policy is not None:
-                self.worker.call(policy.close).result()
-            self.worker.stop()
+            try:
+                if policy is not None:
+                    self._result_of(self.worker.call(policy.close))
+            except Exception as error:
+                text = f"the policy could not be closed: {describe(error)}"
+                self._report(Problem(Reason.INFERENCE_ERROR, "", text))
+            finally:
+                self.worker.stop()
+
+    def _result_of(self, future: Future[None], go_on: Callable[[], bool] = lambda: True) -> None:
+        """Wait for a call on the worker as long as that thread lives and `go_on` agrees."""
+        while True:
+            try:
+                return future.result(timeout=0.05)
+            except TimeoutError:
+                alive = self.worker.running  # before `done`: it may do the work and end just now
+                if future.done():  # or the call raised a TimeoutError of its own
+                    return future.result()
+                if not alive:
+                    raise RuntimeError("the inference thread has died") from None
+                if not go_on():
+                    raise InterruptedError("asked to stop while the checkpoint was being loaded") from None
 
     def set_prompt(self, prompt: str, reset: bool) -> None:
         """Use `prompt` from the next inference on; raises what the policy says about it.
@@ -231,12 +283,15 @@ class Pipeline:
         self._ingest.reset()
         self._trigger.reset()
         self._used = {}
+        self._jumps = self.synchroniser.clock_jumps
 
     def _infer(self) -> Prediction | None:
         """One chunk from the newest observation; None when there is nothing new or nothing usable."""
+        self._fence_clock_jumps()
+        # The mark first: if `stop` comes after the question, its fence is newer than the mark.
+        mark = self.commander.mark_observation()
         if not self._active or self.policy is None:
             return None
-        mark = self.commander.mark_observation()
         now = time.monotonic_ns()
         selected = self.synchroniser.select(self._clock.now().nanoseconds, now)
         if isinstance(selected, NotReady):
@@ -254,6 +309,16 @@ class Pipeline:
         actions = self.policy.predict(observation.images, prompt, observation.state, seed=self._seed)
         elapsed = time.perf_counter() - begin
         return Prediction(self.contract.actions_to_robot(actions), mark, observation, prompt, elapsed)
+
+    def _fence_clock_jumps(self) -> None:
+        """Streams whose stamps jumped back (a bag that loops): what was computed or used before is void."""
+        jumps = self.synchroniser.clock_jumps
+        if jumps == self._jumps:
+            return
+        self._jumps, self._used = jumps, {}
+        self.commander.timeline.bump_generation()
+        text = "header stamps jumped back: the actions of the time before were dropped"
+        self._report(Problem(Reason.CLOCK, "", text))
 
     def _camera_stamps(self, snapshot: Snapshot) -> dict[str, int]:
         streams = self.contract.streams
@@ -278,6 +343,7 @@ class Pipeline:
 
     def _place(self, prediction: Prediction) -> None:
         self.inference.add(prediction.inference_time)
+        self._fence_clock_jumps()
         with self._placing:  # a tick between the two would shift the due time by one period
             placed = self.commander.submit(prediction.actions, prediction.mark)
             due = self._next_due
@@ -307,7 +373,10 @@ class Pipeline:
             output = self.commander.tick()
             stamp = self._clock.now().nanoseconds
             self._next_due = stamp + self.contract.rates.control_period
-        self._publish_command(output, stamp)
+        with self._sending:
+            if not self._active:  # `stop` has said the last word, or will
+                return
+            self._publish_command(output, stamp)
         now = time.monotonic_ns()
         if output.values is not None:
             self.control_rate.tick(now)

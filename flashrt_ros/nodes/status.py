@@ -47,6 +47,11 @@ def policy_status(
     if pipeline.active:
         message.state = _STATES[output.kind] if output is not None else PolicyStatus.STATE_WAITING
         _explain(message, current_problem(pipeline, now))
+        if (fault := pipeline.fault) is not None:
+            message.state = PolicyStatus.STATE_FAULT
+            _explain(message, fault)
+        elif message.state == PolicyStatus.STATE_RUNNING and message.reason:
+            message.message = f"note: {message.message}"
     message.prompt = pipeline.prompt
     message.precision = pipeline.policy.precision if pipeline.policy is not None else ""
     message.sequence = pipeline.commander.timeline.sequence

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
-from rclpy.clock import Clock
 from ros_rig import wait_until
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
@@ -23,8 +22,10 @@ from flashrt_ros.core.contract import load_contract
 from flashrt_ros.core.errors import PolicyMismatchError
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind
+from flashrt_ros.msg import PolicyStatus
 from flashrt_ros.nodes.outputs import time_message
-from flashrt_ros.nodes.pipeline import Pipeline
+from flashrt_ros.nodes.pipeline import Pipeline, guarded
+from flashrt_ros.nodes.status import policy_status
 
 PERIOD = 20_000_000  # control period and action period of the demo arm [ns]
 HOME = np.array([0.1, -1.0, 0.5, 0.0, 0.3, 0.0, 0.02])
@@ -70,12 +71,14 @@ class Driver:
         self.commands: list = []
         self.chunks: list = []
         self.problems: list = []
+        self.on_problem: Callable[[object], None] = self.problems.append
+        self.shift = 0  # of the clock that drivers and node share [ns]
         self.pipeline = Pipeline(
             self.contract,
-            Clock(),
+            SimpleNamespace(now=lambda: SimpleNamespace(nanoseconds=time.time_ns() + self.shift)),
             publish_command=lambda output, stamp: self.commands.append((output, stamp)),
             publish_chunk=self.chunks.append,
-            on_problem=self.problems.append,
+            on_problem=lambda problem: self.on_problem(problem),
         )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._feed)
@@ -87,7 +90,7 @@ class Driver:
 
     def _feed(self) -> None:
         while not self._stop.wait(0.01):
-            stamp = time.time_ns()
+            stamp = time.time_ns() + self.shift
             for stream, message in messages(time_message(stamp), self.contract.action.joints):
                 self.pipeline.synchroniser.push(stream, stamp, time.monotonic_ns(), message)
             self.pipeline.wake()
@@ -279,3 +282,97 @@ def test_loading_can_be_given_up(driver: Driver) -> None:
     go_on.set()
     driver.pipeline.close()
     assert not driver.pipeline.worker.running
+
+
+def test_a_clock_that_jumps_back_is_followed_behind_a_fence(driver: Driver) -> None:
+    """A bag that loops, or simulated time that starts again: frames of before are no measure of new ones."""
+    driver.begin()
+    wait_until(lambda: len(driver.chunks) >= 2, 30.0, "two chunks")
+    before, generation = time.time_ns(), driver.pipeline.commander.timeline.generation
+    driver.shift = -10_000_000_000
+    wait_until(lambda: stamps(driver)[-1] < before - 5e9, 30.0, "a chunk of the new time")
+    assert driver.chunks[-1].accepted.generation > generation
+    assert Reason.CLOCK in {problem.reason for problem in driver.problems}
+    wait_until(lambda: driver.pipeline.problem is None, 5.0, "the problem is over")
+
+
+def stamps(driver: Driver) -> list[int]:
+    return [placed.prediction.observation.newest_image_stamp for placed in list(driver.chunks)]
+
+
+def test_a_policy_that_cannot_be_closed_keeps_no_thread(driver: Driver) -> None:
+    """A stand-in whose close raises: the real policy gives no way to make it fail."""
+
+    def fail() -> None:
+        raise RuntimeError("cannot let go")
+
+    driver.policy.close = fail
+    driver.begin()
+    driver.pipeline.close()
+    assert not driver.pipeline.worker.running
+    assert str(driver.problems[-1]) == "the policy could not be closed: RuntimeError: cannot let go"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_inference_thread_is_a_fault_and_close_does_not_wait_for_it(driver: Driver) -> None:
+    """SystemExit in a stand-in policy is what ends the thread here: no Exception does."""
+
+    def die(prompt: str) -> None:
+        raise SystemExit
+
+    driver.policy.behave = die
+    driver.begin()
+    wait_until(lambda: not driver.pipeline.worker.running, 30.0, "the end of the thread")
+    report = policy_status(driver.pipeline, Time())
+    assert (report.state, report.reason) == (PolicyStatus.STATE_FAULT, Reason.WORKER_STOPPED)
+    assert "inference thread has died" in report.message
+    driver.pipeline.close()
+    assert str(driver.problems[-1]) == (
+        "the policy could not be closed: RuntimeError: the inference thread has died"
+    )
+
+
+def test_no_command_follows_the_hold_of_a_stop(driver: Driver) -> None:
+    """The control thread is kept inside a tick until after the stop."""
+    inside, go_on = threading.Event(), threading.Event()
+    tick = driver.pipeline.commander.tick
+
+    def slow_tick():
+        output = tick()
+        if len(running(driver)) >= 5:
+            inside.set()
+            assert go_on.wait(20.0)
+        return output
+
+    driver.pipeline.commander.tick = slow_tick
+    driver.begin()
+    assert inside.wait(30.0)
+    driver.pipeline.stop()
+    commands = len(driver.commands)
+    assert driver.commands[-1][0].kind is CommandKind.HOLDING
+    assert driver.problems[-1].reason is Reason.CONTROL_ERROR
+    assert "stuck" in str(driver.problems[-1])
+    go_on.set()
+    wait_until(lambda: not driver.pipeline.control.running, 10.0, "the end of the control thread")
+    assert len(driver.commands) == commands
+
+
+def test_a_handler_that_raises_leaves_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Exception) -> None:
+        raise RuntimeError("no logger")
+
+    guarded(fail)(ValueError("the first error"))
+    assert capsys.readouterr().err == (
+        "flashrt_ros: ValueError not reported (RuntimeError: no logger): the first error\n"
+    )
+
+
+def test_a_failing_log_does_not_end_the_threads(driver: Driver) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no logger")
+
+    driver.on_problem = fail
+    driver.begin(prompt="")
+    wait_until(lambda: driver.pipeline.problem, 10.0, "a problem")
+    driver.pipeline.set_prompt("wave", reset=False)
+    wait_until(lambda: driver.chunks, 30.0, "a chunk")
