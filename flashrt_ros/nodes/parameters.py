@@ -40,6 +40,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     ParameterSpec("dry_run", False, "compute and publish chunks, but send no command"),
 )
 
+# Together with the clock, on which everything that is configured depends.
+READ_AT_CONFIGURE = frozenset(spec.name for spec in PARAMETERS) | {"use_sim_time"}
+
 
 @dataclass(frozen=True)
 class PolicyParameters:

@@ -6,6 +6,7 @@ control thread (see pipeline.py).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -18,9 +19,11 @@ from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import Executor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
 from rclpy.signals import SignalHandlerOptions
 from rclpy.subscription import Subscription
 
@@ -41,7 +44,7 @@ from .pipeline import Pipeline, PlacedChunk, PolicyLike, Problem
 STATUS_PERIOD = 0.5  # [s]
 DIAGNOSTICS_PERIOD = 1.0  # [s]
 WAKE_PERIOD = 0.05  # how soon a stream that fell silent is noticed [s]
-LOG_PERIOD = 2.0  # between two warnings about what holds the robot up [s]
+LOG_PERIOD = 2.0  # between two warnings of the same reason and stream [s]
 FIRST_MESSAGE = 1.0  # a stream may take this long after activation before the log asks where it is [s]
 # How long a thread may have to wait for the Python code of another [s]: with the default, 5 ms, the control
 # thread would be late by that much.
@@ -83,11 +86,13 @@ class PolicyNode(LifecycleNode):
         """`stopping` is asked while a checkpoint loads whether to give up; `options` are those of a Node."""
         super().__init__("policy_node", **options)
         parameters.declare(self)
+        self.add_on_set_parameters_callback(self._judge_parameters)
         self._load = load
         self._stopping = stopping
         self._values: PolicyParameters | None = None
         self._pipeline: Pipeline | None = None
         self._configure_problem = status.NONE
+        self._warned: dict[tuple[Reason, str], float] = {}  # when each was last logged [s, monotonic]
         self._commands: CommandPublisher | None = None
         self._stream_subscriptions: list[Subscription] = []
         self._chunks = self.create_publisher(ActionChunk, "~/action_chunk", 10)
@@ -105,6 +110,14 @@ class PolicyNode(LifecycleNode):
     def autostart(self) -> bool:
         """Whether the node is to configure and activate itself."""
         return bool(self.get_parameter("autostart").value)
+
+    def _judge_parameters(self, changes: list[Parameter]) -> SetParametersResult:
+        """A change that would be accepted without effect is refused."""
+        fixed = [change.name for change in changes if change.name in parameters.READ_AT_CONFIGURE]
+        if self._pipeline is None or not fixed:
+            return SetParametersResult(successful=True)
+        reason = f"{', '.join(fixed)}: read at configure: deactivate and clean up first"
+        return SetParametersResult(successful=False, reason=reason)
 
     # Life cycle
 
@@ -203,7 +216,10 @@ class PolicyNode(LifecycleNode):
         """Back to nothing, from any state; may be called twice."""
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None:
-            pipeline.close()
+            try:
+                pipeline.close()
+            except Exception as error:  # the rest must be taken down all the same
+                self.get_logger().error(f"closing: {type(error).__name__}: {error}")
         for subscription in self._stream_subscriptions:
             self.destroy_subscription(subscription)
         self._stream_subscriptions = []
@@ -240,7 +256,11 @@ class PolicyNode(LifecycleNode):
         starting = pipeline is not None and pipeline.running_for < FIRST_MESSAGE
         if starting and problem.reason is Reason.NO_MESSAGE:
             return  # every start begins without messages
-        self.get_logger().warning(str(problem), throttle_duration_sec=LOG_PERIOD)
+        # rclpy's own throttle knows this line only: one problem would hide all others.
+        key, now = (problem.reason, problem.stream), time.monotonic()
+        if now - self._warned.get(key, -LOG_PERIOD) >= LOG_PERIOD:
+            self._warned[key] = now
+            self.get_logger().warning(str(problem))
 
     # Timers, on the executor's thread
 
@@ -284,17 +304,16 @@ def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int
     node = PolicyNode(load, stop.is_set)
     executor = make_executor()
     executor.add_node(node)
-    try:
+    with contextlib.ExitStack() as ending:  # in reverse, each whatever the others raise
+        ending.callback(gc.freeze)  # else the interpreter spends most of a second on the collector at its end
+        ending.callback(rclpy.try_shutdown)
+        ending.callback(node.destroy_node)
+        ending.callback(executor.shutdown)
         if node.autostart and not _start(node) and not stop.is_set():
             return 1
         while not stop.is_set():
             _spin_once(executor, node)
         return 0
-    finally:
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
-        gc.freeze()  # else the interpreter spends most of a second on the collector before it ends
 
 
 def _spin_once(executor: Executor, node: PolicyNode) -> None:

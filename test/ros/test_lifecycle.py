@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
-from rcl_interfaces.srv import GetParameters
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import GetParameters, SetParameters
 from ros_rig import wait_until
 from trajectory_msgs.msg import JointTrajectory
 
@@ -111,6 +112,29 @@ def test_parameters_come_from_the_file_and_launch_arguments_win(rig, checkpoint,
     seed, steps, prompt, path, autostart = answer.values
     assert (seed.integer_value, steps.integer_value, prompt.string_value) == (5, 3, "given")
     assert (path.string_value, autostart.bool_value) == (str(checkpoint), True)
+
+
+def test_parameters_change_only_while_unconfigured(rig, policy_node, change) -> None:
+    policy_node(autostart=False)
+
+    def set_seed(value: int):
+        number = ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=value)
+        fields = {"timeout": 60.0, "parameters": [Parameter(name="seed", value=number)]}
+        return rig.call(SetParameters, "/policy_node/set_parameters", **fields).results[0]
+
+    def seed() -> int:
+        answer = rig.call(GetParameters, "/policy_node/get_parameters", names=["seed"])
+        return answer.values[0].integer_value
+
+    assert set_seed(3).successful
+    assert change(Transition.TRANSITION_CONFIGURE)
+    refused = set_seed(4)
+    assert not refused.successful
+    assert refused.reason == "seed: read at configure: deactivate and clean up first"
+    assert seed() == 3
+    assert change(Transition.TRANSITION_CLEANUP)
+    assert set_seed(5).successful
+    assert seed() == 5
 
 
 def test_activate_before_configure_is_refused(policy_node, change, state) -> None:
