@@ -83,6 +83,7 @@ def read_lerobot(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         prompt_capacity=capacity,
         num_steps=config.integer("num_inference_steps") or 10,
         dims=config.section("flashrt_dims"),
+        declared=_declared(config, policy),
         norm_stats=stats,
         norm_stats_file=path / PREPROCESSOR if before is not None else None,
         views=views,
@@ -107,6 +108,18 @@ def _check_type(config: JsonObject, policy: PolicyName) -> None:
         )
     if declared != policy:
         raise CheckpointError(f"{config.file}: type is {declared!r}, but the tensors are those of {policy}")
+
+
+def _declared(config: JsonObject, policy: PolicyName) -> dict[str, int | None]:
+    """Sizes of the model that LeRobot's configuration repeats; pi0.5 has no tensor of the state's width."""
+    resolution = config.values.get("image_resolution")
+    if resolution is not None and not (isinstance(resolution, list) and len(set(resolution)) == 1):
+        raise CheckpointError(f"{config.file}: image_resolution is {resolution!r}, expected a square")
+    sizes = {
+        "image_resolution": resolution[0] if resolution else None,
+        "max_action_dim": config.integer("max_action_dim"),
+    }
+    return sizes | ({"max_state_dim": config.integer("max_state_dim")} if policy == "pi0" else {})
 
 
 def _views(features: Mapping[str, Any], config: JsonObject) -> tuple[tuple[str, ...] | None, int]:

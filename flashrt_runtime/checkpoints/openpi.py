@@ -47,6 +47,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         prompt_capacity=config.integer("max_token_len") or PROMPT_CAPACITY[policy],
         num_steps=extra.integer("num_steps") or 10,
         dims=config.section("flashrt_dims"),
+        declared={"action_dim": config.integer("action_dim")},
         norm_stats=None if stats_file is None else read_norm_stats(stats_file),
         norm_stats_file=stats_file,
         views=extra.names("views"),

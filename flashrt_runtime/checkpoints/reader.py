@@ -50,6 +50,7 @@ class Facts:
     prompt_capacity: int
     num_steps: int
     dims: Mapping[str, object] | None = None
+    declared: Mapping[str, int | None] = field(default_factory=dict)
     norm_stats: NormStats | None = None
     norm_stats_file: Path | None = None
     views: tuple[str, ...] | None = None
@@ -91,6 +92,7 @@ def read_checkpoint(path: Path, framework: str, hints: Hints) -> Checkpoint:
         dims=facts.dims,
     )
     check_shapes(shapes, config, str(store.files[0]))
+    _check_declared(facts, config)
     checkpoint = _assemble(path, layout, config, store, stored, facts, hints)
     if hints.verify_weights:
         _refuse_non_finite(store, checkpoint)
@@ -202,6 +204,19 @@ def _assemble(
         untrained=facts.untrained,
         notes=facts.notes,
     )
+
+
+def _check_declared(facts: Facts, config: PolicyConfig) -> None:
+    """What the configuration says of the model's own sizes must be what the tensors have."""
+    found = {
+        "image_resolution": config.vision.image_size,
+        "action_dim": config.action_dim,
+        "max_action_dim": config.action_dim,
+        "max_state_dim": config.action_dim,
+    }
+    for name, value in facts.declared.items():
+        if value is not None and value != found[name]:
+            raise CheckpointError(f"{facts.where}: {name} is {value}, but the tensors have {found[name]}")
 
 
 def _width(

@@ -222,7 +222,13 @@ def test_statistics_wider_than_the_model(copy):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("action_horizon", "ten"), ("action_horizon", 0), ("action_horizon", True), ("flashrt_dims", 3)],
+    [
+        ("action_dim", 24),
+        ("action_horizon", "ten"),
+        ("action_horizon", 0),
+        ("action_horizon", True),
+        ("flashrt_dims", 3),
+    ],
 )
 def test_config_entries_of_another_type(copy, name, value):
     edit_json(copy / "config.json", lambda config: config.__setitem__(name, value))

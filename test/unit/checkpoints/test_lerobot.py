@@ -290,3 +290,18 @@ def test_chunk_size_is_needed(saved):
     folder = saved("pi05")
     edit_json(folder / "config.json", lambda config: config.pop("chunk_size"))
     refused(folder, "config.json: no chunk_size")
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "value", "message"),
+    [
+        ("pi05", "image_resolution", [448, 448], "image_resolution is 448, but the tensors have 224"),
+        ("pi05", "image_resolution", [224, 320], "expected a square"),
+        ("pi05", "max_action_dim", 24, "max_action_dim is 24, but the tensors have 32"),
+        ("pi0", "max_state_dim", 24, "max_state_dim is 24, but the tensors have 32"),
+    ],
+)
+def test_sizes_that_contradict_the_tensors(saved, variant, name, value, message):
+    folder = saved(variant)
+    edit_json(folder / "config.json", lambda config: config.__setitem__(name, value))
+    refused(folder, "config.json", message)
