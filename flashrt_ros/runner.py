@@ -4,13 +4,14 @@
     python -m flashrt_ros.runner demo checkpoint:=DIR
     python -m flashrt_ros.runner pi05 --show-args
 
-Ends with 0 after Ctrl-C or SIGTERM, with the exit status of the required node that ended, or with 2 on bad
-arguments.
+Ends with 0 after Ctrl-C, SIGTERM or SIGHUP, with the exit status of the required node that ended, or with 2
+on bad arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -27,6 +28,8 @@ NODE_LISTS: dict[str, Callable[[Mapping[str, str]], list[NodeSpec]]] = {
     "pi05": bringup.pi05_nodes,
     "demo": bringup.demo_nodes,
 }
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def node_command(spec: NodeSpec, prefixes: Sequence[str] | None = None) -> list[str]:
@@ -58,8 +61,10 @@ def node_command(spec: NodeSpec, prefixes: Sequence[str] | None = None) -> list[
 class Runner:
     """Runs the processes of a node list together.
 
-    on_line(node name, line) receives every line of output, from one reader thread per node; the default
-    prints "[name] line". The end of a required node shows in poll(); stop() then ends the others.
+    Call start() from a thread that lives until stop(): on Linux the nodes get SIGINT when it ends.
+    on_line(node name, line) receives every line of output, from one reader thread per node; what it raises is
+    dropped; the default prints "[name] line". The end of a required node shows in poll(); stop() then ends
+    the others.
     grace: seconds from SIGINT to SIGTERM, and again from SIGTERM to SIGKILL.
     """
 
@@ -149,6 +154,7 @@ class Runner:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_end_with_parent(),
         )
         name = _full_name(spec)
         self._processes[name] = process
@@ -161,7 +167,10 @@ class Runner:
     def _read(self, name: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._on_line(name, line.rstrip("\n"))
+            # Whatever becomes of the line (stdout is a pipe that was closed), the node must not block on a
+            # full pipe of its own.
+            with contextlib.suppress(Exception):
+                self._on_line(name, line.rstrip("\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,7 +209,9 @@ def _run(runner: Runner) -> int:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         asked_to_stop.set()
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # SIGHUP: the terminal was closed.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     status: int | None = None
     try:
         runner.start()
@@ -237,6 +248,24 @@ def _parameter_text(value: bool | int | float | str) -> str:
 def _signal_group(process: subprocess.Popen[str], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it ended between poll() and here
         os.killpg(process.pid, number)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child calls before its program starts, so that Linux sends it SIGINT when this process dies.
+
+    Linux means the thread that starts the child: it must live as long as the children are to. None elsewhere.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    # Resolved before the fork: the child of a process with threads should do as little as possible.
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the request
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return ask
 
 
 def _print_line(name: str, line: str) -> None:

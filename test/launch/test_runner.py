@@ -141,7 +141,7 @@ def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.
     assert lines[0].startswith(message)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_command_line_ends_with_its_nodes(recorder_prefix: Path, checkpoint: Path, number: int) -> None:
     command = [sys.executable, "-P", "-m", "flashrt_ros.runner", "demo", f"checkpoint:={checkpoint}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -150,6 +150,41 @@ def test_command_line_ends_with_its_nodes(recorder_prefix: Path, checkpoint: Pat
     assert sorted(lines) == ["[demo_robot] recorded\n", "[policy_node] recorded\n"]
     process.send_signal(number)
     assert process.wait(timeout=5) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children of the end")
+def test_no_node_outlives_a_runner_that_is_killed(
+    recorder_prefix: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-P", "-m", "flashrt_ros.runner", "demo", f"checkpoint:={checkpoint}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = tmp_path / "records"
+    wait_until(lambda: len(list(records.glob("*.json"))) == 2)
+    nodes = [int(path.stem) for path in records.glob("*.json")]
+    assert all(running(pid) for pid in nodes)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in nodes), timeout=5.0)
+
+
+def running(pid: int) -> bool:
+    """Alive, and not only waiting for somebody to ask how it ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_lines_that_cannot_be_shown_hold_up_no_node(recorder_prefix: Path) -> None:
+    """More output than a pipe holds: without a reader the node would block in the middle of it."""
+
+    def fail(_name: str, _line: str) -> None:
+        raise BrokenPipeError
+
+    many = executable(recorder_prefix, "talker", "seq 200000; exit 4")
+    with Runner([many], on_line=fail) as started:
+        assert started.wait(timeout=10.0) == 4
 
 
 def test_command_line_takes_over_a_nodes_exit_status(recorder_prefix: Path, checkpoint: Path) -> None:
