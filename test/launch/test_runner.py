@@ -164,7 +164,11 @@ def test_no_node_outlives_a_runner_that_is_killed(
     assert all(running(pid) for pid in nodes)
     process.kill()
     process.wait()
-    wait_until(lambda: not any(running(pid) for pid in nodes), timeout=5.0)
+    try:
+        wait_until(lambda: not any(running(pid) for pid in nodes), timeout=5.0)
+    finally:
+        for pid in filter(running, nodes):
+            os.kill(pid, signal.SIGKILL)
 
 
 def running(pid: int) -> bool:
