@@ -60,7 +60,7 @@ def test_demo_arm_has_the_values_of_its_file(demo: RobotContract) -> None:
     assert demo.sync.max_skew == 50_000_000
     assert demo.streams["joint_states"].max_age == demo.sync.max_age == 250_000_000
     assert demo.timeline.open_loop_cap == 500_000_000
-    assert demo.timeline.blend_steps == 4
+    assert demo.timeline.blend_steps == 15
     assert demo.on_violation is OnViolation.CLAMP
     assert demo.outputs[0].type is OutputType.JOINT_TRAJECTORY
     assert demo.trajectory_lookahead == 100_000_000
@@ -164,7 +164,7 @@ MISTAKES = [
     ("inference: back_to_back", "inference: sometimes", "rates:", "expected back_to_back, or a rate in Hz"),
     ("open_loop_cap: 0.5", "open_loop_cap: 0.01", "timeline:",
      "open_loop_cap 0.01 s is shorter than one action"),
-    ("blend_steps: 4", "blend_steps: 1.5", "timeline:", "expected a whole number of actions"),
+    ("blend_steps: 15", "blend_steps: 1.5", "timeline:", "expected a whole number of actions"),
     ("lookahead: 0.1}", "lookahead: 0.6}", "lookahead: 0.6", "longer than open_loop_cap, 0.5 s"),
     ("lookahead: 0.1}", "lookahead: 0.01}", "lookahead: 0.01", "shorter than one action period, 0.02 s"),
     ("trajectory_msgs/msg/JointTrajectory,", "std_msgs/msg/Float64MultiArray,", "lookahead",
