@@ -215,9 +215,9 @@ class Pipeline:
         """Command a hold, then nothing; chunks still being computed are dropped."""
         if not self._active:
             return
-        self._active = False
         self.worker.withdraw()
-        ended = self.control is None or self.control.stop()
+        ended = self.control is None or self.control.stop()  # the tick under way still sends
+        self._active = False
         farewell = self.commander.farewell()
         self.commander.reset()
         if farewell is not None and self._sending.acquire(timeout=SENDING_PATIENCE):
