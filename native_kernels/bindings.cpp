@@ -1,11 +1,8 @@
 // Python bindings of the kernels: tensors come as device addresses, the stream as an integer, dtypes as codes.
 // No torch headers, so one build serves every torch release. Shapes and dtypes are checked in ops/native.py.
-#include <cuda_runtime_api.h>
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include <cstdint>
-#include <stdexcept>
-#include <string>
+#include <pybind11/pybind11.h>
 
 #include "expert.h"
 #include "flashrt_native.h"
@@ -15,18 +12,6 @@ namespace py = pybind11;
 void bind_prefix(py::module_& module);  // bindings_prefix.cpp
 
 namespace {
-
-void check(cudaError_t status, const char* operation) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // said here; or the next launch of anybody would report it
-  throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorName(status) + ": " +
-                           cudaGetErrorString(status));
-}
-
-template <typename T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void add_rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, uintptr_t residual_out,
                   int64_t rows, int64_t width, float eps, int dtype, int weight_dtype, uintptr_t stream) {

@@ -1,26 +1,12 @@
 // Python bindings of the vision tower's and the prefix's kernels; see bindings.cpp for the conventions.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "bindings.h"
 #include "prefix.h"
 
 namespace py = pybind11;
 
 namespace {
-
-void check(cudaError_t status, const char* operation) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // said here; or the next launch of anybody would report it
-  throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorName(status) + ": " +
-                           cudaGetErrorString(status));
-}
-
-template <typename T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
