@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, views: int) -> dict[str, Any]:
     engine, model = policy._engine, policy._model
     assert engine is not None
     assert model is not None
-    tokens = len(policy._inputs(images, state=state, seed=0).tokens)
+    tokens = len(policy._encode(images, state=state, seed=0).tokens)
     bucket = engine.bucket_of(tokens)
     with torch.cuda.stream(engine.stream):
         replays = timing.replay_times(engine.graphs[bucket].replay, args.replays)

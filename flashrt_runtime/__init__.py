@@ -13,7 +13,8 @@ from . import errors
 
 if TYPE_CHECKING:
     from .loading import load_model
-    from .policy import Policy, PolicySpec
+    from .policy import Policy
+    from .spec import PolicySpec
 
 __version__ = "0.1.0"
 

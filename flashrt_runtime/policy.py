@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from .checkpoints.base import Checkpoint
-from .checkpoints.tokenizer import resolve_tokenizer
 from .engine import Engine
 from .errors import (
     ActionError,
@@ -23,60 +21,16 @@ from .errors import (
     NotSupportedYetError,
     ObservationError,
     OptionError,
-    PromptError,
 )
+from .inputs import FloatArray, Images, ModelInputs, ObservationEncoder, State, expect_shape
 from .models import FlowPolicy
 from .options import Target
 from .processing.actions import ActionTransform
-from .processing.images import fitted_size, prepare_image
-from .processing.prompt import PromptEncoder
-from .processing.state import StateTransform
+from .processing.images import prepare_image
 from .quantization.calibration import Calibrator
+from .spec import PolicySpec
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_VIEWS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-VIEW_ALIASES = ("image", "wrist_image", "wrist_image_right")
-
-Images = Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8]]
-FloatArray = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class PolicySpec:
-    """What a policy takes and gives.
-
-    views: camera order; horizon: actions per chunk; state_dim, action_dim: the robot's widths;
-    model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits
-    included.
-    """
-
-    config: str
-    family: str
-    views: tuple[str, ...]
-    horizon: int
-    state_dim: int | None
-    action_dim: int | None
-    model_action_dim: int
-    prompt_capacity: int
-    num_steps: int
-    state_names: tuple[str, ...] | None
-    action_names: tuple[str, ...] | None
-    action_rate_hz: float | None
-    checkpoint: str
-    action_representation: str = "absolute"
-
-
-@dataclass(frozen=True)
-class _ModelInputs:
-    """One observation in model space: images (H, W, 3) uint8, tokens (L,) int64, state (action_dim,) float32
-    padded or None, noise (horizon, action_dim) float32 on the host.
-    """
-
-    views: list[NDArray[np.uint8]]
-    tokens: NDArray[np.int64]
-    state: FloatArray | None
-    noise: torch.Tensor
 
 
 class Policy:
@@ -90,41 +44,20 @@ class Policy:
         self._calibrator = Calibrator(model) if target.precision == "fp8" else None
         self._target = target
         self._lock = threading.Lock()
-        self._prompt_lock = threading.Lock()  # held for a tokenisation at most, never for an inference
-        self._prompt: str | None = None
-        self._noise = torch.Generator()
-        self._noise.seed()
-        self._tokenizer: PromptEncoder | None = None
         self._checkpoint = checkpoint
-        stats, rules, config = checkpoint.norm_stats, checkpoint.rules, checkpoint.config
-        self._state = (
-            StateTransform(stats.state, rules, checkpoint.state_dim) if stats and stats.state else None
-        )
+        self.spec = PolicySpec.of(checkpoint, model.num_views)
+        self._encode = ObservationEncoder(checkpoint, self.spec)
+        stats = checkpoint.norm_stats
         self._actions = (
-            ActionTransform(stats.actions, rules, checkpoint.action_dim, checkpoint.delta_actions)
+            ActionTransform(stats.actions, checkpoint.rules, checkpoint.action_dim, checkpoint.delta_actions)
             if stats and stats.actions and checkpoint.action_dim
             else None
-        )
-        self.spec = PolicySpec(
-            config=config.policy,
-            family=rules.family,
-            views=(checkpoint.views or DEFAULT_VIEWS)[: model.num_views],
-            horizon=config.horizon,
-            state_dim=checkpoint.state_dim,
-            action_dim=checkpoint.action_dim,
-            model_action_dim=config.action_dim,
-            prompt_capacity=config.prompt_capacity,
-            num_steps=config.num_steps,
-            state_names=checkpoint.state_names,
-            action_names=checkpoint.action_names,
-            action_rate_hz=checkpoint.action_rate_hz,
-            checkpoint=str(checkpoint.path),
         )
 
     @property
     def prompt(self) -> str | None:
         """The prompt in force, as given; None before the first."""
-        return self._prompt
+        return self._encode.prompt
 
     @property
     def precision(self) -> str:
@@ -144,27 +77,13 @@ class Policy:
         in force then stays.
         """
         self._check_open()
-        some_state = np.zeros(self.spec.state_dim or 0, np.float32) if self._needs_state_text else None
-        with self._prompt_lock:
-            self._encoder().encode(prompt, some_state)
-            self._prompt = prompt
-
-    def _tokens(self, prompt: str | None, normalized: FloatArray | None, keep: bool) -> NDArray[np.int64]:
-        """Tokens of `prompt`, or of the one in force for None; `keep` puts it in force."""
-        with self._prompt_lock:
-            text = self._prompt if prompt is None else prompt
-            if text is None:
-                raise PromptError("no prompt yet: pass prompt= with an observation, or call set_prompt first")
-            tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
-            if keep:
-                self._prompt = text
-            return tokens
+        self._encode.set_prompt(prompt)
 
     def predict(
         self,
         images: Images,
         prompt: str | None = None,
-        state: NDArray[np.floating] | Sequence[float] | None = None,
+        state: State | None = None,
         *,
         noise: FloatArray | None = None,
         seed: int | None = None,
@@ -181,16 +100,13 @@ class Policy:
         """
         with self._lock:
             model = self._check_open()
-            views = self._ordered_views(images)
-            start = self._start_noise(noise, seed)
-            normalized = self._normalized_state(state)
             if self._actions is None:
                 raise CheckpointError(
                     f"{self.spec.checkpoint}: no action statistics (norm_stats), so no actions in the "
                     "robot's units; use sample_actions for model space"
                 )
-            tokens = self._tokens(prompt, normalized, keep=True)
-            actions = self._run(model, _ModelInputs(views, tokens, self._padded(normalized), start))
+            inputs = self._encode(images, prompt, state, noise, seed, keep_prompt=True)
+            actions = self._run(model, inputs)
             self._refuse_non_finite(actions)
             return self._actions.to_physical(
                 actions, None if state is None else np.asarray(state, np.float32)
@@ -215,13 +131,13 @@ class Policy:
         with self._lock:
             model = self._check_open()
             size = model.config.vision.image_size
-            self._expect("images", images, (model.num_views, 3, size, size))
-            self._expect("image_mask", image_mask, (model.num_views,))
-            self._expect("token_mask", token_mask, np.shape(tokens))
-            self._expect("noise", noise, (self.spec.horizon, self.spec.model_action_dim))
+            expect_shape("images", images, (model.num_views, 3, size, size))
+            expect_shape("image_mask", image_mask, (model.num_views,))
+            expect_shape("token_mask", token_mask, np.shape(tokens))
+            expect_shape("noise", noise, (self.spec.horizon, self.spec.model_action_dim))
             self._check_tokens(np.asarray(tokens), np.asarray(token_mask), model.config.vocab_size)
             if state is not None:
-                self._expect("state", state, (self.spec.model_action_dim,))
+                expect_shape("state", state, (self.spec.model_action_dim,))
             put = self._put
             tensors = (
                 put(images, torch.float32),
@@ -278,7 +194,7 @@ class Policy:
         for observation in itertools.islice(observations, max_samples):
             with self._lock:  # not around the caller's iterator, which may be slow or call us
                 model = self._check_open()
-                inputs = self._inputs(**self._observation(observation))
+                inputs = self._encode(**self._encode.arguments(observation))
                 with calibrator.observe():
                     self._eager(model, inputs)
             count += 1
@@ -293,15 +209,6 @@ class Policy:
         if verbose:
             for name, scale in calibrator.scales().items():
                 logger.info("%s: activation scale %.6g", name, scale)
-
-    @staticmethod
-    def _observation(observation: Mapping[str, Any]) -> dict[str, Any]:
-        known = {"images", "prompt", "state", "noise", "seed"}
-        if "images" not in observation or not known.issuperset(observation):
-            raise ObservationError(
-                f"expected images and any of prompt, state, noise and seed; got {sorted(observation)}"
-            )
-        return dict(observation)
 
     def recalibrate(self) -> None:
         """Drop the calibration in force: the next observation sets the scales again."""
@@ -343,49 +250,12 @@ class Policy:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    @property
-    def _needs_state_text(self) -> bool:
-        return self._checkpoint.rules.state_in_prompt
-
     def _check_open(self) -> FlowPolicy:
         if self._model is None:
             raise ClosedError("this policy was closed: load it again with load_model")
         return self._model
 
-    def _encoder(self) -> PromptEncoder:
-        if self._tokenizer is None:
-            config = self._checkpoint.config
-            self._tokenizer = PromptEncoder(
-                resolve_tokenizer(self._checkpoint),
-                config.policy,
-                self._checkpoint.rules,
-                config.prompt_capacity,
-                config.vocab_size,
-            )
-        return self._tokenizer
-
-    def _inputs(
-        self,
-        images: Images,
-        prompt: str | None = None,
-        state: NDArray[np.floating] | Sequence[float] | None = None,
-        noise: FloatArray | None = None,
-        seed: int | None = None,
-    ) -> _ModelInputs:
-        """predict's arguments in model space; raises as predict does and leaves the prompt in force as it
-        is.
-        """
-        normalized = self._normalized_state(state)
-        tokens = self._tokens(prompt, normalized, keep=False)
-        views, start = self._ordered_views(images), self._start_noise(noise, seed)
-        return _ModelInputs(views, tokens, self._padded(normalized), start)
-
-    def _padded(self, normalized: FloatArray | None) -> FloatArray | None:
-        if normalized is None or self._state is None:
-            return None
-        return self._state.pad(normalized, self.spec.model_action_dim)
-
-    def _run(self, model: FlowPolicy, inputs: _ModelInputs) -> FloatArray:
+    def _run(self, model: FlowPolicy, inputs: ModelInputs) -> FloatArray:
         self._calibrate_first(lambda: self._eager(model, inputs))
         if self._engine is None:
             return self._take(self._eager(model, inputs))
@@ -393,7 +263,7 @@ class Policy:
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
         return self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy())
 
-    def _eager(self, model: FlowPolicy, inputs: _ModelInputs) -> torch.Tensor:
+    def _eager(self, model: FlowPolicy, inputs: ModelInputs) -> torch.Tensor:
         """The definition, at the observation's own lengths."""
         size, resize = model.config.vision.image_size, self._checkpoint.rules.resize
         pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in inputs.views])
@@ -406,78 +276,6 @@ class Policy:
             None if inputs.state is None else self._put(inputs.state, torch.float32),
             inputs.noise.to(self.device),
         )
-
-    def _ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
-        size = self._checkpoint.config.vision.image_size
-        names = self.spec.views
-        if isinstance(images, Mapping):
-            aliases = dict(zip(VIEW_ALIASES, names, strict=False))
-            by_name = {aliases.get(name, name): image for name, image in images.items()}
-            if set(by_name) != set(names) or len(by_name) != len(images):
-                raise ObservationError(f"expected images for the views {list(names)}, got {list(images)}")
-            ordered = [by_name[name] for name in names]
-        else:
-            ordered = list(images)
-            if len(ordered) != len(names):
-                raise ObservationError(
-                    f"expected {len(names)} images in the order {list(names)}, got {len(ordered)}"
-                )
-        for name, image in zip(names, ordered, strict=True):
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-                kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-                raise ObservationError(f"image {name!r}: expected a uint8 array of RGB pixels, got {kind}")
-            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-                raise ObservationError(f"image {name!r}: expected shape (H, W, 3), got {image.shape}")
-            if 0 in fitted_size(image.shape[0], image.shape[1], size):
-                raise ObservationError(
-                    f"image {name!r}: {image.shape[1]}x{image.shape[0]} is too narrow to fit {size}x{size}"
-                )
-        return ordered
-
-    def _normalized_state(self, state: NDArray[np.floating] | Sequence[float] | None) -> FloatArray | None:
-        checkpoint = self._checkpoint
-        needed = (
-            self._needs_state_text
-            or self.spec.config == "pi0"
-            or bool(np.any(checkpoint.delta_actions or ()))
-        )
-        if state is None:
-            if needed:
-                raise ObservationError(
-                    f"this policy sees the robot's state: pass state= with {self.spec.state_dim} values"
-                )
-            return None
-        values = np.asarray(state, dtype=np.float32)
-        if self._state is None:
-            raise CheckpointError(
-                f"{self.spec.checkpoint}: no state statistics (norm_stats), so state= cannot be used"
-            )
-        if values.shape != (self.spec.state_dim,):
-            raise ObservationError(f"state: expected shape ({self.spec.state_dim},), got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ObservationError(
-                f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
-            )
-        return self._state.normalize(values)
-
-    def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:
-        shape = (self.spec.horizon, self.spec.model_action_dim)
-        if noise is not None:
-            if seed is not None:
-                raise OptionError("noise= and seed= were both given: pass one")
-            self._expect("noise", noise, shape)
-            return torch.from_numpy(np.array(noise, dtype=np.float32))
-        # drawn on the host, so that a seed gives the same noise on every device
-        generator = self._noise if seed is None else torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-    @staticmethod
-    def _expect(name: str, value: object, shape: tuple[int, ...]) -> None:
-        array = np.asarray(value)
-        if array.shape != tuple(shape):
-            raise ObservationError(f"{name}: expected shape {tuple(shape)}, got {array.shape}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ObservationError(f"{name}: holds values that are not finite")
 
     def _put(self, array: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=self.device, dtype=dtype)

@@ -18,12 +18,12 @@ import flashrt_runtime.policy as policy_module
 from flashrt_runtime import models, ops
 from flashrt_runtime.checkpoints import openpi as openpi_layout
 from flashrt_runtime.config import PolicyConfig
+from flashrt_runtime.inputs import ObservationEncoder
 from flashrt_runtime.layers import norms, paligemma
 from flashrt_runtime.layers.kv_cache import Window
 from flashrt_runtime.layers.siglip import Siglip
 from flashrt_runtime.models import FlowPolicy, Pi0, pi0, pi05
 from flashrt_runtime.ops import reference
-from flashrt_runtime.policy import Policy
 from flashrt_runtime.processing import images, prompt
 from flashrt_runtime.processing.actions import ActionTransform
 from flashrt_runtime.processing.prompt import PromptEncoder
@@ -321,7 +321,7 @@ def _(patch):
 
 @fault("views swapped at the entry", physical=True)
 def _(patch):
-    wrap(patch, Policy, "_ordered_views", lambda f, *args: f(*args)[::-1])
+    wrap(patch, ObservationEncoder, "ordered_views", lambda f, *args: f(*args)[::-1])
 
 
 @fault("state below the range clamped to the first bin", "pi05", physical=True)

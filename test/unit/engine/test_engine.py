@@ -65,7 +65,7 @@ def test_graph_against_definition(path: Path, precision: str, bound: float) -> N
     for seed, words in enumerate((2, 9, 14)):
         # of the model's own size: the kernel's and the host's resizing may differ by a level of 255
         pair = images(seed, ((224, 224), (224, 224)))
-        inputs = policy._inputs(pair, " ".join(WORDS[:words]), STATE, seed=seed)
+        inputs = policy._encode(pair, " ".join(WORDS[:words]), STATE, seed=seed)
         assert policy._model is not None
         got = policy._run(policy._model, inputs)
         want = policy._eager(policy._model, inputs).cpu().numpy()
@@ -80,7 +80,7 @@ def test_graph_is_bit_identical_to_eager_with_the_same_kernels(path: Path) -> No
     engine, model = policy._engine, policy._model
     assert engine is not None
     assert model is not None
-    inputs = policy._inputs(images(3), "open the drawer", STATE, seed=1)
+    inputs = policy._encode(images(3), "open the drawer", STATE, seed=1)
     got = policy._run(model, inputs)
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
         engine.forward(engine.bucket_of(len(inputs.tokens)))
@@ -142,7 +142,7 @@ def test_images_larger_than_the_buffer(paths: dict[str, Path]) -> None:
     policy = load(paths["pi05"], "bf16")
     big = images(0, ((3000, 4000), (480, 640)))
     got = policy.predict(big, "go", STATE, seed=0)
-    inputs = policy._inputs(big, "go", STATE, seed=0)
+    inputs = policy._encode(big, "go", STATE, seed=0)
     assert policy._model is not None
     assert policy._actions is not None
     want = policy._actions.to_physical(policy._eager(policy._model, inputs).cpu().numpy(), STATE)

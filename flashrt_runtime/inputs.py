@@ -1,0 +1,206 @@
+"""From an observation in physical units to a model's inputs: views in order, tokens, padded state, noise."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .checkpoints.base import Checkpoint
+from .checkpoints.tokenizer import resolve_tokenizer
+from .errors import CheckpointError, ObservationError, OptionError, PromptError
+from .processing.images import fitted_size
+from .processing.prompt import PromptEncoder
+from .processing.state import StateTransform
+from .spec import VIEW_ALIASES, PolicySpec
+
+Images = Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8]]
+State = NDArray[np.floating] | Sequence[float]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One observation in model space: views (H, W, 3) uint8 of any size, tokens (L,) int64, state
+    (model_action_dim,) float32 padded or None, noise (horizon, model_action_dim) float32 on the host.
+    """
+
+    views: list[NDArray[np.uint8]]
+    tokens: NDArray[np.int64]
+    state: FloatArray | None
+    noise: torch.Tensor
+
+
+class ObservationEncoder:
+    """Checks observations and turns them into `ModelInputs`; holds the prompt in force.
+
+    `set_prompt` and `prompt` may be used while another thread encodes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: PolicySpec) -> None:
+        self._checkpoint = checkpoint
+        self.spec = spec
+        stats = checkpoint.norm_stats
+        self._state = (
+            StateTransform(stats.state, checkpoint.rules, checkpoint.state_dim)
+            if stats and stats.state
+            else None
+        )
+        self._prompt_lock = threading.Lock()  # held for a tokenisation at most, never for an inference
+        self._prompt: str | None = None
+        self._tokenizer: PromptEncoder | None = None
+        self._noise = torch.Generator()
+        self._noise.seed()
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt in force, as given; None before the first."""
+        return self._prompt
+
+    def set_prompt(self, prompt: str) -> None:
+        """Check and take a prompt; see `Policy.set_prompt` for what it raises."""
+        some_state = np.zeros(self.spec.state_dim or 0, np.float32) if self._needs_state_text else None
+        with self._prompt_lock:
+            self._encoder().encode(prompt, some_state)
+            self._prompt = prompt
+
+    def __call__(
+        self,
+        images: Images,
+        prompt: str | None = None,
+        state: State | None = None,
+        noise: FloatArray | None = None,
+        seed: int | None = None,
+        *,
+        keep_prompt: bool = False,
+    ) -> ModelInputs:
+        """`Policy.predict`'s arguments in model space, raising as it does.
+
+        keep_prompt: `prompt` is in force from now on; otherwise it serves this observation alone.
+        """
+        views, start = self.ordered_views(images), self._start_noise(noise, seed)
+        normalized = self.normalized_state(state)
+        tokens = self._tokens(prompt, normalized, keep_prompt)
+        return ModelInputs(views, tokens, self._padded(normalized), start)
+
+    @staticmethod
+    def arguments(observation: Mapping[str, Any]) -> dict[str, Any]:
+        """An observation as a mapping of `predict`'s arguments, checked for names that it does not have."""
+        known = {"images", "prompt", "state", "noise", "seed"}
+        if "images" not in observation or not known.issuperset(observation):
+            raise ObservationError(
+                f"expected images and any of prompt, state, noise and seed; got {sorted(observation)}"
+            )
+        return dict(observation)
+
+    @property
+    def _needs_state_text(self) -> bool:
+        return self._checkpoint.rules.state_in_prompt
+
+    def _encoder(self) -> PromptEncoder:
+        if self._tokenizer is None:
+            config = self._checkpoint.config
+            self._tokenizer = PromptEncoder(
+                resolve_tokenizer(self._checkpoint),
+                config.policy,
+                self._checkpoint.rules,
+                config.prompt_capacity,
+                config.vocab_size,
+            )
+        return self._tokenizer
+
+    def _tokens(self, prompt: str | None, normalized: FloatArray | None, keep: bool) -> NDArray[np.int64]:
+        """Tokens of `prompt`, or of the one in force for None; `keep` puts it in force."""
+        with self._prompt_lock:
+            text = self._prompt if prompt is None else prompt
+            if text is None:
+                raise PromptError("no prompt yet: pass prompt= with an observation, or call set_prompt first")
+            tokens = self._encoder().encode(text, normalized if self._needs_state_text else None)
+            if keep:
+                self._prompt = text
+            return tokens
+
+    def _padded(self, normalized: FloatArray | None) -> FloatArray | None:
+        if normalized is None or self._state is None:
+            return None
+        return self._state.pad(normalized, self.spec.model_action_dim)
+
+    def ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
+        """The images in the order of `spec.views`, each checked."""
+        size = self._checkpoint.config.vision.image_size
+        names = self.spec.views
+        if isinstance(images, Mapping):
+            aliases = dict(zip(VIEW_ALIASES, names, strict=False))
+            by_name = {aliases.get(name, name): image for name, image in images.items()}
+            if set(by_name) != set(names) or len(by_name) != len(images):
+                raise ObservationError(f"expected images for the views {list(names)}, got {list(images)}")
+            ordered = [by_name[name] for name in names]
+        else:
+            ordered = list(images)
+            if len(ordered) != len(names):
+                raise ObservationError(
+                    f"expected {len(names)} images in the order {list(names)}, got {len(ordered)}"
+                )
+        for name, image in zip(names, ordered, strict=True):
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+                kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+                raise ObservationError(f"image {name!r}: expected a uint8 array of RGB pixels, got {kind}")
+            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise ObservationError(f"image {name!r}: expected shape (H, W, 3), got {image.shape}")
+            if 0 in fitted_size(image.shape[0], image.shape[1], size):
+                raise ObservationError(
+                    f"image {name!r}: {image.shape[1]}x{image.shape[0]} is too narrow to fit {size}x{size}"
+                )
+        return ordered
+
+    def normalized_state(self, state: State | None) -> FloatArray | None:
+        """state: (state_dim,) in the robot's units, checked; None where it may be left out."""
+        checkpoint = self._checkpoint
+        needed = (
+            self._needs_state_text
+            or self.spec.config == "pi0"
+            or bool(np.any(checkpoint.delta_actions or ()))
+        )
+        if state is None:
+            if needed:
+                raise ObservationError(
+                    f"this policy sees the robot's state: pass state= with {self.spec.state_dim} values"
+                )
+            return None
+        values = np.asarray(state, dtype=np.float32)
+        if self._state is None:
+            raise CheckpointError(
+                f"{self.spec.checkpoint}: no state statistics (norm_stats), so state= cannot be used"
+            )
+        if values.shape != (self.spec.state_dim,):
+            raise ObservationError(f"state: expected shape ({self.spec.state_dim},), got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ObservationError(
+                f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
+            )
+        return self._state.normalize(values)
+
+    def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:
+        shape = (self.spec.horizon, self.spec.model_action_dim)
+        if noise is not None:
+            if seed is not None:
+                raise OptionError("noise= and seed= were both given: pass one")
+            expect_shape("noise", noise, shape)
+            return torch.from_numpy(np.array(noise, dtype=np.float32))
+        # drawn on the host, so that a seed gives the same noise on every device
+        generator = self._noise if seed is None else torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def expect_shape(name: str, value: object, shape: tuple[int, ...]) -> None:
+    """Raise ObservationError unless `value` has this shape and only finite numbers."""
+    array = np.asarray(value)
+    if array.shape != tuple(shape):
+        raise ObservationError(f"{name}: expected shape {tuple(shape)}, got {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ObservationError(f"{name}: holds values that are not finite")

@@ -1,0 +1,55 @@
+"""What a policy takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checkpoints.base import Checkpoint
+
+DEFAULT_VIEWS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+VIEW_ALIASES = ("image", "wrist_image", "wrist_image_right")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy takes and gives.
+
+    views: camera order; horizon: actions per chunk; state_dim, action_dim: the robot's widths;
+    model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits
+    included.
+    """
+
+    config: str
+    family: str
+    views: tuple[str, ...]
+    horizon: int
+    state_dim: int | None
+    action_dim: int | None
+    model_action_dim: int
+    prompt_capacity: int
+    num_steps: int
+    state_names: tuple[str, ...] | None
+    action_names: tuple[str, ...] | None
+    action_rate_hz: float | None
+    checkpoint: str
+    action_representation: str = "absolute"
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, num_views: int) -> PolicySpec:
+        """The spec of a policy of `num_views` cameras from an opened checkpoint."""
+        config = checkpoint.config
+        return cls(
+            config=config.policy,
+            family=checkpoint.rules.family,
+            views=(checkpoint.views or DEFAULT_VIEWS)[:num_views],
+            horizon=config.horizon,
+            state_dim=checkpoint.state_dim,
+            action_dim=checkpoint.action_dim,
+            model_action_dim=config.action_dim,
+            prompt_capacity=config.prompt_capacity,
+            num_steps=config.num_steps,
+            state_names=checkpoint.state_names,
+            action_names=checkpoint.action_names,
+            action_rate_hz=checkpoint.action_rate_hz,
+            checkpoint=str(checkpoint.path),
+        )
