@@ -29,6 +29,7 @@ class Output:
     values: (dof,) float64 in the contract's action representation and robot units. trajectory: the same
     command and its lookahead as positions, None when no output is a JointTrajectory. violations: wishes
     clamped or refused now. sequence and index: chunk in force and its action, 0 and -1 when there is none.
+    positions: (dof,) where the command leads to, in robot units; None with silence.
     """
 
     kind: CommandKind
@@ -40,11 +41,21 @@ class Output:
     sequence: int
     index: int
     generation: int
+    positions: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Why no chunk is played for now; `until`: when the hold ends in silence [ns, monotonic], None: never."""
+
+    reason: Reason
+    message: str
+    until: int | None
 
 
 class Commander:
     """`tick` and `farewell` belong to one thread (control); `mark_observation` and `submit` to another
-    (worker)."""
+    (worker); `pause`, `resume` and `reconfigure` to any."""
 
     def __init__(
         self, contract: RobotContract, measured: Callable[[], FloatArray],
@@ -55,6 +66,9 @@ class Commander:
         self.timeline = Timeline.from_contract(contract, clock)
         self.limiter = Limiter(contract)
         self._measured = measured
+        self._clock = clock
+        self._hold_deadline = contract.timeline.hold_deadline
+        self._pause: Pause | None = None
         self._representation = contract.action.representation
         self._action_period = contract.action.period
         self._control_period = contract.rates.control_period
@@ -70,8 +84,10 @@ class Commander:
         """Splice in a chunk (horizon, dof) in robot units; see Timeline.submit.
 
         When the contract rejects violations, a chunk with a command beyond a limit, at its seam or inside, is
-        dropped whole with LIMIT_POSITION or LIMIT_VELOCITY.
+        dropped whole with LIMIT_POSITION or LIMIT_VELOCITY. While paused, every chunk is dropped.
         """
+        if (pause := self._pause) is not None:
+            return Dropped(pause.reason, pause.message)
         return self.timeline.submit(actions, mark, self._admit if self._rejects else None)
 
     def _admit(self, path: FloatArray) -> Dropped | None:
@@ -84,8 +100,25 @@ class Commander:
         violation = self.limiter.first_violation(path, start, periods)
         return None if violation is None else Dropped(violation.reason, str(violation))
 
+    def pause(self, reason: Reason, message: str, *, bounded: bool) -> None:
+        """Drop what plays and hold from the next tick on until `resume`; a pause in force is replaced.
+
+        bounded: after the hold deadline there is silence, as after starvation.
+        """
+        until = self._clock() + self._hold_deadline if bounded else None
+        self._pause = Pause(reason, message, until)  # before the fence: a chunk must not slip in between
+        self.timeline.bump_generation()
+
+    def resume(self) -> None:
+        """Follow chunks again: those of observations from now on."""
+        if self._pause is not None:
+            self.timeline.bump_generation()
+            self._pause = None
+
     def tick(self) -> Output:
         """The command due now, within limits; advances the timeline by one control period."""
+        if (pause := self._pause) is not None:
+            return self._paused(pause)
         if self._reference is None:
             self.timeline.watch()
             if not self.timeline.pending:
@@ -98,6 +131,26 @@ class Commander:
         if command.values is None:
             return self._silence(command.reason)
         return self._stalled() if command.stalled else self._limited(command)
+
+    def _paused(self, pause: Pause) -> Output:
+        """Hold what was commanded last; silence when that is nothing, or once the pause's bound is over."""
+        self.timeline.watch()
+        if pause.until is not None and self._clock() >= pause.until:
+            if self.timeline.kind is not CommandKind.STOPPED:
+                self.timeline.stop(pause.reason)
+            return self._silence(pause.reason, pause.message)
+        command = self.timeline.hold_command()
+        if command is None or self._reference is None:
+            return self._quiet(pause)
+        held = self._limited(command)
+        return self._quiet(pause) if held.values is None else replace(
+            held, reason=pause.reason, message=pause.message
+        )
+
+    def _quiet(self, pause: Pause) -> Output:
+        """Silence that no longer counts as running, whatever the last tick before the pause was."""
+        quiet = self._silence(pause.reason, pause.message)
+        return quiet if quiet.kind is CommandKind.STOPPED else replace(quiet, kind=CommandKind.WAITING)
 
     def _stalled(self) -> Output:
         """Hold where the robot is now: while no tick came it may have gone on along its last lookahead."""
@@ -118,7 +171,7 @@ class Commander:
 
     def reset(self) -> int:
         """Fence and forget everything; call it while no control thread runs. Returns the new generation."""
-        self._reference = None
+        self._reference = self._pause = None
         return self.timeline.reset()
 
     def _silence(self, reason: Reason, message: str = "", violations: tuple[Violation, ...] = ()) -> Output:
@@ -146,7 +199,7 @@ class Commander:
         message = "" if command.reason is Reason.OK else command.reason.text
         return Output(
             command.kind, command.reason, message, values, self._trajectory(limited, command.offsets, start),
-            limited.violations, command.sequence, command.index, command.generation,
+            limited.violations, command.sequence, command.index, command.generation, self._reference,
         )
 
     def _start(self) -> FloatArray:

@@ -47,12 +47,15 @@ class Reason(IntEnum):
     NO_CHUNK = 310, "no chunk has come yet"
     START_OUTSIDE_LIMITS = 311, "the measured joints lie outside the limits: move them inside before starting"
     CONTROL_STALLED = 312, "control ticks stopped coming for a while: the chunk was dropped, holding"
+    HELD = 313, "held on request: call ~/resume to go on"
+    COMMAND_CONFLICT = 314, "another node publishes on a command topic"
 
     # 400s: runtime
     INFERENCE_ERROR = 401, "the policy raised an error"
     # 402 was in use once: do not give it again
     WORKER_STOPPED = 403, "the inference worker has been stopped"
     CONTROL_ERROR = 404, "the control callback raised an error"
+    OUT_OF_MEMORY = 405, "the device has no memory left"
 
     # 500s: configuration
     CONTRACT_INVALID = 501, "the robot contract is not valid"

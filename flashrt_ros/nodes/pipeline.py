@@ -1,6 +1,6 @@
 """What a configured policy node consists of: streams in, model on its worker thread, commands out on theirs.
 
-    executor threads -> Synchroniser -> (worker) ingest, predict, Commander.submit -> (control) Commander.tick
+    executor threads -> Synchroniser -> (worker) PolicyRunner, Commander.submit -> (control) Commander.tick
 """
 
 from __future__ import annotations
@@ -9,71 +9,32 @@ import contextlib
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rclpy.clock import Clock
 
 from flashrt_ros.core.commander import Commander, Output
-from flashrt_ros.core.contract import RobotContract
+from flashrt_ros.core.contract import OnViolation, RobotContract
 from flashrt_ros.core.control import ControlThread
 from flashrt_ros.core.errors import CoreError
 from flashrt_ros.core.images import FallbackDecoder
-from flashrt_ros.core.ingest import Ingest, MeasuredPositions
-from flashrt_ros.core.metrics import LatencyWindow, RateMeter
-from flashrt_ros.core.observation import Observation
+from flashrt_ros.core.ingest import MeasuredPositions
+from flashrt_ros.core.latch import DEFAULT_MAX_FAILURES, FaultLatch
+from flashrt_ros.core.measurements import Measurements, SeamMeter
+from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
-from flashrt_ros.core.sync import NotReady, Snapshot, Synchroniser
-from flashrt_ros.core.timeline import Accepted, ObservationMark
+from flashrt_ros.core.sync import Synchroniser
+from flashrt_ros.core.timeline import Accepted
 from flashrt_ros.core.timing import to_s
-from flashrt_ros.core.trigger import InferenceTrigger
 from flashrt_ros.core.worker import InferenceResult, InferenceWorker
 
 from .failures import describe, reason_of
+from .policy_runner import PolicyLike, PolicyRunner, Prediction
 
-FloatArray = NDArray[np.float64]
-ANY_PROMPT = "task"
 SENDING_PATIENCE = 1.0  # how long the last command may wait for one that is being sent [s]
-
-
-class PolicyLike(Protocol):
-    """What the node needs of flashrt_runtime.Policy; see there for shapes, units and errors."""
-
-    @property
-    def spec(self) -> Any: ...
-    @property
-    def precision(self) -> str: ...
-    def set_prompt(self, prompt: str) -> None: ...
-    def predict(self, images: Any, prompt: str, state: Any, *, seed: int | None) -> NDArray[np.float32]: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why there is no new chunk; `stream` is empty unless one stream is to blame."""
-
-    reason: Reason
-    stream: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.stream}: {self.message}" if self.stream else self.message
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """A chunk and what it was computed from. actions: (horizon, dof) in robot units."""
-
-    actions: FloatArray
-    mark: ObservationMark
-    observation: Observation
-    prompt: str
-    inference_time: float  # [s]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,37 +77,37 @@ class Pipeline:
         on_problem: Callable[[Problem], None],
         fallback_decoder: FallbackDecoder | None = None,
         seed: int | None = None,
+        max_failures: int = DEFAULT_MAX_FAILURES,
     ) -> None:
+        """`max_failures`: see FaultLatch."""
         self.contract = contract
         self.synchroniser = Synchroniser(contract)
-        measured = MeasuredPositions(contract, self.synchroniser)
-        self.commander = Commander(contract, lambda: measured(time.monotonic_ns()))
-        self.policy: PolicyLike | None = None
-        self.prompt = ""  # read by the worker at each inference
+        self.measured = Measurements()
+        self.latch = FaultLatch(max_failures)
+        positions = MeasuredPositions(contract, self.synchroniser)
+        self.commander = Commander(contract, lambda: positions(time.monotonic_ns()))
         self.problem: Problem | None = None
         self.output: Output | None = None  # of the last control tick
-        self.dropped: Counter[Reason] = Counter()
-        self.violations: Counter[Reason] = Counter()
         self.last_violation: tuple[int, Problem] | None = None  # [ns, monotonic]
-        self.inference = LatencyWindow()
-        self.stamp_to_publish = LatencyWindow()
-        self.chunk_rate, self.control_rate = RateMeter(), RateMeter()
         self.control: ControlThread | None = None
+        self.held = False  # by `hold`
         self._clock = clock
         self._publish_command, self._publish_chunk = publish_command, publish_chunk
         self._on_problem = guarded(on_problem)
-        self._seed = seed
-        self._ingest = Ingest(contract, fallback_decoder)
-        self._trigger = InferenceTrigger(contract.rates)
-        self._used: dict[str, int] = {}  # camera stamps of the last observation
-        self._jumps = 0  # clock jumps of the streams that have been dealt with
+        self._seams = SeamMeter(self.measured, contract.rates.control_period)
         self._placing = threading.Lock()
         self._sending = threading.Lock()  # nothing may follow the last command of `stop`
+        self._pausing = threading.Lock()  # what the latch and the hold say is put in force as one
         self._next_due = 0  # when the next control tick is due [ns, ROS time]
         self._active = False
         self._started = 0  # [ns, monotonic clock]
+        self.runner = PolicyRunner(
+            contract, clock, self.synchroniser, self.commander, self.measured, self._report,
+            fallback_decoder, seed,
+        )
         self.worker: InferenceWorker[None, Prediction | None] = InferenceWorker(
-            lambda _job: self._infer(), self._on_result, guarded(self._on_worker_error)
+            lambda _job: self.runner.infer(lambda: self.playing), self._on_result,
+            guarded(self._on_worker_error),
         )
         self.worker.start()
 
@@ -158,8 +119,25 @@ class Pipeline:
         return self._active
 
     @property
+    def playing(self) -> bool:
+        """Active, and neither held nor in fault: chunks are wanted."""
+        return self._active and not self.held and self.latch.fault is None
+
+    @property
+    def policy(self) -> PolicyLike | None:
+        """The loaded policy."""
+        return self.runner.policy
+
+    @property
+    def prompt(self) -> str:
+        """The prompt in force, empty for none."""
+        return self.runner.prompt
+
+    @property
     def fault(self) -> Problem | None:
-        """While active: which of the threads has died, and what to do; None while both run."""
+        """What is latched; while active also which of the threads has died, and what to do."""
+        if (latched := self.latch.fault) is not None:
+            return latched
         control = self.control
         if not self._active or control is None:
             return None
@@ -183,27 +161,16 @@ class Pipeline:
         PolicyMismatchError, InterruptedError when `wait` says no, or RuntimeError when the thread died.
         """
 
-        def load_and_check() -> None:
-            policy = loader()
-            try:
-                self.contract.check_policy(policy.spec)
-                # Without a prompt any text will do: a missing tokenizer is to show now, not in mid-operation.
-                policy.set_prompt(prompt or ANY_PROMPT)
-            except Exception:
-                policy.close()
-                raise
-            self.policy, self.prompt = policy, prompt
-
-        self._result_of(self.worker.call(load_and_check), wait)
+        self._result_of(self.worker.call(lambda: self.runner.adopt(loader(), prompt)), wait)
 
     def start(self) -> None:
         """Begin to infer and to command, from a fresh timeline."""
         self.commander.reset()
         self.synchroniser.clear()
-        self.worker.call(self._forget)
-        self.problem, self.output = None, None
-        for meter in (self.inference, self.stamp_to_publish):
-            meter.clear()
+        self.worker.call(self.runner.forget)
+        self.problem, self.output, self.held = None, None, False
+        self.measured.clear()
+        self._seams.reset()
         self._next_due = self._clock.now().nanoseconds + self.contract.rates.control_period
         on_error = guarded(self._on_control_error)
         self.control = ControlThread(self.contract.rates.control_period, self._tick, on_error)
@@ -234,7 +201,7 @@ class Pipeline:
         try:
             self.stop()
         finally:
-            policy, self.policy = self.policy, None
+            policy, self.runner.policy = self.policy, None
             try:
                 if policy is not None:
                     self._result_of(self.worker.call(policy.close))
@@ -263,76 +230,58 @@ class Pipeline:
 
         reset: drop the chunk that plays and the one being computed, and hold until the next.
         """
-        if self.policy is None:
-            raise RuntimeError("no policy is loaded")
-        self.policy.set_prompt(prompt)
-        # Before the fence: an inference marks the timeline first and reads the prompt after, so none that
+        self.runner.set_prompt(prompt)
+        # After the prompt: an inference marks the timeline first and reads the prompt then, so none that
         # passes the fence has used the old one.
-        self.prompt = prompt
         if reset:
             self.commander.timeline.bump_generation()
 
+    def new_episode(self) -> None:
+        """Drop the chunk that plays and the one being computed, forget what was observed; hold until the
+        next chunk."""
+        self.worker.call(self.runner.forget)
+        self.commander.timeline.bump_generation()
+
+    # Hold and fault, on any thread
+
+    def hold(self) -> None:
+        """Hold by representation, for as long as it takes, until `resume`; no chunk is computed meanwhile."""
+        self.held = True
+        self._apply_pause()
+
+    def resume(self) -> None:
+        """Follow chunks again, unless a fault is latched."""
+        self.held = False
+        self._apply_pause()
+        self.wake()
+
+    def raise_fault(self, problem: Problem) -> None:
+        """Report a problem; it latches if it is of a kind that does."""
+        self._report(problem)
+
+    def reset_fault(self) -> Problem | None:
+        """Forget the latched fault and go on, held if `hold` was called; returns what was latched."""
+        fault = self.latch.reset()
+        self.problem = None
+        self._apply_pause()
+        self.wake()
+        return fault
+
+    def _apply_pause(self) -> None:
+        with self._pausing:
+            if (fault := self.latch.fault) is not None:
+                self.commander.pause(fault.reason, str(fault), bounded=True)
+            elif self.held:
+                self.commander.pause(Reason.HELD, Reason.HELD.text, bounded=False)
+            else:
+                self.commander.resume()
+
     def wake(self) -> None:
         """Something new may have come: let the worker look."""
-        if self._active:
+        if self.playing:
             self.worker.offer(None)
 
-    # Inference, on the worker thread
-
-    def _forget(self) -> None:
-        self._ingest.reset()
-        self._trigger.reset()
-        self._used = {}
-        self._jumps = self.synchroniser.clock_jumps
-
-    def _infer(self) -> Prediction | None:
-        """One chunk from the newest observation; None when there is nothing new or nothing usable."""
-        self._fence_clock_jumps()
-        # The mark first: if `stop` comes after the question, its fence is newer than the mark.
-        mark = self.commander.mark_observation()
-        if not self._active or self.policy is None:
-            return None
-        now = time.monotonic_ns()
-        selected = self.synchroniser.select(self._clock.now().nanoseconds, now)
-        if isinstance(selected, NotReady):
-            self._report(Problem(selected.reason, selected.stream, selected.message))
-            return None
-        prompt = self.prompt
-        if not prompt:
-            self._report(Problem(Reason.PROMPT_INVALID, "", "no prompt yet: call ~/set_prompt"))
-            return None
-        if not self._is_new(selected) or not self._trigger.due(now):
-            return None
-        observation = self._ingest.observe(selected)
-        self._used = self._camera_stamps(selected)
-        begin = time.perf_counter()
-        actions = self.policy.predict(observation.images, prompt, observation.state, seed=self._seed)
-        elapsed = time.perf_counter() - begin
-        return Prediction(self.contract.actions_to_robot(actions), mark, observation, prompt, elapsed)
-
-    def _fence_clock_jumps(self) -> None:
-        """Streams whose stamps jumped back (a bag that loops): what was computed or used before is void."""
-        jumps = self.synchroniser.clock_jumps
-        if jumps == self._jumps:
-            return
-        self._jumps, self._used = jumps, {}
-        self.commander.timeline.bump_generation()
-        text = "header stamps jumped back: the actions of the time before were dropped"
-        self._report(Problem(Reason.CLOCK, "", text))
-
-    def _camera_stamps(self, snapshot: Snapshot) -> dict[str, int]:
-        streams = self.contract.streams
-        return {name: item.stamp for name, item in snapshot.messages.items() if streams[name].is_image}
-
-    def _is_new(self, snapshot: Snapshot) -> bool:
-        """Whether every camera has a frame newer than the last observation's, or one is newer by more than
-        the allowed skew: waiting for the slowest for ever would waste the others."""
-        stamps = self._camera_stamps(snapshot)
-        if stamps.keys() != self._used.keys():
-            return True
-        if all(stamp > self._used[name] for name, stamp in stamps.items()):
-            return True
-        return max(stamps.values()) > max(self._used.values()) + self.contract.sync.max_skew
+    # Results, on the worker thread
 
     def _on_result(self, result: InferenceResult[None, Prediction | None]) -> None:
         if result.error is not None:
@@ -342,25 +291,34 @@ class Pipeline:
             self._place(result.value)
 
     def _place(self, prediction: Prediction) -> None:
-        self.inference.add(prediction.inference_time)
-        self._fence_clock_jumps()
+        measured = self.measured
+        measured.inference.add(prediction.inference_time)
+        self.runner.fence_clock_jumps()
         with self._placing:  # a tick between the two would shift the due time by one period
             placed = self.commander.submit(prediction.actions, prediction.mark)
             due = self._next_due
         if not isinstance(placed, Accepted):
-            self.dropped[placed.reason] += 1
-            if placed.reason is not Reason.OLD_GENERATION:  # that one was asked for
+            measured.dropped[placed.reason] += 1
+            # Those were asked for.
+            if placed.reason is not Reason.OLD_GENERATION and self.playing:
                 self._report(Problem(placed.reason, "", f"chunk dropped: {placed.message}"))
             return
+        self.latch.chunk_accepted()
         due -= placed.consumed * self.contract.rates.control_period
         self._publish_chunk(PlacedChunk(prediction, placed, due))
         self.problem = None
-        self.chunk_rate.tick(time.monotonic_ns())
-        age = self._clock.now().nanoseconds - prediction.observation.newest_image_stamp
-        self.stamp_to_publish.add(to_s(age))
+        measured.chunk_rate.tick(time.monotonic_ns())
+        if prediction.observation.newest_image_stamp:
+            age = to_s(self._clock.now().nanoseconds - prediction.observation.newest_image_stamp)
+            measured.stamp_to_publish.add(age)
+            measured.overhead.add(age - prediction.inference_time)
 
     def _report(self, problem: Problem) -> None:
         self.problem = problem
+        self.measured.problems[problem.reason] += 1
+        clamped = self.contract.on_violation is OnViolation.CLAMP and problem.reason is Reason.LIMIT_POSITION
+        if not clamped and self.latch.note(problem) is not None:
+            self._apply_pause()
         self._on_problem(problem)
 
     def _on_worker_error(self, error: Exception) -> None:
@@ -379,9 +337,11 @@ class Pipeline:
             self._publish_command(output, stamp)
         now = time.monotonic_ns()
         if output.values is not None:
-            self.control_rate.tick(now)
+            self.measured.control_rate.tick(now)
+        if output.positions is not None:
+            self._seams.add(output.sequence, output.positions)
         for violation in output.violations:
-            self.violations[violation.reason] += 1
+            self.measured.violations[violation.reason] += 1
             self.last_violation = (now, Problem(violation.reason, "", str(violation)))
         self.output = output
 

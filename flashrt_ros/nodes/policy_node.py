@@ -29,6 +29,7 @@ from rclpy.subscription import Subscription
 
 from flashrt_ros.core.commander import Output
 from flashrt_ros.core.contract import RobotContract, load_contract
+from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.msg import ActionChunk, PolicyStatus
 from flashrt_ros.srv import Calibrate, SetPrompt
@@ -39,7 +40,8 @@ from .exotic_images import cv_bridge_decoder
 from .failures import EXPECTED, describe, reason_of
 from .outputs import CommandPublisher, chunk_message
 from .parameters import PolicyParameters
-from .pipeline import Pipeline, PlacedChunk, PolicyLike, Problem
+from .pipeline import Pipeline, PlacedChunk
+from .policy_runner import PolicyLike
 
 STATUS_PERIOD = 0.5  # [s]
 DIAGNOSTICS_PERIOD = 1.0  # [s]

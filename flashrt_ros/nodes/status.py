@@ -9,14 +9,14 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from std_msgs.msg import Header
 
+from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind
 from flashrt_ros.core.timing import NS_PER_S, to_s
 from flashrt_ros.msg import PolicyStatus
 
-from .pipeline import Pipeline, Problem
+from .pipeline import Pipeline
 
-NONE = Problem(Reason.OK, "", "")
 VIOLATION_SHOWN = NS_PER_S  # how long a clamped command stays the reported reason [ns]
 
 _STATES = {
@@ -47,11 +47,11 @@ def policy_status(
     if pipeline.active:
         message.state = _STATES[output.kind] if output is not None else PolicyStatus.STATE_WAITING
         _explain(message, current_problem(pipeline, now))
-        if (fault := pipeline.fault) is not None:
-            message.state = PolicyStatus.STATE_FAULT
-            _explain(message, fault)
-        elif message.state == PolicyStatus.STATE_RUNNING and message.reason:
+        if message.state == PolicyStatus.STATE_RUNNING and message.reason:
             message.message = f"note: {message.message}"
+    if (fault := pipeline.fault) is not None:
+        message.state = PolicyStatus.STATE_FAULT
+        _explain(message, fault)
     message.prompt = pipeline.prompt
     message.precision = pipeline.policy.precision if pipeline.policy is not None else ""
     message.sequence = pipeline.commander.timeline.sequence
@@ -65,6 +65,8 @@ def current_problem(pipeline: Pipeline, now: int) -> Problem:
     """What stands in the way; the cause before its consequence: a missing stream rather than "starved"."""
     output = pipeline.output
     commanding = output is not None and output.kind is CommandKind.RUNNING
+    if pipeline.held:
+        return Problem(Reason.HELD, "", Reason.HELD.text)
     # Read once: the worker and the control thread replace them at any time.
     problem, violation = pipeline.problem, pipeline.last_violation
     if problem is not None:
@@ -99,9 +101,9 @@ def diagnostics(
         values[f"{stream}.rate_hz"] = f"{rate:.2f}"
         values[f"{stream}.age_s"] = f"{age:.3f}" if age >= 0 else "never"
     if pipeline is not None:
-        for reason, count in sorted(pipeline.dropped.items()):
+        for reason, count in sorted(pipeline.measured.dropped.items()):
             values[f"chunks_dropped.{reason.name.lower()}"] = str(count)
-        for reason, count in sorted(pipeline.violations.items()):
+        for reason, count in sorted(pipeline.measured.violations.items()):
             values[f"commands_limited.{reason.name.lower()}"] = str(count)
         if pipeline.control is not None:
             values["control_ticks_missed"] = str(pipeline.control.missed)
@@ -130,9 +132,9 @@ def _fill_streams(message: PolicyStatus, pipeline: Pipeline, now: int) -> None:
 
 
 def _fill_rates(message: PolicyStatus, pipeline: Pipeline, now: int) -> None:
-    message.chunk_rate = pipeline.chunk_rate.rate(now)
-    message.control_rate = pipeline.control_rate.rate(now)
-    inference, publish = pipeline.inference.summary(), pipeline.stamp_to_publish.summary()
+    message.chunk_rate = pipeline.measured.chunk_rate.rate(now)
+    message.control_rate = pipeline.measured.control_rate.rate(now)
+    inference, publish = pipeline.measured.inference.summary(), pipeline.measured.stamp_to_publish.summary()
     message.inference_p50, message.inference_p95 = inference.p50, inference.p95
     message.inference_p99 = inference.p99
     message.stamp_to_publish_p50, message.stamp_to_publish_p99 = publish.p50, publish.p99

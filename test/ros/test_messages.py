@@ -17,13 +17,14 @@ from rclpy.serialization import deserialize_message, serialize_message
 from trajectory_msgs.msg import JointTrajectory
 
 from flashrt_ros.core.contract import Qos, load_contract
+from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.trajectory import TrajectoryPoints
 from flashrt_ros.msg import ActionChunk, PolicyStatus
 from flashrt_ros.nodes import status
 from flashrt_ros.nodes.exotic_images import cv_bridge_decoder
 from flashrt_ros.nodes.outputs import chunk_message, time_message, trajectory_message
-from flashrt_ros.nodes.pipeline import Pipeline, Problem
+from flashrt_ros.nodes.pipeline import Pipeline
 from flashrt_ros.nodes.streams import qos_profile
 
 ROOT = Path(__file__).resolve().parents[2]

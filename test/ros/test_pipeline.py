@@ -170,7 +170,7 @@ def test_reset_drops_what_the_old_prompt_was_computed_for(driver: Driver) -> Non
     go_on.set()
     wait_until(lambda: len(driver.chunks) > before, 30.0, "a chunk for the new prompt")
     assert {placed.prediction.prompt for placed in driver.chunks[before:]} == {"new"}
-    assert driver.pipeline.dropped[Reason.OLD_GENERATION] == 1
+    assert driver.pipeline.measured.dropped[Reason.OLD_GENERATION] == 1
 
 
 def test_without_reset_the_chunk_in_work_is_still_used(driver: Driver) -> None:
@@ -189,7 +189,7 @@ def test_without_reset_the_chunk_in_work_is_still_used(driver: Driver) -> None:
     go_on.set()
     wait_until(lambda: len(driver.chunks) > before + 1, 30.0, "two more chunks")
     assert [placed.prediction.prompt for placed in driver.chunks[before : before + 2]] == ["old", "new"]
-    assert not driver.pipeline.dropped
+    assert not driver.pipeline.measured.dropped
 
 
 def test_a_failing_policy_is_reported_and_tried_again(driver: Driver) -> None:
@@ -220,7 +220,7 @@ def test_unusable_actions_are_dropped_and_never_commanded(driver: Driver, action
     assert driver.chunks == []
     assert all(output.values is None for output, _ in driver.commands)
     # With the wrong number of joints, actions do not even get as far as the timeline, which counts.
-    assert (driver.pipeline.dropped[reason] >= 1) == (actions.shape[1] == driver.contract.dof)
+    assert (driver.pipeline.measured.dropped[reason] >= 1) == (actions.shape[1] == driver.contract.dof)
     # The first reports may be of streams.
     assert driver.problems[-1].reason is reason
 

@@ -1,0 +1,175 @@
+"""The worker thread's part of the pipeline: from the streams to a prediction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rclpy.clock import Clock
+
+from flashrt_ros.core.commander import Commander
+from flashrt_ros.core.contract import RobotContract
+from flashrt_ros.core.images import FallbackDecoder
+from flashrt_ros.core.ingest import Ingest
+from flashrt_ros.core.measurements import Measurements
+from flashrt_ros.core.observation import Observation
+from flashrt_ros.core.problem import Problem
+from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.sync import NotReady, Snapshot, Synchroniser
+from flashrt_ros.core.timeline import ObservationMark
+from flashrt_ros.core.timing import to_s
+from flashrt_ros.core.trigger import InferenceTrigger
+
+FloatArray = NDArray[np.float64]
+ANY_PROMPT = "task"
+
+
+class PolicyLike(Protocol):
+    """What the node needs of flashrt_runtime.Policy; see there for shapes, units and errors."""
+
+    @property
+    def spec(self) -> Any: ...
+    @property
+    def precision(self) -> str: ...
+    def set_prompt(self, prompt: str) -> None: ...
+    def predict(self, images: Any, prompt: str, state: Any, *, seed: int | None) -> NDArray[np.float32]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A chunk and what it was computed from. actions: (horizon, dof) in robot units."""
+
+    actions: FloatArray
+    mark: ObservationMark
+    observation: Observation
+    prompt: str
+    inference_time: float  # [s]
+
+
+class PolicyRunner:
+    """Owns the policy. Everything but `set_prompt` and the attributes belongs to the worker thread."""
+
+    def __init__(
+        self,
+        contract: RobotContract,
+        clock: Clock,
+        synchroniser: Synchroniser,
+        commander: Commander,
+        measurements: Measurements,
+        report: Callable[[Problem], None],
+        fallback_decoder: FallbackDecoder | None,
+        seed: int | None,
+    ) -> None:
+        """`report` is told why there is no prediction."""
+        self.policy: PolicyLike | None = None
+        self.prompt = ""  # read at each inference
+        self.trigger = InferenceTrigger(contract.rates)
+        self.ingest = Ingest(contract, fallback_decoder)
+        self._contract = contract
+        self._clock = clock
+        self._synchroniser = synchroniser
+        self._commander = commander
+        self._measurements = measurements
+        self._report = report
+        self._seed = seed
+        self._used: dict[str, int] = {}  # camera stamps of the last observation
+        self._jumps = 0  # clock jumps of the streams that have been dealt with
+
+    def adopt(self, policy: PolicyLike, prompt: str) -> None:
+        """Check a policy just loaded against the contract, set its prompt ("" for none) and keep it.
+
+        Raises PolicyMismatchError and what the prompt raises; the policy is then closed.
+        """
+        try:
+            self._contract.check_policy(policy.spec)
+            # Without a prompt any text will do: a missing tokenizer is to show now, not in mid-operation.
+            policy.set_prompt(prompt or ANY_PROMPT)
+        except Exception:
+            policy.close()
+            raise
+        self.policy, self.prompt = policy, prompt
+
+    def set_prompt(self, prompt: str) -> None:
+        """Use `prompt` from the next inference on; raises what the policy says about it. Any thread."""
+        if self.policy is None:
+            raise RuntimeError("no policy is loaded")
+        self.policy.set_prompt(prompt)
+        self.prompt = prompt
+
+    def forget(self) -> None:
+        """As before the first observation (activate, new episode)."""
+        self.ingest.reset()
+        self.trigger.reset()
+        self._used = {}
+        self._jumps = self._synchroniser.clock_jumps
+
+    def infer(self, wanted: Callable[[], bool]) -> Prediction | None:
+        """One chunk from the newest observation; None when there is nothing new or nothing usable, or when
+        `wanted` says no."""
+        self.fence_clock_jumps()
+        # The mark first: if a stop comes after the question, its fence is newer than the mark.
+        mark = self._commander.mark_observation()
+        policy = self.policy
+        if not wanted() or policy is None:
+            return None
+        now = time.monotonic_ns()
+        selected = self._synchroniser.select(self._clock.now().nanoseconds, now)
+        if isinstance(selected, NotReady):
+            self._report(Problem(selected.reason, selected.stream, selected.message))
+            return None
+        # Read after the mark: an inference whose mark passes the fence of a prompt reset has the new prompt.
+        prompt = self.prompt
+        if not prompt:
+            self._report(Problem(Reason.PROMPT_INVALID, "", "no prompt yet: call ~/set_prompt"))
+            return None
+        if not self._is_new(selected) or not self.trigger.due(now):
+            return None
+        observation = self._observe(selected)
+        begin = time.perf_counter()
+        actions = policy.predict(observation.images, prompt, observation.state, seed=self._seed)
+        elapsed = time.perf_counter() - begin
+        return Prediction(self._contract.actions_to_robot(actions), mark, observation, prompt, elapsed)
+
+    def fence_clock_jumps(self) -> None:
+        """Streams whose stamps jumped back (a bag that loops): what was computed or used before is void."""
+        jumps = self._synchroniser.clock_jumps
+        if jumps == self._jumps:
+            return
+        self._jumps, self._used = jumps, {}
+        self._commander.timeline.bump_generation()
+        text = "header stamps jumped back: the actions of the time before were dropped"
+        self._report(Problem(Reason.CLOCK, "", text))
+
+    def _observe(self, selected: Snapshot) -> Observation:
+        """Decode, and note how long everything before the model took."""
+        measured = self._measurements
+        begin = time.monotonic_ns()
+        observation = self.ingest.observe(selected)
+        self._used = self._camera_stamps(selected)
+        end = time.monotonic_ns()
+        newest = max(item.receipt for item in selected.messages.values())
+        measured.sync_wait.add(to_s(begin - newest))
+        measured.decode.add(to_s(end - begin))
+        if observation.newest_image_stamp:  # every camera may be optional
+            age = self._clock.now().nanoseconds - observation.newest_image_stamp
+            measured.observation_age.add(to_s(age))
+        return observation
+
+    def _camera_stamps(self, snapshot: Snapshot) -> dict[str, int]:
+        streams = self._contract.streams
+        return {name: item.stamp for name, item in snapshot.messages.items() if streams[name].is_image}
+
+    def _is_new(self, snapshot: Snapshot) -> bool:
+        """Whether every camera has a frame newer than the last observation's, or one is newer by more than
+        the allowed skew: waiting for the slowest for ever would waste the others."""
+        stamps = self._camera_stamps(snapshot)
+        if stamps.keys() != self._used.keys():
+            return True
+        if all(stamp > self._used[name] for name, stamp in stamps.items()):
+            return True
+        return max(stamps.values()) > max(self._used.values()) + self._contract.sync.max_skew
