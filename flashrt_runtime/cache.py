@@ -6,30 +6,56 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-DIRECTORY_VARIABLE = "FLASHRT_CACHE_DIR"
+DIRECTORY_VARIABLES = ("FLASHRT_CACHE_DIR", "FLASH_RT_HOME")  # the first that is set counts
 PIECE = 64 << 20
 REMEMBERED = 64
+ABANDONED_S = 3600.0
 
 
 def cache_directory() -> Path:
-    """$FLASHRT_CACHE_DIR, or ~/.cache/flash_rt; not created."""
-    named = os.environ.get(DIRECTORY_VARIABLE)
-    return Path(named) if named else Path.home() / ".cache" / "flash_rt"
+    """$FLASHRT_CACHE_DIR or $FLASH_RT_HOME, else flash_rt in $XDG_CACHE_HOME or ~/.cache; not created."""
+    for variable in DIRECTORY_VARIABLES:
+        if named := os.environ.get(variable):
+            return Path(named).expanduser()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "flash_rt"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name complete or not at all."""
+    """Write a file that appears under its name complete or not at all, whatever ends the process or the
+    machine. Of several writers one wins. What a killed one left behind is removed once it is an hour old.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                left.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def content_digest(files: Sequence[Path], remember: Path | None = None) -> str:

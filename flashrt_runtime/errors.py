@@ -50,6 +50,30 @@ class ActionError(FlashRTError, RuntimeError):
     """The model produced actions that cannot be used (non-finite)."""
 
 
+class CalibrationError(FlashRTError, RuntimeError):
+    """Activation scales cannot be had (non-finite activations, nowhere to keep them)."""
+
+
+class CalibrationNotFoundError(CalibrationError, FileNotFoundError):
+    """No calibration at the given path, or none in the cache for this checkpoint."""
+
+
+class CalibrationMismatchError(CalibrationError):
+    """A calibration of another checkpoint, configuration, precision, normalisation or version."""
+
+
+class CalibrationCorruptError(CalibrationError):
+    """A calibration file that is damaged, or is none."""
+
+
+class CalibrationCancelledError(CalibrationError):
+    """A calibration was told to stop; the scales that were in force still are."""
+
+
+class DatasetError(FlashRTError, ValueError):
+    """A dataset's files are not what their layout promises, or hold nothing that was asked for."""
+
+
 class ClosedError(FlashRTError, RuntimeError):
     """The policy was used after `close()`."""
 

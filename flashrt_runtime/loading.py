@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from . import models
 from .checkpoints.base import Checkpoint, open_checkpoint
 from .engine import Engine, fused_expert
-from .errors import CheckpointError, NotSupportedYetError, OptionError
+from .errors import CalibrationNotFoundError, CheckpointError, NotSupportedYetError, OptionError
 from .models import FlowPolicy
 from .models.weights import load_weights
 from .options import Target, requested_precision, resolve_config, resolve_target
@@ -37,6 +38,7 @@ def load_model(
     autotune: int | bool = 3,
     recalibrate: bool = False,
     weight_cache: bool = True,
+    calibration: str | Path | None = None,
     use_fp8: bool | None = None,
     use_fp16: bool | None = None,
     use_fp4: bool | None = None,
@@ -64,7 +66,9 @@ def load_model(
     "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the use_* flags map
     onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune: graphs
     captured per prompt bucket, of which the fastest is kept; True is 3, False, 0 and 1 capture once.
-    weight_cache: keep quantised weights on disk; recalibrate: ignore those that are there.
+    weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
+    to this checkpoint, configuration, precision and views; None or "auto": the one in the cache, if there is
+    one (see `Policy.save_calibration`). recalibrate: ignore what the cache holds, weights and calibration.
 
     What a checkpoint may leave open: action_horizon (actions per chunk), asset_id (which assets/<id> holds
     the statistics), delta_actions (per action dimension, whether the model gives offsets to the state;
@@ -73,7 +77,8 @@ def load_model(
 
     Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's
     units. Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
-    CheckpointNotFoundError and CheckpointError (which file and key).
+    CheckpointNotFoundError, CheckpointError (which file and key) and CalibrationError (one that does not
+    belong or is damaged; the message names the way out).
     """
     later = {
         "fp4_layers": fp4_layers,
@@ -99,7 +104,12 @@ def load_model(
     policy_name = resolve_config(config)
     wanted = requested_precision(precision, use_fp8, use_fp16, use_fp4)
     target = resolve_target(hardware, wanted, allow_fp8=use_fp8 is not False)
-    settings = Settings(num_views, num_steps, autotune, recalibrate, weight_cache)
+    scales = None if calibration in (None, "auto") else Path(calibration).expanduser()
+    if scales is not None and target.precision != "fp8":
+        raise OptionError(f"calibration={str(scales)!r} is for fp8, and precision is {target.precision!r}")
+    if scales is not None and recalibrate:
+        raise OptionError(f"calibration={str(scales)!r} and recalibrate=True contradict each other: drop one")
+    settings = Settings(num_views, num_steps, autotune, recalibrate, weight_cache, scales)
     opened = open_checkpoint(
         Path(checkpoint).expanduser(),
         framework=framework,
@@ -121,6 +131,7 @@ class Settings:
     autotune: int
     recalibrate: bool
     weight_cache: bool
+    calibration: Path | None = None
 
 
 def _load(opened: Checkpoint, target: Target, settings: Settings) -> Policy:
@@ -162,7 +173,23 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
         fused_expert.attach(model, target.device)
         engine = Engine(model, opened.rules, target.device, settings.autotune)
         engine.capture()
-    return Policy(model, opened, target, engine)
+    policy = Policy(model, opened, target, engine)
+    if target.precision == "fp8":
+        try:
+            _load_scales(policy, opened, settings)
+        except BaseException:
+            policy.close()
+            raise
+    return policy
+
+
+def _load_scales(policy: Policy, opened: Checkpoint, settings: Settings) -> None:
+    """The calibration that was named, or the cache's where it has one."""
+    if settings.calibration is not None:
+        policy.load_calibration(settings.calibration)
+    elif not settings.recalibrate and opened.store.files:
+        with contextlib.suppress(CalibrationNotFoundError):
+            policy.load_calibration()
 
 
 def _load_quantised(model: FlowPolicy, opened: Checkpoint, target: Target, settings: Settings) -> None:

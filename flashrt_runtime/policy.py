@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from .errors import (
     ActionError,
     CheckpointError,
     ClosedError,
-    NotSupportedYetError,
     ObservationError,
     OptionError,
 )
@@ -27,7 +27,10 @@ from .models import FlowPolicy
 from .options import Target
 from .processing.actions import ActionTransform
 from .processing.images import prepare_image
-from .quantization.calibration import Calibrator
+from .quantization import session
+from .quantization.artifact import identity_of
+from .quantization.calibration import CalibrationReport
+from .quantization.in_force import CalibrationInForce
 from .spec import PolicySpec
 
 logger = logging.getLogger(__name__)
@@ -41,12 +44,17 @@ class Policy:
     ) -> None:
         self._model: FlowPolicy | None = model
         self._engine = engine
-        self._calibrator = Calibrator(model) if target.precision == "fp8" else None
         self._target = target
         self._lock = threading.Lock()
         self._checkpoint = checkpoint
         self.spec = PolicySpec.of(checkpoint, model.num_views)
         self._encode = ObservationEncoder(checkpoint, self.spec)
+        views = self.spec.views
+        self._calibration = (
+            CalibrationInForce(model, lambda: identity_of(checkpoint, views, target.precision))
+            if target.precision == "fp8"
+            else None
+        )
         stats = checkpoint.norm_stats
         self._actions = (
             ActionTransform(stats.actions, checkpoint.rules, checkpoint.action_dim, checkpoint.delta_actions)
@@ -169,74 +177,112 @@ class Policy:
             bad = int((~np.isfinite(actions)).sum())
             raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scales this precision needs are in force: always, where it needs none."""
+        return self._calibration is None or self._calibration.calibrated
+
+    @property
+    def calibration_key(self) -> str:
+        """Names the calibrations that fit: another checkpoint byte, configuration, precision, set of views,
+        normalisation or library version has another. The first use reads the checkpoint's files, seconds
+        for a large one. Raises OptionError (not fp8), CalibrationError (no files) or ClosedError.
+        """
+        return self._calibration_or_refuse().identity.key
+
     def calibrate(
         self,
         observations: Iterable[Mapping[str, Any]],
-        percentile: float = 100.0,
+        percentile: float | None = None,
         max_samples: int | None = None,
         verbose: bool = False,
-    ) -> None:
+        *,
+        estimator: str | None = None,
+        source: str = "",
+        progress: Callable[[int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        held_out: int = 0,
+    ) -> CalibrationReport:
         """Set the activation scales from what the model sees in `observations`; graphs stay valid.
 
         observations: mappings of predict's arguments: images, and where the policy needs them prompt,
-        state, noise or seed. The scale of each projection is its largest activation / 448 over every sample
-        and denoise step (percentile=100; others come with a later version). max_samples: use at most this
-        many. verbose: log scales. Raises OptionError (nothing to calibrate, no observations),
-        NotSupportedYetError and what predict raises; the scales in force then stay.
+        state, noise or seed; taken one by one and not kept. The magnitudes that a projection sees in every
+        sample and denoise step are pooled, and its scale comes from them by an estimator: "mse" (default)
+        clips where rounding and clipping to e4m3 together cost least; "percentile" clips above that share
+        of the magnitudes; "max" clips nothing. percentile alone chooses the estimator: below 100
+        "percentile", 100 "max". All but "max" leave out a sample whose largest magnitude is an outlier
+        among at least four (an octave above the median or more, see
+        `quantization.statistics.outlying_samples`): the report names it.
+
+        max_samples: calibrate on at most this many. held_out: so many observations more are set aside, one
+        in five or spread over max_samples, and fp8 actions are compared with those of bfloat16 activations
+        on them. source: kept with the calibration. progress: called with the number of samples so far.
+        should_stop: asked between samples; true raises CalibrationCancelledError. verbose: log scales.
+
+        Raises OptionError (nothing to calibrate, no observations, contradicting options), CalibrationError
+        (non-finite activations) and what predict raises; whatever is raised, the scales in force stay.
         """
-        calibrator = self._calibrator_or_refuse()
-        if percentile != 100.0:
-            raise NotSupportedYetError(f"percentile={percentile} is not supported yet: use 100, the maximum")
-        if max_samples is not None and max_samples < 1:
-            raise OptionError(f"max_samples must be 1 or more, or None for all; got {max_samples}")
-        count = 0
-        calibrator.reset()
-        for observation in itertools.islice(observations, max_samples):
-            with self._lock:  # not around the caller's iterator, which may be slow or call us
-                model = self._check_open()
-                inputs = self._encode(**self._encode.arguments(observation))
-                with calibrator.observe():
-                    self._eager(model, inputs)
-            count += 1
-        if count == 0:
-            raise OptionError("calibrate: no observations were given")
-        with self._lock:
-            self._check_open()
-            calibrator.apply()
-        logger.info(
-            "activation scales of %d projections from %d observations", len(calibrator.linears), count
+        calibration = self._calibration_or_refuse()
+        request = session.Request.checked(percentile, estimator, max_samples, held_out, source)
+        runner = session.Runner(
+            exclusive=self._exclusive,
+            encode=lambda observation: self._encode(**self._encode.arguments(observation)),
+            eager=lambda inputs: self._eager(self._check_open(), inputs),
+            deployed=lambda inputs: self._run(self._check_open(), inputs),
+            robot_actions=self.spec.action_dim or self.spec.model_action_dim,
         )
+        report = calibration.calibrate(runner, observations, request, progress, should_stop)
         if verbose:
-            for name, scale in calibrator.scales().items():
+            for name, scale in report.scales.items():
                 logger.info("%s: activation scale %.6g", name, scale)
+        return report
 
     def recalibrate(self) -> None:
         """Drop the calibration in force: the next observation sets the scales again."""
-        calibrator = self._calibrator_or_refuse()
-        with self._lock:
-            self._check_open()
-            calibrator.drop()
+        calibration = self._calibration_or_refuse()
+        with self._exclusive():
+            calibration.drop()
 
-    def _calibrator_or_refuse(self) -> Calibrator:
+    def save_calibration(self, path: Path | None = None) -> Path:
+        """Keep the calibration in force in a file; None: in the cache, where load_model finds it.
+
+        Returns the file. It appears complete or not at all. Raises CalibrationError (nothing in force),
+        OptionError (not fp8), ClosedError or OSError.
+        """
+        calibration = self._calibration_or_refuse()
+        with self._exclusive():
+            return calibration.save(path)
+
+    def load_calibration(self, path: Path | None = None) -> None:
+        """Put a saved calibration in force, from the next predict on; None: the one in the cache.
+
+        Raises CalibrationNotFoundError, CalibrationMismatchError (of another checkpoint, configuration,
+        precision, views, normalisation or version), CalibrationCorruptError, OptionError (not fp8) or
+        ClosedError; the calibration in force then stays.
+        """
+        calibration = self._calibration_or_refuse()
+        file, content = calibration.read(path)
+        with self._exclusive():
+            calibration.put(content)
+        logger.info("activation scales from %s: %d samples, %s", file, content.samples, content.source)
+
+    def _calibration_or_refuse(self) -> CalibrationInForce:
         self._check_open()
-        if self._calibrator is None:
+        if self._calibration is None:
             raise OptionError(
                 f"precision {self.precision!r} has no activation scales: calibration is for fp8"
             )
-        return self._calibrator
+        return self._calibration
 
     def _calibrate_first(self, forward: Callable[[], torch.Tensor]) -> None:
-        """FP8 without scales takes them from the observation at hand, and says so."""
-        calibrator = self._calibrator
-        if calibrator is None or calibrator.calibrated:
-            return
-        logger.warning(
-            "not calibrated: activation scales are those of this one observation; call calibrate()"
-        )
-        calibrator.reset()
-        with calibrator.observe():
-            forward()
-        calibrator.apply()
+        if self._calibration is not None:
+            self._calibration.from_first(forward)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._lock:
+            self._check_open()
+            yield
 
     def close(self) -> None:
         """Free the model's memory. Any later call raises ClosedError; closing twice is allowed."""
@@ -245,7 +291,7 @@ class Policy:
                 self._model.fused_expert = None  # it refers back to the model
             self._model = None
             self._engine = None
-            self._calibrator = None
+            self._calibration = None
             self._checkpoint.close()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()

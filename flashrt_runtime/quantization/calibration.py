@@ -1,26 +1,88 @@
-"""Static activation scales from what the projections really see: a running maximum over samples and denoise
-steps.
-"""
+"""A model's static activation scales: in force or not, written in place, and what is told about them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import ActionError
+from ..errors import CalibrationError
 from ..ops import E4M3_MAX
+from .estimators import Estimator, estimate_scale
 from .fp8 import Fp8Linear, fp8_linears
+from .statistics import Collector, observing
+
+CEILING = 20.0
+
+
+@dataclass(frozen=True)
+class HeldOutError:
+    """How far fp8 actions are from those of the same weights with bfloat16 activations, over observations
+    that were not calibrated on, in model space (normalised actions, the robot's dimensions).
+
+    max_abs: largest difference; relative_rms: ‖difference‖ / ‖reference‖; cosine: of a chunk with its
+    reference. Each is the worst sample's; per_sample has (max_abs, relative_rms, cosine) of every one.
+    """
+
+    max_abs: float
+    relative_rms: float
+    cosine: float
+    per_sample: tuple[tuple[float, float, float], ...]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> HeldOutError | None:
+        """From (actions, reference actions) of each sample; None without any."""
+        rows = tuple(action_error(actions, reference) for actions, reference in pairs)
+        return cls.of_rows(rows) if rows else None
+
+    @classmethod
+    def of_rows(cls, rows: tuple[tuple[float, float, float], ...]) -> HeldOutError:
+        """From the rows of `per_sample`, at least one."""
+        worst, relative, cosines = zip(*rows, strict=True)
+        return cls(max(worst), max(relative), min(cosines), rows)
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a calibration did.
+
+    samples: observations the scales are from. scales: by projection. maxima: (samples, projections) largest
+    magnitudes, projections in the order of `scales`. warnings: outliers and scales above the ceiling, with
+    projection and samples (indices count the calibrated observations from 0). held_out_error: None when none
+    was held out.
+    """
+
+    samples: int
+    estimator: str
+    percentile: float | None
+    scales: Mapping[str, float]
+    maxima: NDArray[np.float32] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    held_out_error: HeldOutError | None = None
+    source: str = ""
+
+
+def action_error(
+    actions: NDArray[np.float32], reference: NDArray[np.float32]
+) -> tuple[float, float, float]:
+    """(largest difference, relative rms, cosine) of two chunks of actions."""
+    a, b = actions.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(b)) or 1.0
+    cosine = float(a @ b) / (float(np.linalg.norm(a)) or 1.0) / norm
+    return float(np.abs(a - b).max(initial=0.0)), float(np.linalg.norm(a - b)) / norm, cosine
 
 
 class Calibrator:
-    """Observes a model's FP8 projections and writes their activation scales in place.
+    """The statically scaled projections of a model.
 
-    scale = max |activation| / 448 over everything observed since `reset`: one scale per projection covers
-    every denoise step. Scales live on the device, so a captured graph uses new ones from its next replay
-    on.
+    Scales live on the device and are written in place, so a captured graph uses new ones from its next
+    replay on.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,16 +95,13 @@ class Calibrator:
         """Whether scales are in force."""
         return any(linear.calibrated for linear in self.linears.values())
 
-    @contextmanager
-    def observe(self) -> Iterator[None]:
-        """Within it, projections take unquantised activations and record their largest magnitude."""
-        for linear in self.linears.values():
-            linear.observing = True
-        try:
-            yield
-        finally:
-            for linear in self.linears.values():
-                linear.observing = False
+    def collector(self) -> Collector:
+        """An empty collector of what these projections see."""
+        return Collector(self.linears)
+
+    def unquantised(self) -> AbstractContextManager[None]:
+        """Within it projections take their input as it is: the reference of a held-out error."""
+        return observing(self.linears)
 
     @contextmanager
     def assumed(self) -> Iterator[None]:
@@ -58,10 +117,18 @@ class Calibrator:
             for name, linear in self.linears.items():
                 linear.calibrated = before[name]
 
-    def reset(self) -> None:
-        """Forget what was observed; the scales in force stay."""
-        for linear in self.linears.values():
-            linear.amax.zero_()
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Within it, scales may change; an exception brings back those that were in force."""
+        before = [(float(each.activation_scale), each.calibrated) for each in self.linears.values()]
+        try:
+            yield
+        except BaseException:
+            with torch.inference_mode():
+                for linear, (scale, calibrated) in zip(self.linears.values(), before, strict=True):
+                    linear.activation_scale.fill_(scale)
+                    linear.calibrated = calibrated
+            raise
 
     def drop(self) -> None:
         """No scales are in force any more."""
@@ -69,19 +136,89 @@ class Calibrator:
             linear.calibrated = False
 
     @torch.inference_mode()
-    def apply(self) -> None:
-        """Write the scales. What nothing reached (the last prefix layer's unused half) keeps 1."""
-        broken = [name for name, linear in self.linears.items() if not torch.isfinite(linear.amax)]
-        if broken:
-            raise ActionError(
-                f"calibration: activations of {len(broken)} projections are not finite, first {broken[0]}: "
-                "the scales in force stay"
+    def apply(self, scales: Mapping[str, float]) -> None:
+        """Put scales in force; raises CalibrationError unless there is a positive one for each projection."""
+        if set(scales) != set(self.linears):
+            raise CalibrationError(
+                f"calibration: {len(set(scales) ^ set(self.linears))} projections without a scale or "
+                "scales without a projection"
             )
-        for linear in self.linears.values():
-            scale = linear.amax / E4M3_MAX
-            linear.activation_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        broken = [name for name, scale in scales.items() if not (math.isfinite(scale) and scale > 0)]
+        if broken:
+            raise CalibrationError(f"calibration: no usable scale for {broken[0]}: {scales[broken[0]]}")
+        for name, linear in self.linears.items():
+            linear.activation_scale.fill_(scales[name])
             linear.calibrated = True
 
     def scales(self) -> dict[str, float]:
         """Activation scale of every statically scaled projection, by name."""
-        return {name: float(linear.activation_scale) for name, linear in self.linears.items()}
+        values = [linear.activation_scale for linear in self.linears.values()]
+        return dict(zip(self.linears, torch.stack(values).tolist() if values else [], strict=True))
+
+
+@torch.inference_mode()
+def estimate(
+    collector: Collector, estimator: Estimator, percentile: float | None
+) -> tuple[dict[str, float], list[str]]:
+    """Scales by projection, and warnings: outliers left out, and scales above the ceiling.
+
+    Samples are pooled. `max` takes every sample; the others leave out, projection by projection, those that
+    `statistics.outlying_samples` finds.
+    """
+    maxima = collector.maxima
+    outliers = np.zeros(maxima.shape, bool) if estimator == "max" else collector.outliers()
+    scales = {}
+    for index, name in enumerate(collector.names):
+        counts, peak = collector.histogram(index, ~outliers[:, index])
+        scales[name] = estimate_scale(counts, peak, estimator, percentile)
+    kept = np.where(outliers, np.float32(0), maxima)
+    return scales, _outlier_warnings(collector.names, maxima, outliers) + check_scale_ceiling(scales, kept)
+
+
+def _outlier_warnings(
+    names: Sequence[str], maxima: NDArray[np.float32], outliers: NDArray[np.bool_]
+) -> list[str]:
+    """One line for each sample that was left out anywhere."""
+    ratios = maxima / np.maximum(np.median(maxima, 0), np.finfo(np.float32).tiny)
+    warnings = []
+    for sample in np.flatnonzero(outliers.any(1)):
+        where = np.flatnonzero(outliers[sample])
+        worst = where[np.argmax(ratios[sample, where])]
+        warnings.append(
+            f"sample {sample} is an outlier in {len(where)} of {len(names)} projections and was left out "
+            f"there: in {names[worst]} it reaches {ratios[sample, worst]:.1f} times the median sample"
+        )
+    return warnings
+
+
+def check_scale_ceiling(
+    scales: Mapping[str, float], maxima: NDArray[np.float32] | None = None, ceiling: float = CEILING
+) -> list[str]:
+    """A warning for each projection whose scale is above `ceiling` times the median scale of the run.
+
+    maxima: (samples, projections) in the order of `scales`; with it a warning names the samples that reach
+    half of the projection's largest magnitude, or, where those are most of them, says so.
+    """
+    median = float(np.median(list(scales.values()))) if scales else 0.0
+    warnings = []
+    for index, (name, scale) in enumerate(scales.items()):
+        if not scale > ceiling * median:
+            continue
+        text = (
+            f"{name}: activation scale {scale:.4g} is {scale / median:.0f} times the median {median:.4g} "
+            f"(largest magnitude {scale * E4M3_MAX:.4g})"
+        )
+        if maxima is not None and len(maxima):
+            warnings.append(f"{text}, from {_culprits(maxima[:, index])}")
+        else:
+            warnings.append(text)
+    return warnings
+
+
+def _culprits(maxima: NDArray[np.float32], named: int = 8) -> str:
+    high = np.flatnonzero(maxima >= maxima.max() / 2)
+    if len(high) > max(1, len(maxima) // 2):
+        return f"{len(high)} of {len(maxima)} samples: the projection is like that"
+    ordered = high[np.argsort(-maxima[high], kind="stable")]
+    more = f" and {len(ordered) - named} more" if len(ordered) > named else ""
+    return f"sample{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered[:named]))}{more}"

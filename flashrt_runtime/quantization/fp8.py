@@ -7,6 +7,8 @@ their activations stay in 16 bits (W8A16).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +22,13 @@ class Fp8Linear(Linear):
     """A Linear of e4m3 weights (out, in).
 
     static: its activations are e4m3 of value / input_scale. Until calibrated, and while observing, it takes
-    them in the compute dtype and computes with them as they are.
+    them in the compute dtype and computes with them as they are; `observer` is shown them.
     """
 
     weight: Tensor
     weight_scale: Tensor
     activation_scale: Tensor
-    amax: Tensor
+    observer: Callable[[Tensor], None] | None
 
     def __init__(self, linear: Linear, *, static: bool) -> None:
         nn.Module.__init__(self)
@@ -35,9 +37,10 @@ class Fp8Linear(Linear):
         self.static = static
         self.calibrated = False
         self.observing = False
+        self.observer = None
         self.weight = nn.Parameter(linear.weight.to(ops.E4M3), requires_grad=False)
         self.bias = linear.bias
-        for name in ("weight_scale", "activation_scale", "amax"):
+        for name in ("weight_scale", "activation_scale"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=linear.weight.device))
 
     @property
@@ -56,14 +59,13 @@ class Fp8Linear(Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = scale.reshape(())
         self.activation_scale = torch.ones_like(self.weight_scale)
-        self.amax = torch.zeros_like(self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) of the compute dtype, or e4m3 by `input_scale`. Returns (..., out) of the compute
         dtype.
         """
-        if self.observing:
-            self.amax.copy_(torch.maximum(self.amax, x.abs().amax().float()))
+        if self.observer is not None:
+            self.observer(x)
         scale = self.input_scale
         if scale is None:
             return ops.weight_only_linear(x, self.weight, self.weight_scale, self.bias)

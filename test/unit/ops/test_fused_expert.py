@@ -9,7 +9,7 @@ from flashrt_runtime import models
 from flashrt_runtime.config import GEMMA_300M, GemmaConfig, PolicyConfig, SiglipConfig
 from flashrt_runtime.engine import fused_expert
 from flashrt_runtime.models import FlowPolicy
-from flashrt_runtime.quantization.calibration import Calibrator
+from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, swap_linears
 
 DEPTH, PREFIX = 3, 300
@@ -57,9 +57,10 @@ def test_same_actions_as_the_loop(fp8: bool, horizon: int) -> None:
     noise = torch.randn(horizon, 32, device="cuda")
     if fp8:
         calibrator = Calibrator(model)
-        with calibrator.observe():
+        collector = calibrator.collector()
+        with collector.observe():
             model.integrate(noise.clone())
-        calibrator.apply()
+        calibrator.apply(estimate(collector, "mse", None)[0])
     loop, fused = noise.clone(), noise.clone()
     model.integrate(loop)
     fused_expert.attach(model, torch.device("cuda"))
@@ -80,9 +81,10 @@ def test_calibration_reaches_the_kernel() -> None:
     calibrator = Calibrator(model)
     model.cache.length = model.prefix_bound = PREFIX
     model.prefix_length.fill_(PREFIX)
-    with calibrator.observe():
+    collector = calibrator.collector()
+    with collector.observe():
         model.integrate(torch.randn(10, 32, device="cuda"))
-    calibrator.apply()
+    calibrator.apply(estimate(collector, "mse", None)[0])
     assert model.fused_expert.ready()
     table = model.fused_expert.weights.input_scale
     assert table is not None

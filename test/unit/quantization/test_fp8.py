@@ -15,14 +15,14 @@ import flashrt_runtime
 from flashrt_runtime import models, ops
 from flashrt_runtime.checkpoints.base import open_checkpoint
 from flashrt_runtime.checkpoints.random import make_checkpoint
-from flashrt_runtime.errors import HardwareError, NotSupportedYetError, OptionError
+from flashrt_runtime.errors import HardwareError, OptionError
 from flashrt_runtime.layers.linear import Linear
 from flashrt_runtime.models import FlowPolicy
 from flashrt_runtime.models.weights import load_weights
 from flashrt_runtime.options import requested_precision, resolve_target
 from flashrt_runtime.parity.capture import capture
 from flashrt_runtime.parity.stages import random_inputs
-from flashrt_runtime.quantization.calibration import Calibrator
+from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, fp8_linears, swap_linears
 from flashrt_runtime.quantization.weight_cache import WeightCache, cache_key
 
@@ -79,10 +79,11 @@ def test_every_stage_is_as_close_as_rounding_the_weights(path: Path) -> None:
     round_weights(rounded)
     samples = [random_inputs(exact.config, views=2, tokens=30, seed=seed) for seed in range(4)]
     calibrator = Calibrator(fp8)
-    with calibrator.observe():
-        for sample in samples[:3]:
+    collector = calibrator.collector()
+    for sample in samples[:3]:
+        with collector.observe():
             capture(fp8, sample)
-    calibrator.apply()
+    calibrator.apply(estimate(collector, "mse", None)[0])
     want, weights_only, got = (capture(model, samples[3]) for model in (exact, rounded, fp8))
     stages = {"vision": (want.vision, weights_only.vision, got.vision)}
     for layer in range(exact.config.prefix.depth):
@@ -153,14 +154,15 @@ def test_calibrator_keeps_the_largest_of_all_samples_and_steps() -> None:
     linear, _ = fp8_linear()
     model = nn.ModuleDict({"layer": linear})
     calibrator = Calibrator(model)
-    with calibrator.observe():
+    collector = calibrator.collector()
+    with collector.observe():
         for peak in (1.0, 7.0, 3.0):  # a denoise step in the middle holds the maximum
             x = torch.zeros(2, 32)
             x[1, 5] = -peak
             linear(x)
     assert not calibrator.calibrated
     address = linear.activation_scale.data_ptr()
-    calibrator.apply()
+    calibrator.apply(estimate(collector, "max", None)[0])
     assert calibrator.calibrated
     assert float(linear.activation_scale) == pytest.approx(7.0 / ops.E4M3_MAX)
     assert linear.activation_scale.data_ptr() == address, "a captured graph would read the old scale"
@@ -172,12 +174,12 @@ def test_calibration_sees_every_denoise_step(checkpoints: dict[str, Path]) -> No
     down = model.get_submodule("expert.layers.0.down")
     peaks: list[float] = []
     hook = down.register_forward_pre_hook(lambda _m, args: peaks.append(float(args[0].abs().amax())))
-    calibrator = Calibrator(model)
-    with calibrator.observe():
+    collector = Calibrator(model).collector()
+    with collector.observe():
         capture(model, random_inputs(model.config, views=2, tokens=20, seed=1))
     hook.remove()
     assert len(peaks) == model.config.num_steps
-    assert float(down.amax) == max(peaks)
+    assert collector.maxima[0, collector.names.index("expert.layers.0.down")] == max(peaks)
     assert len(set(peaks)) > 1
 
 
@@ -211,8 +213,8 @@ def test_calibrate_refuses(checkpoints: dict[str, Path]) -> None:
     policy = flashrt_runtime.load_model(checkpoints["pi05"], hardware="cpu", precision="fp8", num_steps=STEPS)
     with pytest.raises(OptionError, match="no observations"):
         policy.calibrate([])
-    with pytest.raises(NotSupportedYetError, match="percentile"):
-        policy.calibrate(observations(1), percentile=99.0)
+    with pytest.raises(OptionError, match="percentile"):
+        policy.calibrate(observations(1), percentile=101.0)
     plain = flashrt_runtime.load_model(checkpoints["pi05"], hardware="cpu", precision="fp32")
     for refused in (lambda: plain.calibrate(observations(1)), plain.recalibrate):
         with pytest.raises(OptionError, match="no activation scales"):

@@ -1,0 +1,258 @@
+"""A calibration on disk: one safetensors file that belongs to one checkpoint and says so."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from .. import __version__
+from ..cache import cache_directory, content_digest, write_atomically
+from ..checkpoints.base import Checkpoint
+from ..errors import (
+    CalibrationCorruptError,
+    CalibrationError,
+    CalibrationMismatchError,
+    CalibrationNotFoundError,
+)
+from .calibration import CalibrationReport, HeldOutError
+
+FORMAT = 1
+MARK = "flashrt_calibration"
+MAKE = "make one with `flashrt calibrate` or Policy.calibrate() and save_calibration()"
+AGAIN = "calibrate again with `flashrt calibrate`"
+
+
+@dataclass(frozen=True)
+class CalibrationIdentity:
+    """All that activation scales depend on; the same identity, the same scales.
+
+    checkpoint: digest of every byte of the weight files; normalization: digest of the statistics and of the
+    checkpoint's rules; model: dimensions, horizon and denoise steps; views: camera views in order.
+    """
+
+    checkpoint: str
+    normalization: str
+    model: Mapping[str, Any]
+    precision: str
+    views: tuple[str, ...]
+    version: str = __version__
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits that name this identity."""
+        return _digest(asdict(self))[:32]
+
+    @property
+    def cached_file(self) -> Path:
+        """Where the cache keeps the calibration of this identity."""
+        return cache_directory() / "calibration" / f"{self.key}.safetensors"
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """One line for each field in which a file's identity differs: what this is, and what it is."""
+        lines = []
+        for name, mine in _plain(asdict(self)).items():
+            theirs = other.get(name)
+            if theirs == mine:
+                continue
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+                mine = {key: mine.get(key) for key in keys}
+                theirs = {key: theirs.get(key) for key in keys}
+            lines.append(f"{name} of the file is {theirs}, of this policy {mine}")
+        return lines
+
+
+def identity_of(checkpoint: Checkpoint, views: tuple[str, ...], precision: str) -> CalibrationIdentity:
+    """The identity of a policy. Reads the weight files once: 7 GB in a few seconds, remembered after that.
+
+    Raises CalibrationError for a checkpoint without files, which nothing could tell from another.
+    """
+    files = checkpoint.store.files
+    if not files:
+        raise CalibrationError(
+            f"{checkpoint.path}: this checkpoint has no files, so no calibration can be bound to it"
+        )
+    return CalibrationIdentity(
+        checkpoint=content_digest(files, cache_directory() / "digests.json"),
+        normalization=normalization_digest(checkpoint),
+        model=asdict(checkpoint.config),
+        precision=precision,
+        views=tuple(views),
+    )
+
+
+def normalization_digest(checkpoint: Checkpoint) -> str:
+    """Digest of what lies between the robot's units and the model: statistics, rules, delta actions."""
+    stats = checkpoint.norm_stats
+    features = {"state": stats.state, "actions": stats.actions} if stats else {}
+    return _digest(
+        {
+            "statistics": {
+                name: {key: array.tolist() for key, array in feature.arrays().items()}
+                for name, feature in features.items()
+                if feature is not None
+            },
+            "rules": asdict(checkpoint.rules),
+            "delta_actions": checkpoint.delta_actions,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales and where they come from: what a file holds, and what is in force in a policy.
+
+    scales: by projection; maxima: (samples, projections) largest magnitudes; date: ISO 8601, UTC.
+    """
+
+    scales: Mapping[str, float]
+    maxima: NDArray[np.float32] = field(repr=False)
+    samples: int
+    estimator: str
+    percentile: float | None = None
+    source: str = ""
+    warnings: tuple[str, ...] = ()
+    held_out_error: HeldOutError | None = None
+    date: str = ""
+
+    @classmethod
+    def of(cls, report: CalibrationReport) -> Calibration:
+        """What a calibration that was just made is kept as."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        names = ("scales", "maxima", "samples", "estimator", "percentile", "source", "warnings")
+        values = {name: getattr(report, name) for name in names}
+        return cls(**values, held_out_error=report.held_out_error, date=now)
+
+
+def write(path: Path, calibration: Calibration, identity: CalibrationIdentity) -> None:
+    """Write a file, complete or not at all. Raises OSError where it cannot be written."""
+    tensors = {
+        "scales": np.array(list(calibration.scales.values()), np.float32),
+        "maxima": np.ascontiguousarray(calibration.maxima, np.float32),
+    }
+    error = calibration.held_out_error
+    content = {
+        "identity": asdict(identity),
+        "key": identity.key,
+        "layers": list(calibration.scales),
+        "samples": calibration.samples,
+        "estimator": calibration.estimator,
+        "percentile": calibration.percentile,
+        "source": calibration.source,
+        "warnings": list(calibration.warnings),
+        "held_out_error": None if error is None else error.per_sample,
+        "date": calibration.date,
+    }
+    text = json.dumps(content, sort_keys=True)
+    # readable by any safetensors tool: the fields one looks for first stand on their own
+    metadata = {
+        MARK: str(FORMAT),
+        "content": text,
+        "sha256": _checksum(text, tensors),
+        "checkpoint": identity.checkpoint,
+        "library_version": identity.version,
+        "date": calibration.date,
+    }
+    write_atomically(path, save(tensors, metadata))
+
+
+def read(path: Path, identity: CalibrationIdentity | None = None) -> Calibration:
+    """Read and check a file; identity: what it must belong to.
+
+    Raises CalibrationNotFoundError, CalibrationCorruptError (damaged, or no calibration) or
+    CalibrationMismatchError (made for something else; names both digests).
+    """
+    content, tensors = _contents(path)
+    if identity is not None:
+        _check_identity(path, content.get("identity"), identity)
+    try:
+        layers, scales = content["layers"], tensors["scales"]
+        rows = content["held_out_error"]
+        calibration = Calibration(
+            scales=dict(zip(layers, map(float, scales), strict=True)),
+            maxima=tensors["maxima"],
+            samples=content["samples"],
+            estimator=content["estimator"],
+            percentile=content["percentile"],
+            source=content["source"],
+            warnings=tuple(content["warnings"]),
+            held_out_error=None if rows is None else HeldOutError.of_rows(tuple(map(tuple, rows))),
+            date=content["date"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibrationCorruptError(f"{path}: not a whole calibration ({error!r}): {_way_out()}") from error
+    if not all(np.isfinite(scale) and scale > 0 for scale in calibration.scales.values()):
+        raise CalibrationCorruptError(f"{path}: holds scales that are not positive: {_way_out()}")
+    return calibration
+
+
+def stored_identity(path: Path) -> dict[str, Any]:
+    """The identity that a file says it was made for; raises as `read` does."""
+    identity = _contents(path)[0].get("identity")
+    return identity if isinstance(identity, dict) else {}
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CalibrationNotFoundError(f"{path}: no calibration there: {MAKE}") from error
+    try:
+        tensors = load(raw)
+        metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, ValueError) as error:
+        raise CalibrationCorruptError(f"{path}: damaged ({error}): {_way_out()}") from error
+    if MARK not in metadata:
+        raise CalibrationCorruptError(f"{path}: a safetensors file, but no calibration: {MAKE}")
+    if metadata[MARK] != str(FORMAT):
+        raise CalibrationMismatchError(
+            f"{path}: a calibration of format {metadata[MARK]}, this version ({__version__}) reads {FORMAT}: "
+            f"{AGAIN}"
+        )
+    text = metadata.get("content", "")
+    if metadata.get("sha256") != _checksum(text, tensors):
+        raise CalibrationCorruptError(f"{path}: damaged (its checksum is another): {_way_out()}")
+    content = json.loads(text)
+    return content, tensors
+
+
+def _check_identity(path: Path, stored: object, identity: CalibrationIdentity) -> None:
+    differences = identity.differences(stored if isinstance(stored, dict) else {})
+    if differences:
+        raise CalibrationMismatchError(
+            f"{path}: a calibration of another policy: {'; '.join(differences)}. Use it with what it was "
+            f"made for, or {AGAIN}"
+        )
+
+
+def _way_out() -> str:
+    return f"delete the file and {AGAIN}"
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(content: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(content))
+
+
+def _checksum(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

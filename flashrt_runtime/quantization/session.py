@@ -1,0 +1,159 @@
+"""One calibration: observations streamed through the model, scales put in force, the error measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import CalibrationCancelledError, CalibrationError, OptionError
+from ..inputs import ModelInputs
+from .calibration import CalibrationReport, Calibrator, HeldOutError, estimate
+from .estimators import Estimator, resolve_estimator
+
+HELD_OUT_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What a calibration needs of a policy.
+
+    exclusive: the model to itself; raises ClosedError once the policy is closed. encode: an observation in
+    model space. eager: the model's definition, and deployed: what predict runs, both (horizon,
+    model_action_dim). robot_actions: how many of the model's action dimensions are the robot's.
+    """
+
+    exclusive: Callable[[], AbstractContextManager[object]]
+    encode: Callable[[Mapping[str, Any]], ModelInputs]
+    eager: Callable[[ModelInputs], torch.Tensor]
+    deployed: Callable[[ModelInputs], NDArray[np.float32]]
+    robot_actions: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked options of `Policy.calibrate`."""
+
+    estimator: Estimator
+    percentile: float | None
+    max_samples: int | None
+    held_out: int
+    source: str
+
+    @classmethod
+    def checked(
+        cls,
+        percentile: float | None,
+        estimator: str | None,
+        max_samples: int | None,
+        held_out: int,
+        source: str,
+    ) -> Request:
+        """Raises OptionError."""
+        if max_samples is not None and (isinstance(max_samples, bool) or max_samples < 1):
+            raise OptionError(f"max_samples must be 1 or more, or None for all; got {max_samples}")
+        if isinstance(held_out, bool) or held_out < 0:
+            raise OptionError(f"held_out must be 0 or more, got {held_out}")
+        name, resolved = resolve_estimator(estimator, percentile)
+        return cls(name, resolved, max_samples, held_out, source)
+
+    @property
+    def held_out_every(self) -> int:
+        """Of so many observations one is held out, spread over the stream where its length is known."""
+        if self.max_samples is None or not self.held_out:
+            return HELD_OUT_EVERY
+        return max(2, (self.max_samples + self.held_out) // self.held_out)
+
+
+def calibrate(
+    runner: Runner,
+    calibrator: Calibrator,
+    observations: Iterable[Mapping[str, Any]],
+    request: Request,
+    progress: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> CalibrationReport:
+    """`Policy.calibrate`: whatever it raises, the scales in force before still are.
+
+    One in five observations is held out until there are enough; with max_samples, one in so many that they
+    are spread over the stream.
+    """
+    collector = calibrator.collector()
+    held_out: list[ModelInputs] = []
+    position = 0
+    for observation in _until(observations, should_stop):
+        with runner.exclusive():  # not around the caller's iterator, which may be slow or call us
+            inputs = runner.encode(observation)
+            position += 1
+            enough = request.max_samples is not None and collector.samples >= request.max_samples
+            due = enough or position % request.held_out_every == 0
+            if due and len(held_out) < request.held_out:
+                held_out.append(_own(inputs))
+            else:
+                with collector.observe():
+                    runner.eager(inputs)
+        if progress is not None:
+            progress(collector.samples)
+        if collector.samples == request.max_samples and len(held_out) == request.held_out:
+            break
+    if not collector.samples:
+        raise OptionError("calibrate: no observations were given")
+    _stop_if_asked(should_stop)
+    with runner.exclusive(), calibrator.restoring():
+        scales, warnings = estimate(collector, request.estimator, request.percentile)
+        calibrator.apply(scales)
+        error = measure(runner, calibrator, held_out, should_stop)
+    return CalibrationReport(
+        samples=collector.samples,
+        estimator=request.estimator,
+        percentile=request.percentile,
+        scales=scales,
+        maxima=collector.maxima,
+        warnings=tuple(warnings),
+        held_out_error=error,
+        source=request.source,
+    )
+
+
+def measure(
+    runner: Runner,
+    calibrator: Calibrator,
+    held_out: Iterable[ModelInputs],
+    should_stop: Callable[[], bool] | None = None,
+) -> HeldOutError | None:
+    """fp8 as deployed against unquantised activations, with the same noise; the caller has the model."""
+    pairs = []
+    for inputs in held_out:
+        _stop_if_asked(should_stop)
+        with calibrator.unquantised():
+            reference = runner.eager(inputs).float().cpu().numpy()
+        actions = runner.deployed(inputs)
+        if not (np.isfinite(actions).all() and np.isfinite(reference).all()):
+            raise CalibrationError("calibration: a held-out sample gives non-finite actions: nothing changed")
+        pairs.append((actions[:, : runner.robot_actions], reference[:, : runner.robot_actions]))
+    return HeldOutError.of(pairs)
+
+
+def _until(
+    observations: Iterable[Mapping[str, Any]], should_stop: Callable[[], bool] | None
+) -> Iterable[Mapping[str, Any]]:
+    """The observations, asking before and after each is made whether to stop."""
+    _stop_if_asked(should_stop)
+    for observation in observations:
+        _stop_if_asked(should_stop)
+        yield observation
+
+
+def _stop_if_asked(should_stop: Callable[[], bool] | None) -> None:
+    if should_stop is not None and should_stop():
+        raise CalibrationCancelledError("calibration was cancelled: the scales in force stay")
+
+
+def _own(inputs: ModelInputs) -> ModelInputs:
+    """A copy: the caller may reuse its images."""
+    return replace(inputs, views=[view.copy() for view in inputs.views])
