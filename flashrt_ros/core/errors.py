@@ -84,3 +84,11 @@ class WorkerStoppedError(CoreError, RuntimeError):
     """A command was given to an inference worker that has been stopped."""
 
     reason = Reason.WORKER_STOPPED
+
+
+class BagError(CoreError, ValueError):
+    """A bag cannot be used: damaged, without a topic the contract needs, or without a usable observation."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)

@@ -63,3 +63,17 @@ class Reason(IntEnum):
     CHECKPOINT_INVALID = 503, "the checkpoint cannot be loaded"
     PROMPT_INVALID = 504, "the prompt is empty or too long"
     PARAMETER_INVALID = 505, "a parameter value is not valid"
+
+    # 600s: bags and calibration
+    BAG_UNREADABLE = 601, "a bag cannot be read: damaged, truncated, empty or no bag at all"
+    BAG_TOPIC_MISSING = 602, "a topic that the contract needs is not in the bag"
+    BAG_TOPIC_TYPE = 603, "a topic of the bag has another message type than the contract's"
+    BAG_CLOCK_JUMP = 604, "the clocks jump within a bag"
+    BAG_FROZEN = 605, "every frame of a camera in a bag is the same"
+    BAG_FEW_SAMPLES = 606, "a bag gives fewer observations than were asked for"
+    CALIBRATION_MISMATCH = 611, "a calibration belongs to another checkpoint, precision or set of views"
+    CALIBRATION_CORRUPT = 612, "a calibration file is damaged or of another version"
+    CALIBRATION_MISSING = 613, "the node requires a calibration and there is none for this checkpoint"
+    CALIBRATION_CANCELLED = 614, "the calibration was cancelled"
+    CALIBRATION_FAILED = 615, "the calibration could not be completed"
+    CALIBRATING = 616, "calibrating: nothing is commanded until it is done"
