@@ -50,6 +50,18 @@ def at_control_rate(actions: FloatArray, ratio: int, representation: Representat
     return path
 
 
+def at_action_rate(path: FloatArray, ratio: int, representation: Representation) -> FloatArray:
+    """Commands of control ticks as actions of `ratio` ticks each, the first due at row 0: what
+    `at_control_rate` takes back. absolute: the values due then; delta: sums, velocity: means of whole
+    actions only.
+    """
+    if representation is Representation.ABSOLUTE:
+        return path[::ratio]
+    whole = path[: len(path) // ratio * ratio].reshape(-1, ratio, path.shape[1])
+    actions: FloatArray = whole.sum(axis=1) if representation is Representation.DELTA else whole.mean(axis=1)
+    return actions
+
+
 def blend(old: FloatArray, new: FloatArray, steps: int) -> FloatArray:
     """Cross-fade the first `steps` rows from `old` to `new`: row j weighs the new one (j + 1) / (steps + 1).
 

@@ -80,15 +80,16 @@ class Commander:
         """See Timeline.mark_observation."""
         return self.timeline.mark_observation(taken)
 
-    def submit(self, actions: ArrayLike, mark: ObservationMark) -> Accepted | Dropped:
-        """Splice in a chunk (horizon, dof) in robot units; see Timeline.submit.
+    def submit(self, actions: ArrayLike, mark: ObservationMark, frozen: int = 0) -> Accepted | Dropped:
+        """Splice in a chunk (horizon, dof) in robot units of which the first `frozen` actions are those of
+        `mark.plan`; see Timeline.submit.
 
         When the contract rejects violations, a chunk with a command beyond a limit, at its seam or inside, is
         dropped whole with LIMIT_POSITION or LIMIT_VELOCITY. While paused, every chunk is dropped.
         """
         if (pause := self._pause) is not None:
             return Dropped(pause.reason, pause.message)
-        return self.timeline.submit(actions, mark, self._admit if self._rejects else None)
+        return self.timeline.submit(actions, mark, self._admit if self._rejects else None, frozen)
 
     def _admit(self, path: FloatArray) -> Dropped | None:
         start = self._reference  # read once: the control thread may forget it meanwhile

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .chunk import at_control_rate, blend, check_chunk
+from .chunk import at_action_rate, at_control_rate, blend, check_chunk
 from .contract_model import FloatArray, Representation, RobotContract
 from .errors import ChunkError, TimelineConfigError
 from .reasons import Reason
@@ -91,6 +91,7 @@ class Timeline:
         self._serial = 0  # of the last mark
         self._accepted_serial = 0  # mark of the chunk accepted last
         self._fenced_serial = 0  # last mark before the last stop or stall
+        self._broken_serial = 0  # last mark whose plan was dropped before it was played
         self._ticked: int | None = None  # monotonic time of the last tick
         self._sent = 0
         self._clear(CommandKind.WAITING)
@@ -116,6 +117,7 @@ class Timeline:
         """Forget the path and the last command: nothing to hold, nothing to blend with."""
         self._kind = kind
         self._path: FloatArray = np.empty((0, self._dof))
+        self._beyond = self._path  # what the chunk holds past the cap: planned, never played
         self._cursor = 0  # next row of the path
         self._offset = 0  # control ticks of the chunk before the path's first row
         self._last: FloatArray | None = None  # last values sent
@@ -178,13 +180,21 @@ class Timeline:
                 sequence=self._sequence if playing else 0,
                 index=(self._offset + self._cursor) // self._ratio if playing else 0,
                 taken=self._clock() if taken is None else taken,
+                plan=self._plan() if playing else self._path[:0],
             )
 
+    def _plan(self) -> FloatArray:
+        """The rest of the chunk, as actions of which the first is due at the next tick."""
+        rest = np.concatenate([self._path[self._cursor :], self._beyond])
+        return at_action_rate(rest, self._ratio, self._representation)
+
     def submit(
-        self, actions: ArrayLike, mark: ObservationMark, admit: Admit | None = None
+        self, actions: ArrayLike, mark: ObservationMark, admit: Admit | None = None, frozen: int = 0
     ) -> Accepted | Dropped:
         """Splice in a chunk (H, dof) computed from the observation of `mark`.
 
+        `frozen`: how many of its first actions are those of `mark.plan` (real-time chunking). A chunk spliced
+        in among them goes on where the plan is, so it is not blended with it as well.
         `admit` may refuse the commands that would follow, (n, dof) at control rate and already blended.
         Never raises for a bad chunk: Dropped says CHUNK_SHAPE, CHUNK_NOT_FINITE, OLD_GENERATION, CHUNK_ORDER,
         CHUNK_LATE (all its actions within the cap have been covered, its observation is older than the cap
@@ -194,23 +204,46 @@ class Timeline:
             checked = check_chunk(actions, self._dof)
         except ChunkError as error:
             return Dropped(error.reason, str(error))
-        whole = at_control_rate(checked[: self._cap_actions], self._ratio, self._representation)
+        whole = at_control_rate(checked, self._ratio, self._representation)
+        covered = len(at_control_rate(checked[: self._cap_actions], self._ratio, self._representation))
         with self._lock:
-            if (refused := self._fence(mark, len(whole))) is not None:
+            if (refused := self._fence(mark, covered)) is not None:
                 return refused
             consumed = self._consumed(mark)
-            path = whole[consumed:]
-            blended = self._last is not None and self._blend_ticks > 0
-            if blended:
+            path = whole[consumed:covered]
+            goes_on = self._last is None or self._goes_on(mark, consumed, frozen)
+            if blended := self._blend_ticks > 0 and not goes_on:
                 path = blend(self._future(min(self._blend_ticks, len(path))), path, self._blend_ticks)
             if admit is not None and (refused := admit(path)) is not None:
                 return refused
+            jump, velocity_jump = self._seam(path[0])
             path.flags.writeable = False
-            self._path, self._cursor, self._offset = path, 0, consumed
+            self._path, self._beyond, self._cursor, self._offset = path, whole[covered:], 0, consumed
             self._held, self._reason, self._accepted_serial = 0, Reason.OK, mark.serial
             self._accepted_at = self._clock()
             self._sequence += 1
-            return Accepted(self._sequence, self._generation, consumed, -(-consumed // self._ratio), blended)
+            start = -(-consumed // self._ratio)
+            return Accepted(
+                self._sequence, self._generation, consumed, start, blended, jump, velocity_jump
+            )
+
+    def _goes_on(self, mark: ObservationMark, consumed: int, frozen: int) -> bool:
+        """Whether a chunk leaves its frozen part no sooner than it is spliced in, and that was played."""
+        in_force = mark.sequence == self._sequence and mark.serial > self._broken_serial
+        return frozen > 0 and in_force and consumed <= (frozen - 1) * self._ratio + 1
+
+    def _seam(self, first: FloatArray) -> tuple[float, float]:
+        """Accepted's jump and velocity_jump of a path that begins with the command `first`."""
+        last, before = self._last, self._before_last
+        if last is None:
+            return 0.0, 0.0
+        with np.errstate(over="ignore", invalid="ignore"):  # absurd wishes; the limiter sees to them
+            jump, change = first - self._future(1)[0], first - last
+            if self._representation is Representation.ABSOLUTE and before is not None and self._held == 0:
+                change = change - (last - before)
+            if self._representation is not Representation.VELOCITY:
+                change = change / to_s(self._control_period)
+            return float(np.abs(jump).max()), float(np.abs(change).max())
 
     def _fence(self, mark: ObservationMark, length: int) -> Dropped | None:
         if mark.generation != self._generation:
@@ -355,6 +388,7 @@ class Timeline:
 
     def _flush(self, reason: Reason) -> None:
         self._path, self._cursor, self._reason = self._path[:0], 0, reason
+        self._beyond, self._broken_serial = self._path, self._serial
         if self._last is None and self._kind is not CommandKind.STOPPED:
             self._kind = CommandKind.WAITING
 

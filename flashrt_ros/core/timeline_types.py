@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -26,8 +26,10 @@ class ObservationMark:
     """Where the timeline stood when an observation was handed to the model.
 
     sent: commands of chunks sent so far. serial: order of marks. sequence and index: the chunk then playing
-    and its action next due (0 and 0 when none): the remainder that real-time chunking conditions on. taken:
-    monotonic time of the observation [ns].
+    and its action next due (0 and 0 when none). taken: monotonic time of the observation [ns].
+    plan: (n, dof) float64, what would be played when the actions of a chunk from this observation are due,
+    blended as it is and past the open-loop cap: what real-time chunking conditions on; empty when nothing
+    plays.
     """
 
     sent: int
@@ -36,6 +38,7 @@ class ObservationMark:
     sequence: int
     index: int
     taken: int
+    plan: FloatArray = field(default_factory=lambda: np.empty((0, 0)), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,9 @@ class Accepted:
     """A chunk was spliced in.
 
     consumed: its control ticks covered by commands sent since the mark. start_index: first of its actions
-    still due. blended: whether it was cross-faded with what was playing.
+    still due. blended: whether it was cross-faded with what was playing. jump: how far its first command is
+    from the one that would have been sent in its place, largest of the joints [robot units]; velocity_jump:
+    change of the commanded velocity there [robot units / s]; both 0 when there was nothing before.
     """
 
     sequence: int
@@ -51,6 +56,8 @@ class Accepted:
     consumed: int
     start_index: int
     blended: bool
+    jump: float = 0.0
+    velocity_jump: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
