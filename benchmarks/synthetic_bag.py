@@ -105,7 +105,7 @@ def write_bag(
             _camera(stream, seconds, camera_rate, size, encoding, padding, start + phase * MS)
             if stream.is_image
             else _joints(contract, stream, seconds, joint_rate, start)
-            for phase, stream in enumerate(contract.streams.values())
+            for phase, stream in enumerate(contract.streams.values(), start=1)  # no two at the same time
         ]
         for entry in heapq.merge(*entries, key=lambda item: item[3]):
             changed = change(entry)

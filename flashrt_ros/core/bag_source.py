@@ -176,9 +176,17 @@ class BagSource:
         self._judge(frames)
 
     def mappings(self, prompt: str) -> Iterator[dict[str, Any]]:
-        """The observations as Policy.calibrate takes them; raises as iterating does."""
+        """The observations as Policy.calibrate takes them; raises as iterating does.
+
+        The last one is given once the bag has been judged, to be of use to who takes `samples` and no more.
+        """
+        waiting: list[dict[str, Any]] = []
         for observation in self:
-            yield {"images": dict(observation.images), "state": observation.state, "prompt": prompt}
+            yield from waiting
+            waiting = [
+                {"images": dict(observation.images), "state": observation.state, "prompt": prompt}
+            ]
+        yield from waiting
 
     @property
     def recorded(self) -> list[Span]:

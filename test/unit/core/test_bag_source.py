@@ -295,8 +295,12 @@ def test_frozen_cameras(bag, demo) -> None:
     assert reasons(source) == [Reason.BAG_FROZEN]
     assert "base_0_rgb" in str(source.warnings[0])
     both = bag(change=lambda entry: freeze(entry, ("base_camera", "wrist_camera")))
-    with pytest.raises(BagError, match="frozen") as caught, BagSource(both, demo, samples=6) as source:
-        list(source)
+    with BagSource(both, demo, samples=6) as source:
+        mappings = source.mappings("wave")
+        for _ in range(5):
+            next(mappings)
+        with pytest.raises(BagError, match="frozen") as caught:  # who takes six is told before the sixth
+            next(mappings)
     assert caught.value.reason is Reason.BAG_FROZEN
 
 
