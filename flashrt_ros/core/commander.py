@@ -19,6 +19,7 @@ from .errors import CoreError
 from .limits import Limited, Limiter, Violation
 from .reasons import Reason
 from .timeline import Accepted, Command, CommandKind, Dropped, ObservationMark, Timeline
+from .timing import to_s
 from .trajectory import TrajectoryPoints, trajectory_points
 
 
@@ -75,6 +76,7 @@ class Commander:
         self._rejects = contract.on_violation is OnViolation.REJECT
         self._trajectories = contract.trajectory_lookahead > 0
         self._reference: FloatArray | None = None  # position commanded last
+        self._speed: FloatArray | None = None  # at which it was reached, None at rest
 
     def mark_observation(self, taken: int | None = None) -> ObservationMark:
         """See Timeline.mark_observation."""
@@ -98,7 +100,7 @@ class Commander:
         except CoreError as error:
             return Dropped(error.reason, str(error))
         periods = np.full(len(path), self._control_period, dtype=np.int64)
-        violation = self.limiter.first_violation(path, start, periods)
+        violation = self.limiter.first_violation(path, start, periods, self._speed)
         return None if violation is None else Dropped(violation.reason, str(violation))
 
     def pause(self, reason: Reason, message: str, *, bounded: bool) -> None:
@@ -125,7 +127,7 @@ class Commander:
             if not self.timeline.pending:
                 return self._silence(self.timeline.idle_reason)
             try:
-                self._reference = self.limiter.check_start(self._measured())
+                self._reference, self._speed = self.limiter.check_start(self._measured()), None
             except CoreError as error:
                 return self._silence(error.reason, str(error))
         command = self.timeline.tick()
@@ -156,7 +158,7 @@ class Commander:
     def _stalled(self) -> Output:
         """Hold where the robot is now: while no tick came it may have gone on along its last lookahead."""
         try:
-            self._reference = self.limiter.check_start(self._measured())
+            self._reference, self._speed = self.limiter.check_start(self._measured()), None
         except CoreError as error:
             self.timeline.stop(error.reason)
             return self._silence(error.reason, str(error))
@@ -172,11 +174,11 @@ class Commander:
 
     def reset(self) -> int:
         """Fence and forget everything; call it while no control thread runs. Returns the new generation."""
-        self._reference = self._pause = None
+        self._reference = self._speed = self._pause = None
         return self.timeline.reset()
 
     def _silence(self, reason: Reason, message: str = "", violations: tuple[Violation, ...] = ()) -> Output:
-        self._reference = None
+        self._reference = self._speed = None
         timeline = self.timeline
         return Output(
             timeline.kind, reason, message or reason.text, None, None, violations,
@@ -195,12 +197,18 @@ class Commander:
             first = limited.violations[0]
             return self._refused(first.reason, str(first), limited.violations)
         values, self._reference = limited.values[0], limited.positions[0]
+        self._speed = (self._reference - start) / to_s(self._control_period)
+        violations = limited.violations
         if command.kind is CommandKind.RUNNING:
+            self.timeline.confirm(values)
+        elif self.limiter.bounds_acceleration:
+            # A hold that brakes does what it should; the next one holds where this one got to.
+            violations = tuple(v for v in violations if v.reason is not Reason.LIMIT_ACCELERATION)
             self.timeline.confirm(values)
         message = "" if command.reason is Reason.OK else command.reason.text
         return Output(
             command.kind, command.reason, message, values, self._trajectory(limited, command.offsets, start),
-            limited.violations, command.sequence, command.index, command.generation, self._reference,
+            violations, command.sequence, command.index, command.generation, self._reference,
         )
 
     def _start(self) -> FloatArray:
@@ -221,7 +229,7 @@ class Commander:
         if self._trajectories:
             rows = np.concatenate([rows, command.lookahead])
             periods = np.concatenate([periods, np.diff(command.offsets, prepend=0)])
-        return self.limiter.apply_path(rows, start, periods)
+        return self.limiter.apply_path(rows, start, periods, self._speed)
 
     def _trajectory(
         self, limited: Limited, offsets: NDArray[np.int64], previous: FloatArray

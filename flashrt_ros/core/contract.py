@@ -8,9 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .contract_checks import contradictions, state_sources
+from .contract_checks import UNIT_SCALES, contradictions, state_sources
 from .contract_model import (
     ActionSpec,
+    ColourOrder,
     Crop,
     JointLimits,
     JointMapping,
@@ -22,6 +23,9 @@ from .contract_model import (
     RatesSpec,
     Representation,
     RobotContract,
+    RtcMode,
+    RtcSpec,
+    Stamp,
     StateSource,
     StateSpec,
     StreamSpec,
@@ -35,10 +39,10 @@ from .policy_check import PolicySpecLike, check_policy
 from .timing import NS_PER_S, to_ns
 
 __all__ = [
-    "ActionSpec", "Crop", "JointLimits", "JointMapping", "JointSpec", "OnViolation", "OutputSpec",
-    "OutputType", "PolicySpecLike", "Qos", "RatesSpec", "Representation", "RobotContract", "StateSource",
-    "StateSpec", "StreamSpec", "StreamType", "SyncSpec", "TimelineSpec", "check_policy",
-    "default_search_path", "known_contracts", "load_contract",
+    "ActionSpec", "ColourOrder", "Crop", "JointLimits", "JointMapping", "JointSpec", "OnViolation",
+    "OutputSpec", "OutputType", "PolicySpecLike", "Qos", "RatesSpec", "Representation", "RobotContract",
+    "RtcMode", "RtcSpec", "Stamp", "StateSource", "StateSpec", "StreamSpec", "StreamType", "SyncSpec",
+    "TimelineSpec", "check_policy", "default_search_path", "known_contracts", "load_contract",
 ]
 
 MAX_LOOKAHEAD = NS_PER_S  # as in the schema; also bounds the default, the open-loop cap
@@ -93,13 +97,15 @@ def _locate(path_or_name: str, search_path: Sequence[str | PathLike[str]] | None
 
 def _build(data: Mapping[str, Any], source: SourceMap) -> RobotContract:
     sync = SyncSpec(to_ns(data["sync"]["max_skew"]), to_ns(data["sync"]["max_age"]))
-    action, timeline, rates = data["action"], data["timeline"], data["rates"]
+    action, timeline = data["action"], data["timeline"]
     cap = to_ns(timeline["open_loop_cap"])
-    inference = rates["inference"]
+    grippers = data.get("grippers", {})
     return RobotContract(
         robot=data["robot"],
         streams=MappingProxyType({name: _stream(name, spec, sync) for name, spec in data["streams"].items()}),
-        joints=MappingProxyType({spec["name"]: _joint(spec) for spec in data["joints"]}),
+        joints=MappingProxyType({
+            spec["name"]: _joint(spec, grippers.get(spec["name"])) for spec in data["joints"]
+        }),
         state=StateSpec(tuple(
             StateSource(spec["stream"], spec.get("field", "position"), tuple(spec["joints"]))
             for _, spec in state_sources(data)
@@ -110,11 +116,13 @@ def _build(data: Mapping[str, Any], source: SourceMap) -> RobotContract:
         outputs=tuple(_output(spec, min(cap, MAX_LOOKAHEAD)) for spec in data["outputs"]),
         on_violation=OnViolation(data["limits"]["on_violation"]),
         sync=sync,
-        rates=RatesSpec(
-            round(NS_PER_S / rates["control"]),
-            None if inference == "back_to_back" else round(NS_PER_S / inference),
+        rates=_rates(data["rates"]),
+        timeline=TimelineSpec(
+            cap,
+            timeline.get("blend_steps", 4),
+            to_ns(timeline["hold_deadline"]),
+            _rtc(timeline.get("rtc", {})),
         ),
-        timeline=TimelineSpec(cap, timeline.get("blend_steps", 4), to_ns(timeline["hold_deadline"])),
         source=source,
     )
 
@@ -130,27 +138,67 @@ def _stream(name: str, spec: Mapping[str, Any], sync: SyncSpec) -> StreamSpec:
         optional=spec.get("optional", False),
         crop=None if crop is None else Crop(**crop),
         max_age=to_ns(spec["max_age"]) if "max_age" in spec else sync.max_age,
+        colour_order=ColourOrder(spec.get("colour_order", "declared")),
     )
 
 
-def _joint(spec: Mapping[str, Any]) -> JointSpec:
+def _joint(spec: Mapping[str, Any], gripper: Mapping[str, Any] | None) -> JointSpec:
     limits = None
     if "limits" in spec:
         lower, upper = spec["limits"]["position"]
-        limits = JointLimits(float(lower), float(upper), float(spec["limits"]["velocity"]))
+        acceleration = spec["limits"].get("acceleration")
+        limits = JointLimits(
+            float(lower), float(upper), float(spec["limits"]["velocity"]),
+            None if acceleration is None else float(acceleration),
+        )
+    gain, offset = _straight_line(spec) if gripper is None else _gripper_line(gripper)
     return JointSpec(
         name=spec["name"],
         unit=spec["unit"],
-        sign=spec.get("sign", 1),
-        scale=float(spec.get("scale", 1.0)),
-        offset=float(spec.get("offset", 0.0)),
+        sign=-1 if gain < 0 else 1,
+        scale=abs(gain),
+        offset=offset,
         limits=limits,
         policy_name=spec.get("policy_name", spec["name"]),
+        message_name=spec.get("message_name", ""),
+    )
+
+
+def _straight_line(spec: Mapping[str, Any]) -> tuple[float, float]:
+    """(gain, offset) of a joint that is no gripper."""
+    unit = spec["unit"]
+    scale = float(spec.get("scale", UNIT_SCALES[unit, spec.get("policy_unit", unit)]))
+    return spec.get("sign", 1) * scale, float(spec.get("offset", 0.0))
+
+
+def _gripper_line(gripper: Mapping[str, Any]) -> tuple[float, float]:
+    """(gain, offset) through a gripper's two ends, as in contract_model."""
+    closed, policy_closed = float(gripper["closed"]), float(gripper.get("policy_closed", 0.0))
+    gain = (float(gripper.get("policy_open", 1.0)) - policy_closed) / (float(gripper["open"]) - closed)
+    return gain, policy_closed - gain * closed
+
+
+def _rates(rates: Mapping[str, Any]) -> RatesSpec:
+    control, inference = round(NS_PER_S / rates["control"]), rates["inference"]
+    if inference == "back_to_back":
+        return RatesSpec(control, None)
+    if isinstance(inference, Mapping):
+        return RatesSpec(control, None, to_ns(inference["watermark"]))
+    return RatesSpec(control, round(NS_PER_S / inference))
+
+
+def _rtc(spec: Mapping[str, Any]) -> RtcSpec:
+    return RtcSpec(
+        mode=RtcMode(spec.get("mode", "off")),
+        schedule=spec.get("schedule", "linear"),
+        horizon=spec.get("horizon", 10),
+        max_guidance=float(spec.get("max_guidance", 10.0)),
     )
 
 
 def _output(spec: Mapping[str, Any], lookahead: int) -> OutputSpec:
-    kind = OutputType(spec["type"])
+    kind, joints = OutputType(spec["type"]), tuple(spec.get("joints", ()))
     if kind is OutputType.FLOAT64_MULTI_ARRAY:
-        return OutputSpec(spec["topic"], kind, 0)
-    return OutputSpec(spec["topic"], kind, to_ns(spec["lookahead"]) if "lookahead" in spec else lookahead)
+        return OutputSpec(spec["topic"], kind, 0, joints)
+    lookahead = to_ns(spec["lookahead"]) if "lookahead" in spec else lookahead
+    return OutputSpec(spec["topic"], kind, lookahead, joints, Stamp(spec.get("stamp", "due")))

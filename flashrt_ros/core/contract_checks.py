@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .contract_model import OutputType, Representation, StreamType
 from .contract_yaml import YamlPath
 from .timing import NS_PER_S, period_ratio, to_ns
+
+# Policy units in one robot unit, by (robot's, policy's).
+UNIT_SCALES = {("rad", "rad"): 1.0, ("rad", "deg"): 180.0 / math.pi, ("m", "m"): 1.0, ("m", "mm"): 1000.0}
 
 Problem = tuple[YamlPath, str]
 
@@ -16,6 +20,7 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
     """Problems that need more than one key to see; `data` has passed the schema."""
     yield from _check_streams(data["streams"])
     yield from _check_joints(data["joints"])
+    yield from _check_grippers(data.get("grippers", {}), data["joints"])
     yield from _check_state(data)
     yield from _check_action(data)
     yield from _check_outputs(data)
@@ -24,13 +29,16 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _check_streams(streams: Mapping[str, Any]) -> Iterator[Problem]:
     views: dict[str, str] = {}
+    required = False
     for name, stream in streams.items():
         view = stream.get("view")
         if stream["type"] == StreamType.JOINT_STATE:
-            for key in ("view", "crop"):
+            for key in ("view", "crop", "colour_order"):
                 if stream.get(key) is not None:
                     yield ("streams", name, key), f"stream {name} is a JointState and cannot have a {key}"
-        elif view is None:
+            continue
+        required = required or not stream.get("optional", False)
+        if view is None:
             yield ("streams", name), f"image stream {name} needs `view`, the policy's name for this camera"
         elif view in views:
             yield ("streams", name, "view"), f"view {view} is already served by stream {views[view]}"
@@ -38,6 +46,8 @@ def _check_streams(streams: Mapping[str, Any]) -> Iterator[Problem]:
             views[view] = name
     if not views:
         yield ("streams",), "no image stream: a policy needs at least one view"
+    elif not required:
+        yield ("streams",), "every image stream is optional: at least one must be there for an observation"
 
 
 def _check_joints(joints: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
@@ -50,6 +60,32 @@ def _check_joints(joints: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
             if lower >= upper:
                 text = f"joint {joint['name']}: lower position limit {lower} is not below the upper, {upper}"
                 yield ("joints", index, "limits", "position"), text
+        unit, policy_unit = joint["unit"], joint.get("policy_unit", joint["unit"])
+        if (unit, policy_unit) not in UNIT_SCALES:
+            fitting = ", ".join(theirs for ours, theirs in UNIT_SCALES if ours == unit)
+            text = f"joint {joint['name']}: unit {unit} cannot become {policy_unit}; expected {fitting}"
+            yield ("joints", index, "policy_unit"), text
+        if "policy_unit" in joint and "scale" in joint:
+            text = f"joint {joint['name']}: policy_unit and scale say the same thing: give one of them"
+            yield ("joints", index, "scale"), text
+
+
+def _check_grippers(grippers: Mapping[str, Any], joints: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+    known = {joint["name"]: index for index, joint in enumerate(joints)}
+    for name, gripper in grippers.items():
+        path: YamlPath = ("grippers", name)
+        if name not in known:
+            yield path, f"unknown joint {name}; joints are {', '.join(known)}"
+            continue
+        for key in ("sign", "scale", "offset", "policy_unit"):
+            if key in joints[known[name]]:
+                text = f"joint {name} is a gripper (grippers.{name}), which replaces its {key}: remove it"
+                yield ("joints", known[name], key), text
+        if gripper["closed"] == gripper["open"]:
+            yield (*path, "open"), f"gripper {name}: closed and open are both {gripper['open']}"
+        ends = gripper.get("policy_closed", 0.0), gripper.get("policy_open", 1.0)
+        if ends[0] == ends[1]:
+            yield path, f"gripper {name}: policy_closed and policy_open are both {ends[0]}"
 
 
 def _duplicates(names: Sequence[str], path: YamlPath, what: str) -> Iterator[Problem]:
@@ -95,6 +131,8 @@ def _check_action(data: Mapping[str, Any]) -> Iterator[Problem]:
     names = data["action"]["joints"]
     joints = {joint["name"]: index for index, joint in enumerate(data["joints"])}
     yield from _check_names(names, ("action", "joints"), data["joints"])
+    if (dof := data["action"].get("dof", len(names))) != len(names):
+        yield ("action", "dof"), f"action.dof is {dof}, but action.joints names {len(names)}"
     for name in names:
         index = joints.get(name)
         if index is not None and "limits" not in data["joints"][index]:
@@ -118,6 +156,10 @@ def _check_outputs(data: Mapping[str, Any]) -> Iterator[Problem]:
         if output["topic"] in topics:
             yield (*path, "topic"), f"topic {output['topic']} is already an output"
         topics.add(output["topic"])
+        if "joints" in output:
+            yield from _check_output_joints(output["joints"], (*path, "joints"), action["joints"])
+        if "stamp" in output and output["type"] == OutputType.FLOAT64_MULTI_ARRAY:
+            yield (*path, "stamp"), "stamp is for JointTrajectory; a Float64MultiArray has no header"
         lookahead = output.get("lookahead")
         if output["type"] == OutputType.FLOAT64_MULTI_ARRAY:
             if lookahead is not None:
@@ -135,6 +177,34 @@ def _check_outputs(data: Mapping[str, Any]) -> Iterator[Problem]:
             yield (*path, "lookahead"), text
 
 
+    yield from _check_commanded(data)
+
+
+def _check_output_joints(
+    names: Sequence[str], path: YamlPath, commanded: Sequence[str]
+) -> Iterator[Problem]:
+    for index, name in enumerate(names):
+        if name not in commanded:
+            text = f"joint {name} is not commanded; action.joints are {', '.join(commanded)}"
+            yield (*path, index), text
+    yield from _duplicates(names, path, "joint")
+
+
+def _check_commanded(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every action reaches a controller, and no controller is given one name twice."""
+    commanded = data["action"]["joints"]
+    reached = {name for output in data["outputs"] for name in output.get("joints", commanded)}
+    for index, name in enumerate(commanded):
+        if name not in reached:
+            yield ("action", "joints", index), f"joint {name} is commanded, but no output has it"
+    in_messages = {joint["name"]: joint.get("message_name", joint["name"]) for joint in data["joints"]}
+    for index, output in enumerate(data["outputs"]):
+        names = [in_messages[name] for name in output.get("joints", commanded) if name in in_messages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            text = f"one output would command {', '.join(twice)} twice: split it by `joints`, one per arm"
+            yield ("outputs", index), text
+
+
 def _check_times(data: Mapping[str, Any]) -> Iterator[Problem]:
     action_period, control = data["action"]["period"], data["rates"]["control"]
     try:
@@ -145,3 +215,7 @@ def _check_times(data: Mapping[str, Any]) -> Iterator[Problem]:
     if to_ns(cap) < to_ns(action_period):
         text = f"open_loop_cap {cap} s is shorter than one action period, {action_period} s"
         yield ("timeline", "open_loop_cap"), text
+    inference = data["rates"]["inference"]
+    if isinstance(inference, Mapping) and inference["watermark"] > cap:
+        text = f"watermark {inference['watermark']} s is above open_loop_cap, {cap} s: use back_to_back"
+        yield ("rates", "inference", "watermark"), text

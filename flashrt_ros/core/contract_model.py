@@ -5,7 +5,12 @@ Joint mapping, used everywhere: with gain = sign * scale,
     policy value = gain * robot value + offset          (positions)
     policy value = gain * robot value                   (velocities and increments)
 
-so `scale` turns the robot's rad or m into the policy's unit (180/pi for degrees, 25 for 0..0.04 m in 0..1).
+so `scale` turns the robot's rad or m into the policy's unit (180/pi for degrees). A gripper is given by its
+two ends instead:
+
+    policy value = policy_closed + (robot value - closed) / (open - closed) * (policy_open - policy_closed)
+
+which is the same straight line with gain = (policy_open - policy_closed) / (open - closed).
 """
 
 from __future__ import annotations
@@ -53,6 +58,29 @@ class OutputType(StrEnum):
     FLOAT64_MULTI_ARRAY = "std_msgs/msg/Float64MultiArray"
 
 
+class Stamp(StrEnum):
+    """header.stamp of a JointTrajectory."""
+
+    DUE = "due"    # when its first point is due
+    ZERO = "zero"  # 0, which controllers take for "on arrival"
+
+
+class ColourOrder(StrEnum):
+    """What a camera's three or four channels are."""
+
+    DECLARED = "declared"  # what the message says
+    RGB = "rgb"
+    BGR = "bgr"
+
+
+class RtcMode(StrEnum):
+    """Real-time chunking: how the previous chunk's remainder enters the next inference."""
+
+    OFF = "off"
+    GUIDED = "guided"
+    TRAINED = "trained"
+
+
 class OnViolation(StrEnum):
     """What happens to a command beyond a limit."""
 
@@ -91,6 +119,7 @@ class StreamSpec:
     optional: bool
     crop: Crop | None
     max_age: int
+    colour_order: ColourOrder = ColourOrder.DECLARED
 
     @property
     def is_image(self) -> bool:
@@ -99,16 +128,19 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class JointLimits:
-    """Bounds of a joint in the robot's unit: position [rad or m], speed [rad/s or m/s]."""
+    """Bounds of a joint in the robot's unit: position [rad or m], speed [rad/s or m/s], acceleration
+    [rad/s² or m/s²], None for no bound."""
 
     lower: float
     upper: float
     velocity: float
+    acceleration: float | None = None
 
 
 @dataclass(frozen=True)
 class JointSpec:
-    """One joint; sign, scale and offset as in the module's formula."""
+    """One joint; sign, scale and offset as in the module's formula. message_name: its name in ROS messages,
+    "" where it is `name`."""
 
     name: str
     unit: str
@@ -117,6 +149,12 @@ class JointSpec:
     offset: float
     limits: JointLimits | None
     policy_name: str
+    message_name: str = ""
+
+    @property
+    def in_messages(self) -> str:
+        """Its name in JointState and JointTrajectory messages."""
+        return self.message_name or self.name
 
     @property
     def gain(self) -> float:
@@ -172,11 +210,16 @@ class ActionSpec:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One command topic; `lookahead` [ns] is how far a JointTrajectory reaches, 0 for Float64MultiArray."""
+    """One command topic; `lookahead` [ns] is how far a JointTrajectory reaches, 0 for Float64MultiArray.
+
+    joints: those that its controller has, in its order; empty for all of the action's.
+    """
 
     topic: str
     type: OutputType
     lookahead: int
+    joints: tuple[str, ...] = ()
+    stamp: Stamp = Stamp.DUE
 
 
 @dataclass(frozen=True)
@@ -189,10 +232,23 @@ class SyncSpec:
 
 @dataclass(frozen=True)
 class RatesSpec:
-    """Period of commands [ns]; period of inference [ns], None = back to back."""
+    """Period of commands [ns]; inference by a period [ns] or when less than `inference_watermark` [ns] is
+    left to play; back to back when both are None."""
 
     control_period: int
     inference_period: int | None
+    inference_watermark: int | None = None
+
+
+@dataclass(frozen=True)
+class RtcSpec:
+    """Real-time chunking. horizon: actions over which the previous chunk pulls; schedule: zeros, ones, linear
+    or exp, its weights there."""
+
+    mode: RtcMode = RtcMode.OFF
+    schedule: str = "linear"
+    horizon: int = 10
+    max_guidance: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -202,6 +258,7 @@ class TimelineSpec:
     open_loop_cap: int
     blend_steps: int
     hold_deadline: int
+    rtc: RtcSpec = RtcSpec()
 
 
 @dataclass(frozen=True)
@@ -229,6 +286,10 @@ class RobotContract:
     def action_joints(self) -> tuple[JointSpec, ...]:
         """Specs of the commanded joints, in action order."""
         return tuple(self.joints[name] for name in self.action.joints)
+
+    def message_names(self, joints: Sequence[str]) -> tuple[str, ...]:
+        """The names that these joints of the contract have in ROS messages."""
+        return tuple(self.joints[name].in_messages for name in joints)
 
     @property
     def image_streams(self) -> tuple[StreamSpec, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,19 @@ from .errors import ContractError, ContractProblem
 
 SCHEMA_PATH = Path(__file__).with_name("contract_schema.json")
 YamlPath = tuple[str | int, ...]
+
+
+class ContractLoader(yaml.SafeLoader):
+    """SafeLoader with the truth values of YAML 1.2: to 1.1, `off`, a mode of real-time chunking, is false."""
+
+
+ContractLoader.yaml_implicit_resolvers = {
+    letter: [
+        (tag, re.compile("^(?:true|false)$") if tag == "tag:yaml.org,2002:bool" else pattern)
+        for tag, pattern in resolvers
+    ]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ def _parse(text: str, file: str) -> tuple[Any, SourceMap, list[ContractProblem]]
         return None, SourceMap(file), [ContractProblem(file, line, f"not valid YAML: {reason}")]
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = ContractLoader(text)
         root = loader.get_single_node()
         if root is None:
             return failed(0, "the file is empty, expected a robot contract")

@@ -72,7 +72,7 @@ class JointReader:
         self._parts = [
             (
                 source,
-                NamedValues(source.joints, source.field, source.stream),
+                NamedValues(contract.message_names(source.joints), source.field, source.stream),
                 JointMapping([contract.joints[name] for name in source.joints]),
             )
             for source in contract.state.sources
@@ -165,7 +165,7 @@ class MeasuredPositions:
         order: dict[str, list[int]] = {}
         for index, name in enumerate(contract.action.joints):
             order.setdefault(_measuring_stream(contract, name), []).append(index)
-        joints = contract.action.joints
+        joints = contract.message_names(contract.action.joints)
         self._parts = [
             (stream, indices, NamedValues([joints[index] for index in indices], "position", stream))
             for stream, indices in order.items()

@@ -1,11 +1,14 @@
-"""Position and velocity limits: the last line before a command is published.
+"""Position, velocity and acceleration limits: the last line before a command is published.
 
 Everything is judged in position space. With p the position commanded before and dt the time since,
 
     target = value (absolute) | p + value (delta) | p + value * dt (velocity)
     lower <= target <= upper,   |target - p| <= velocity limit * dt
 
-What leaves here keeps both, whatever comes in. The one case where both cannot hold, a start outside the
+and for joints with an acceleration limit, with v the speed commanded before, |(target - p) / dt - v| <=
+acceleration limit * dt, and slow enough to stop before the position limit (see braking.py).
+
+What leaves here keeps them, whatever comes in. The one case where they cannot hold, a start outside the
 position limits by more than one step, is refused (`check_start`). Velocity commands are judged from
 measured positions, which may overshoot: then a joint outside its limits may stand or move back, never
 further out.
@@ -19,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .braking import speed_bounds
 from .chunk import check_chunk
 from .contract_model import FloatArray, Representation, RobotContract
 from .errors import ContractError, StartError
@@ -33,8 +37,8 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A joint's wish beyond a limit. LIMIT_POSITION: position [rad, m]; LIMIT_VELOCITY: speed [rad/s,
-    m/s]."""
+    """A joint's wish beyond a limit. LIMIT_POSITION: position [rad, m]; LIMIT_VELOCITY: speed [rad/s, m/s];
+    LIMIT_ACCELERATION: change of speed per second [rad/s², m/s²]."""
 
     reason: Reason
     joint: str
@@ -42,7 +46,7 @@ class Violation:
     limit: float
 
     def __str__(self) -> str:
-        what = "position" if self.reason is Reason.LIMIT_POSITION else "velocity"
+        what = self.reason.name.removeprefix("LIMIT_").lower()
         return f"joint {self.joint}: {what} {self.value:.6g} is beyond the limit {self.limit:.6g}"
 
 
@@ -59,7 +63,7 @@ class Limited(NamedTuple):
 
 
 class Limiter:
-    """Limits of a contract's action joints. Stateless: the caller keeps the position commanded last."""
+    """Limits of a contract's action joints. Stateless: the caller keeps position and speed commanded last."""
 
     def __init__(self, contract: RobotContract) -> None:
         """Raises ContractError when an action joint has no limits."""
@@ -71,6 +75,8 @@ class Limiter:
         self.lower = np.array([limit.lower for limit in limits])
         self.upper = np.array([limit.upper for limit in limits])
         self.velocity = np.array([limit.velocity for limit in limits])
+        self.acceleration = np.array([limit.acceleration or np.inf for limit in limits])
+        self.bounds_acceleration = bool(np.isfinite(self.acceleration).any())
         self._representation = contract.action.representation
         self._control_period = contract.rates.control_period
 
@@ -100,42 +106,46 @@ class Limiter:
             raise StartError(Reason.START_OUTSIDE_LIMITS, text)
         return start
 
-    def apply(self, values: ArrayLike, previous: ArrayLike) -> Limited:
+    def apply(
+        self, values: ArrayLike, previous: ArrayLike, speed: FloatArray | None = None
+    ) -> Limited:
         """Limit one command (dof,) sent one control period after position `previous` (dof,) was commanded."""
         row = np.asarray(values, dtype=np.float64)[None, :]
-        limited = self.apply_path(row, previous, np.array([self._control_period]))
+        limited = self.apply_path(row, previous, np.array([self._control_period]), speed)
         return Limited(limited.values[0], limited.positions[0], limited.violations)
 
-    def apply_path(self, values: ArrayLike, previous: ArrayLike, periods: NDArray[np.int64]) -> Limited:
+    def apply_path(
+        self, values: ArrayLike, previous: ArrayLike, periods: NDArray[np.int64],
+        speed: FloatArray | None = None,
+    ) -> Limited:
         """Limit commands (n, dof) one after the other.
 
         `previous`: position (dof,) before the first; `periods`: (n,) ns from each command's predecessor to
-        it. Raises ChunkError for a wrong shape or values that are not finite, StartError as check_start does.
+        it; `speed`: (dof,) commanded up to there, None at rest. Raises ChunkError for a wrong shape or values
+        that are not finite, StartError as check_start does.
         """
         rows, start = self.check_chunk(values), self.check_start(previous)
         with np.errstate(over="ignore", invalid="ignore"):  # absurd wishes overflow and fail the test below
             targets = self._targets(rows, start, periods)
-            if self._within(targets, start, self._steps(periods)):
+            speed = np.zeros_like(start) if speed is None else speed
+            if self._within(targets, start, periods, speed):
                 return Limited(rows, targets, ())
-            violations = self._judge(targets[0], start, periods[0])
-            return Limited(*self._clamp(rows, start, periods), violations)
+            violations = self._judge(targets[:1], start, periods[:1], speed)
+            return Limited(*self._clamp(rows, start, periods, speed), violations)
 
     def first_violation(
-        self, values: FloatArray, previous: FloatArray, periods: NDArray[np.int64]
+        self, values: FloatArray, previous: FloatArray, periods: NDArray[np.int64],
+        speed: FloatArray | None = None,
     ) -> Violation | None:
         """The first wish beyond a limit anywhere along a path (arguments as for apply_path); nothing is
         clamped."""
         with np.errstate(over="ignore", invalid="ignore"):
             targets = self._targets(values, previous, periods)
-            if self._within(targets, previous, self._steps(periods)):
+            speed = np.zeros_like(previous) if speed is None else speed
+            if self._within(targets, previous, periods, speed):
                 return None
-            before = np.concatenate([previous[None, :], targets[:-1]])
-            bounded, speed, outside, too_fast = self._excess(targets, before, periods[:, None])
-            rows = np.flatnonzero((outside | too_fast).any(axis=1))
-            if not len(rows):
-                return None
-            row = rows[0]
-            return self._named(targets[row], bounded[row], speed[row], outside[row], too_fast[row])[0]
+            violations = self._judge(targets, previous, periods, speed)
+            return violations[0] if violations else None
 
     def _steps(self, periods: NDArray[np.int64]) -> FloatArray:
         """Largest allowed change of position per row, (n, dof)."""
@@ -150,56 +160,74 @@ class Limiter:
         targets: FloatArray = start + np.cumsum(rows, axis=0)
         return targets
 
-    def _within(self, targets: FloatArray, start: FloatArray, steps: FloatArray) -> bool:
+    def _within(
+        self, targets: FloatArray, start: FloatArray, periods: NDArray[np.int64], speed: FloatArray
+    ) -> bool:
         changes = np.diff(targets, axis=0, prepend=start[None, :])
-        inside = (targets >= self.lower) & (targets <= self.upper) & (np.abs(changes) <= steps)
-        return bool(inside.all())
+        inside = (targets >= self.lower) & (targets <= self.upper) & (np.abs(changes) <= self._steps(periods))
+        if not inside.all() or not self.bounds_acceleration:
+            return bool(inside.all())
+        seconds, before = periods[:, None] / NS_PER_S, targets - changes
+        speeds = changes / seconds
+        earlier = np.concatenate([speed[None, :], speeds[:-1]])
+        low, high = speed_bounds(
+            earlier, before - self.lower, self.upper - before, self.acceleration, seconds, MARGIN
+        )
+        return bool(((speeds >= low) & (speeds <= high)).all())
 
     def _clamp(
-        self, rows: FloatArray, start: FloatArray, periods: NDArray[np.int64]
+        self, rows: FloatArray, start: FloatArray, periods: NDArray[np.int64], speed: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Values and positions, each row limited from the position that the row before really reaches."""
         values, positions = np.empty_like(rows), np.empty_like(rows)
         for index, step in enumerate(self._steps(periods)):
+            seconds = float(periods[index]) / NS_PER_S
             lower, upper = self.lower, self.upper
             if self._representation is Representation.VELOCITY:
                 lower, upper = np.minimum(lower, start), np.maximum(upper, start)
             target = self._targets(rows[index : index + 1], start, periods[index : index + 1])[0]
-            reached = np.clip(np.clip(target, start - step, start + step), lower, upper)
+            target = np.clip(target, start - step, start + step)
+            if self.bounds_acceleration:
+                bounds = speed_bounds(speed, start - lower, upper - start, self.acceleration, seconds, MARGIN)
+                target = np.clip(target, start + bounds[0] * seconds, start + bounds[1] * seconds)
+            reached = np.clip(target, lower, upper)
+            speed = (reached - start) / seconds
             if self._representation is Representation.ABSOLUTE:
                 values[index] = reached
             elif self._representation is Representation.DELTA:
                 values[index] = reached - start
             else:
-                values[index] = (reached - start) / (periods[index] / NS_PER_S)
+                values[index] = speed
             positions[index] = start = reached
         return values, positions
 
-    def _judge(self, target: FloatArray, start: FloatArray, period: np.int64) -> tuple[Violation, ...]:
-        """Violations of one wish."""
-        return self._named(target, *self._excess(target, start, period))
-
-    def _excess(
-        self, targets: FloatArray, before: FloatArray, periods: NDArray[np.int64] | np.int64
-    ) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], NDArray[np.bool_]]:
-        """Targets pulled to their bounds, the speeds to there, and where each is beyond its limit; one wish
-        (dof,) or a path (n, dof)."""
+    def _judge(
+        self, targets: FloatArray, start: FloatArray, periods: NDArray[np.int64], speed: FloatArray
+    ) -> tuple[Violation, ...]:
+        """Violations of the first wish (n, dof) that has any."""
+        before, seconds = np.concatenate([start[None, :], targets[:-1]]), periods[:, None] / NS_PER_S
         bounded = np.clip(targets, self.lower, self.upper)
-        speed = np.abs(bounded - before) / (periods / NS_PER_S)
         slack = TOLERANCE * np.maximum(1.0, np.abs(bounded))
-        return bounded, speed, np.abs(targets - bounded) > slack, speed > self.velocity * (1.0 + TOLERANCE)
+        speeds = (bounded - before) / seconds
+        earlier = np.concatenate([speed[None, :], speeds[:-1]])
+        accelerations = np.abs(speeds - earlier) / seconds
+        beyond = (
+            np.abs(targets - bounded) > slack,
+            np.abs(speeds) > self.velocity * (1.0 + TOLERANCE),
+            accelerations > self.acceleration * (1.0 + TOLERANCE),
+        )
+        rows = np.flatnonzero(np.any(beyond, axis=(0, 2)))
+        if not len(rows):
+            return ()
+        row = rows[0]
+        return (
+            *self._named(Reason.LIMIT_POSITION, beyond[0][row], targets[row], bounded[row]),
+            *self._named(Reason.LIMIT_VELOCITY, beyond[1][row], np.abs(speeds[row]), self.velocity),
+            *self._named(Reason.LIMIT_ACCELERATION, beyond[2][row], accelerations[row], self.acceleration),
+        )
 
     def _named(
-        self, target: FloatArray, bounded: FloatArray, speed: FloatArray, outside: NDArray[np.bool_],
-        too_fast: NDArray[np.bool_],
-    ) -> tuple[Violation, ...]:
-        def found(
-            reason: Reason, where: NDArray[np.bool_], values: FloatArray, limits: FloatArray
-        ) -> list[Violation]:
-            picked = np.flatnonzero(where)
-            return [Violation(reason, self.names[i], float(values[i]), float(limits[i])) for i in picked]
-
-        return (
-            *found(Reason.LIMIT_POSITION, outside, target, bounded),
-            *found(Reason.LIMIT_VELOCITY, too_fast, speed, self.velocity),
-        )
+        self, reason: Reason, where: NDArray[np.bool_], values: FloatArray, limits: FloatArray
+    ) -> list[Violation]:
+        picked = np.flatnonzero(where)
+        return [Violation(reason, self.names[i], float(values[i]), float(limits[i])) for i in picked]

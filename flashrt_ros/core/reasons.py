@@ -49,6 +49,7 @@ class Reason(IntEnum):
     CONTROL_STALLED = 312, "control ticks stopped coming for a while: the chunk was dropped, holding"
     HELD = 313, "held on request: call ~/resume to go on"
     COMMAND_CONFLICT = 314, "another node publishes on a command topic"
+    LIMIT_ACCELERATION = 320, "an action changes a joint's speed faster than its acceleration limit"
 
     # 400s: runtime
     INFERENCE_ERROR = 401, "the policy raised an error"

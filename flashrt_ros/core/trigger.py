@@ -1,6 +1,8 @@
-"""When to run the model next: as soon as it is free (back to back), or at a fixed rate."""
+"""When to run the model next: as soon as it is free (back to back), at a fixed rate, or on a watermark."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from .contract_model import RatesSpec
 
@@ -8,12 +10,17 @@ from .contract_model import RatesSpec
 class InferenceTrigger:
     """Asked whenever something new came or the worker became free. Belongs to one thread."""
 
-    def __init__(self, rates: RatesSpec) -> None:
+    def __init__(self, rates: RatesSpec, remaining: Callable[[], int] = lambda: 0) -> None:
+        """`remaining`: time for which actions are left to play [ns], read in watermark mode."""
         self._period = rates.inference_period
+        self._watermark = rates.inference_watermark
+        self._remaining = remaining
         self._next: int | None = None
 
     def due(self, now_mono_ns: int) -> bool:
         """Whether an inference may start now; a True counts as started."""
+        if self._watermark is not None:
+            return self._remaining() < self._watermark
         if self._period is None:
             return True
         if self._next is None:

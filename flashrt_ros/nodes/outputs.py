@@ -13,7 +13,7 @@ from std_msgs.msg import Float64MultiArray, Header
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from flashrt_ros.core.commander import Output
-from flashrt_ros.core.contract import OutputType, RobotContract
+from flashrt_ros.core.contract import OutputSpec, OutputType, RobotContract, Stamp
 from flashrt_ros.core.timing import NS_PER_S, to_s
 from flashrt_ros.core.trajectory import TrajectoryPoints, cut
 from flashrt_ros.msg import ActionChunk
@@ -83,13 +83,39 @@ def chunk_message(
     )
 
 
+class Command:
+    """What one output of the contract sends: the joints that its controller has, by the robot's names."""
+
+    def __init__(self, spec: OutputSpec, contract: RobotContract) -> None:
+        joints = spec.joints or contract.action.joints
+        self._spec = spec
+        self._names = contract.message_names(joints)
+        self._columns = [contract.action.joints.index(name) for name in joints]
+
+    def message(self, output: Output, stamp: int) -> Float64MultiArray | JointTrajectory | None:
+        """One tick's command, due at `stamp` [ns, ROS time]; None for silence."""
+        if output.values is None:
+            return None
+        if self._spec.type is OutputType.FLOAT64_MULTI_ARRAY:
+            return Float64MultiArray(data=_doubles(output.values[self._columns]))
+        if output.trajectory is None:
+            return None
+        points = cut(output.trajectory, self._spec.lookahead)
+        mine = TrajectoryPoints(
+            points.offsets, points.positions[:, self._columns], points.velocities[:, self._columns]
+        )
+        return trajectory_message(mine, self._names, stamp if self._spec.stamp is Stamp.DUE else 0)
+
+
 class CommandPublisher:
     """The contract's command topics. `publish` is for one thread at a time: control, and whoever ended it."""
 
     def __init__(self, node: Node, contract: RobotContract) -> None:
-        self._joints = contract.action.joints
         self._topics = [
-            (output, node.create_publisher(_OUTPUT_MESSAGES[output.type], output.topic, COMMAND_DEPTH))
+            (
+                Command(output, contract),
+                node.create_publisher(_OUTPUT_MESSAGES[output.type], output.topic, COMMAND_DEPTH),
+            )
             for output in contract.outputs
         ]
 
@@ -97,12 +123,9 @@ class CommandPublisher:
         """Send one tick's command, due at `stamp` [ns, ROS time], on every topic; silence sends nothing."""
         if output.values is None:
             return
-        for spec, publisher in self._topics:
-            if spec.type is OutputType.FLOAT64_MULTI_ARRAY:
-                publisher.publish(Float64MultiArray(data=_doubles(output.values)))
-            elif output.trajectory is not None:
-                points = cut(output.trajectory, spec.lookahead)
-                publisher.publish(trajectory_message(points, self._joints, stamp))
+        for command, publisher in self._topics:
+            if (message := command.message(output, stamp)) is not None:
+                publisher.publish(message)
 
     def topics(self) -> list[str]:
         """Resolved names of the command topics."""

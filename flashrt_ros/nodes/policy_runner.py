@@ -68,7 +68,7 @@ class PolicyRunner:
         """`report` is told why there is no prediction."""
         self.policy: PolicyLike | None = None
         self.prompt = ""  # read at each inference
-        self.trigger = InferenceTrigger(contract.rates)
+        self.trigger = InferenceTrigger(contract.rates, lambda: commander.timeline.remaining)
         self.ingest = Ingest(contract, fallback_decoder)
         self._contract = contract
         self._clock = clock

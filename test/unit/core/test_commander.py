@@ -400,3 +400,61 @@ def test_the_scenarios_do_publish(small: Small) -> None:
     """The property above is not vacuous."""
     events = [("chunk", 1), ("ticks", 5), ("mark", 0), ("ticks", 2), ("late", 2), ("ticks", 30)]
     assert drive(small(), events, 0.05, "absolute") > 12
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), representation=st.sampled_from(["absolute", "delta"]),
+    blend_steps=st.sampled_from([0, 4]), ratio=st.sampled_from([1, 2]), acceleration=st.floats(0.1, 50),
+)
+def test_no_acceleration_beyond_its_limit_from_start_to_farewell(
+    small: Small, seed: int, representation: str, blend_steps: int, ratio: int, acceleration: float
+) -> None:
+    """Random chunks, starvation, a pause and a stop: what goes out speeds up and brakes within the limit."""
+    limits = ((-1.0, 1.0, 1.0, acceleration), (0.0, 0.5, 2.0))
+    period = PERIOD // ratio
+    contract = small(
+        representation=representation, limits=limits, blend_steps=blend_steps, control_period=period,
+        hold_deadline=2.0,
+    )
+    rng, clock = np.random.default_rng(seed), Clock()
+    commander, _ = commander_of(contract, clock=clock)
+    position, speed, outputs, limiter = np.array([0.0, 0.1]), np.zeros(2), 0, commander.limiter
+
+    def check(output: Output) -> None:
+        nonlocal position, speed, outputs
+        if output.values is None:
+            return
+        assert output.positions is not None
+        new = (output.positions - position) / (period / 1e9)
+        assert abs(new[0] - speed[0]) / (period / 1e9) <= acceleration
+        assert np.all((output.positions >= limiter.lower) & (output.positions <= limiter.upper))
+        if output.kind is CommandKind.HOLDING:
+            assert Reason.LIMIT_ACCELERATION not in [violation.reason for violation in output.violations]
+        position, speed, outputs = output.positions, new, outputs + 1
+
+    spread = 1.0 if representation == "absolute" else 0.05
+    for _ in range(6):
+        submit(commander, rng.uniform(-spread, spread, (20, 2)))
+        for _ in range(int(rng.integers(1, 40))):
+            clock.now += period
+            check(commander.tick())
+        if rng.random() < 0.3:
+            commander.pause(Reason.HELD, "test", bounded=False)
+            for _ in range(int(rng.integers(1, 20))):
+                clock.now += period
+                check(commander.tick())
+            commander.resume()
+    if (farewell := commander.farewell()) is not None:
+        check(farewell)
+    assert outputs > 6
+
+
+def test_a_hold_brakes_and_then_stays(small: Small) -> None:
+    commander, _ = commander_of(small(limits=((-1.0, 1.0, 1.0, 2.0), (0.0, 0.5, 2.0)), hold_deadline=2.0))
+    submit(commander, np.column_stack([0.0004 * np.cumsum(range(1, 21)), np.full(20, 0.1)]))
+    moving = [published(commander.tick())[0] for _ in range(20)]
+    holding = [published(commander.tick())[0] for _ in range(40)]
+    assert holding[0] > moving[-1]
+    assert np.all(np.diff(holding) >= 0)
+    assert holding[-1] == holding[-10]

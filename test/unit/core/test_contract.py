@@ -22,6 +22,7 @@ from flashrt_ros.core.contract import (
     OutputType,
     Representation,
     RobotContract,
+    RtcMode,
     StreamType,
     default_search_path,
     known_contracts,
@@ -161,7 +162,8 @@ MISTAKES = [
     ("control: 50.0", "control: 30.0", "rates:",
      r"control rate \(30 Hz\) must be an integer multiple of the action rate \(50 Hz\): set 50 or"),
     ("control: 50.0", "control: 75.0", "rates:", "set 50 or 100 Hz"),
-    ("inference: back_to_back", "inference: sometimes", "rates:", "expected back_to_back, or a rate in Hz"),
+    ("inference: back_to_back", "inference: sometimes", "rates:",
+     r"expected back_to_back, a rate in Hz above 0, or \{watermark: seconds\}, got 'sometimes'"),
     ("open_loop_cap: 0.5", "open_loop_cap: 0.01", "timeline:",
      "open_loop_cap 0.01 s is shorter than one action"),
     ("blend_steps: 15", "blend_steps: 1.5", "timeline:", "expected a whole number of actions"),
@@ -183,6 +185,41 @@ MISTAKES = [
     ("lookahead: 0.1}", "lookahead: 100}", "lookahead: 100",
      r"outputs\[0\].lookahead: .* in seconds above 0, at most 1, got 100"),
     ("max_age: 0.25", "max_age: 0.25, max_age: 1.0", "sync:", "key max_age is given twice"),
+    ("view: base_0_rgb", "view: base_0_rgb\n    colour_order: grb", "colour_order",
+     "expected one of declared, rgb, bgr; got 'grb'"),
+    ("topic: joint_states\n", "topic: joint_states\n    colour_order: bgr\n", "colour_order",
+     "cannot have a colour_order"),
+    ("unit: m, ", "unit: m, policy_unit: deg, ", "name: gripper", "unit m cannot become deg; expected m, mm"),
+    ("unit: m, ", "unit: m, policy_unit: mm, scale: 2, ", "name: gripper", "policy_unit and scale say the"),
+    ("velocity: 0.1}", "velocity: 0.1, acceleration: -1}", "name: gripper",
+     "expected an acceleration above 0 .* got -1"),
+    ("limits: {on_", "grippers: {hand: {closed: 0, open: 1}}\nlimits: {on_", "grippers:",
+     "unknown joint hand; joints are shoulder_pan"),
+    ("limits: {on_", "grippers: {gripper: {closed: 0}}\nlimits: {on_", "grippers:",
+     "grippers.gripper: missing open; required: closed, open"),
+    ("limits: {on_", "grippers: {gripper: {closed: 0.04, open: 0.04}}\nlimits: {on_", "grippers:",
+     "closed and open are both 0.04"),
+    ("limits: {on_", "grippers: {gripper: {closed: 0, open: 1, policy_open: 0}}\nlimits: {on_", "grippers:",
+     "policy_closed and policy_open are both 0"),
+    ("  period: 0.02", "  period: 0.02\n  dof: 6", "dof: 6", "action.dof is 6, but action.joints names 7"),
+    ("lookahead: 0.1}", "lookahead: 0.1, joints: [elbow, hand]}", "lookahead: 0.1",
+     "joint hand is not commanded; action.joints are"),
+    ("lookahead: 0.1}", "lookahead: 0.1, joints: [elbow, elbow]}", "lookahead: 0.1", "elbow is given twice"),
+    ("lookahead: 0.1}", "lookahead: 0.1, joints: [elbow]}", "  joints: [shoulder_pan",
+     "joint shoulder_pan is commanded, but no output has it"),
+    ("lookahead: 0.1}", "lookahead: 0.1, stamp: now}", "stamp: now", "expected one of due, zero; got 'now'"),
+    ("trajectory_msgs/msg/JointTrajectory, lookahead: 0.1", "std_msgs/msg/Float64MultiArray, stamp: zero",
+     "stamp: zero", "a Float64MultiArray has no header"),
+    ("name: wrist_2, ", "name: wrist_2, message_name: elbow, ", "lookahead",
+     "one output would command elbow twice: split it by `joints`"),
+    ("inference: back_to_back", "inference: {watermark: 0.6}", "rates:",
+     "watermark 0.6 s is above open_loop_cap, 0.5 s"),
+    ("inference: back_to_back", "inference: {low: 0.6}", "rates:", "unknown key low; known: watermark"),
+    ("inference: back_to_back", "inference: {}", "rates:", "missing watermark"),
+    ("hold_deadline: 1.0", "hold_deadline: 1.0, rtc: {mode: yes}", "timeline:",
+     "timeline.rtc.mode: expected one of off, guided, trained; got 'yes'"),
+    ("hold_deadline: 1.0", "hold_deadline: 1.0, rtc: {mode: guided, schedule: cubic}", "timeline:",
+     "expected one of zeros, ones, linear, exp; got 'cubic'"),
     ("max_age: 0.25", "7: 0.25", "sync:", "every key must be plain text"),
     ("robot: demo_arm", "robot: [demo_arm", "streams:", "not valid YAML: .*parsing a flow"),
 ]
@@ -286,6 +323,73 @@ def test_options_off_the_demo(load: Callable[[str], RobotContract], demo_text: s
     assert (gripper.gain, gripper.offset, gripper.policy_name) == (-25.0, 1.0, "gripper.pos")
     assert contract == load(text)
     assert contract != load(demo_text)
+
+
+def test_every_camera_optional_leaves_nothing_to_look_at(
+    load: Callable[[str], RobotContract], demo_text: str
+) -> None:
+    text = demo_text.replace("    qos: {reliability: best_effort, depth: 5}", "    optional: true")
+    with pytest.raises(ContractError, match="every image stream is optional: at least one must be there"):
+        load(text)
+
+
+def test_a_gripper_is_the_straight_line_through_its_ends(
+    load: Callable[[str], RobotContract], demo_text: str
+) -> None:
+    ends = "{closed: 0.0, open: 0.04, policy_closed: 100, policy_open: 0}"
+    contract = load(demo_text.replace("limits: {on_", f"grippers: {{gripper: {ends}}}\nlimits: {{on_"))
+    mapping = JointMapping([contract.joints["gripper"]])
+    np.testing.assert_allclose(mapping.to_policy([[0.0], [0.01], [0.04]]), [[100], [75], [0]], atol=1e-9)
+    np.testing.assert_allclose(mapping.to_robot([[100], [75], [0]]), [[0.0], [0.01], [0.04]], atol=1e-12)
+    plain = load(demo_text.replace("limits: {on_", "grippers: {elbow: {closed: 1, open: -1}}\nlimits: {on_"))
+    assert plain.joints["elbow"].gain == -0.5
+    assert plain.joints["elbow"].offset == 0.5
+
+
+def test_a_gripper_replaces_the_joints_own_numbers(
+    load: Callable[[str], RobotContract], demo_text: str
+) -> None:
+    text = demo_text.replace("unit: m, ", "unit: m, sign: -1, ").replace(
+        "limits: {on_", "grippers: {gripper: {closed: 0, open: 1}}\nlimits: {on_"
+    )
+    with pytest.raises(ContractError, match=r"gripper \(grippers.gripper\), which replaces its sign: remove"):
+        load(text)
+
+
+def test_units_of_the_policy(load: Callable[[str], RobotContract], demo_text: str) -> None:
+    text = demo_text.replace("name: elbow,  ", "name: elbow, policy_unit: deg, sign: -1,")
+    contract = load(text.replace("unit: m, ", "unit: m, policy_unit: mm, "))
+    assert contract.joints["elbow"].gain == pytest.approx(-180 / np.pi)
+    assert contract.joints["gripper"].gain == 1000.0
+
+
+def test_two_controllers_and_names_of_the_robots_own(
+    load: Callable[[str], RobotContract], demo_text: str
+) -> None:
+    arm = "shoulder_pan, shoulder_lift, elbow, wrist_1, wrist_2, wrist_3"
+    one = "lookahead: 0.1}"
+    two = (
+        f"lookahead: 0.1, joints: [{arm}], stamp: zero}}\n"
+        "  - {topic: hand, type: std_msgs/msg/Float64MultiArray, joints: [gripper]}"
+    )
+    text = demo_text.replace(one, two).replace("name: gripper, ", "name: gripper, message_name: elbow, ")
+    contract = load(text)
+    assert contract.outputs[0].joints == tuple(arm.split(", "))
+    assert (contract.outputs[0].stamp, contract.outputs[1].joints) == ("zero", ("gripper",))
+    assert contract.message_names(("elbow", "gripper")) == ("elbow", "elbow")
+
+
+def test_watermark_and_real_time_chunking(load: Callable[[str], RobotContract], demo_text: str) -> None:
+    text = demo_text.replace("inference: back_to_back", "inference: {watermark: 0.25}")
+    contract = load(text.replace("hold_deadline: 1.0", "hold_deadline: 1.0, rtc: {mode: guided, horizon: 8}"))
+    assert contract.rates.inference_watermark == 250_000_000
+    assert contract.rates.inference_period is None
+    rtc = contract.timeline.rtc
+    assert (rtc.mode, rtc.schedule, rtc.horizon, rtc.max_guidance) == (RtcMode.GUIDED, "linear", 8, 10.0)
+    # To YAML 1.1 a bare `off` is false.
+    off = load(demo_text.replace("hold_deadline: 1.0", "hold_deadline: 1.0, rtc: {mode: off}"))
+    assert off.timeline.rtc == load(demo_text).timeline.rtc
+    assert off.timeline.rtc.mode is RtcMode.OFF
 
 
 def test_state_from_two_streams(load: Callable[[str], RobotContract], demo_text: str) -> None:

@@ -308,3 +308,77 @@ def test_the_spline_between_points_stays_between_them(
         curve = p0 * (1 - ease) + p1 * ease + v0 * (t**3 - 2 * t**2 + t) + v1 * (t**3 - t**2)
         assert curve.min() >= min(p0, p1) - 1e-9
         assert curve.max() <= max(p0, p1) + 1e-9
+
+
+# Acceleration.
+
+BRAKES = ((-1.0, 1.0, 1.0, 2.0), (0.0, 0.5, 2.0, 5.0))
+
+
+def test_acceleration_is_clamped_and_named(small: Small) -> None:
+    """2 rad/s² at 50 Hz: the speed may change by 0.04 rad/s a command."""
+    limited = Limiter(small(limits=BRAKES)).apply([0.01, 0.1], [0.0, 0.1])
+    assert limited.values == pytest.approx([0.0008, 0.1])
+    (violation,) = limited.violations
+    assert (violation.reason, violation.joint) == (Reason.LIMIT_ACCELERATION, "shoulder_pan")
+    assert (violation.value, violation.limit) == pytest.approx((25.0, 2.0))
+    assert str(violation) == "joint shoulder_pan: acceleration 25 is beyond the limit 2"
+    moving = Limiter(small(limits=BRAKES)).apply([0.01, 0.1], [0.0, 0.1], np.array([0.5, 0.0]))
+    assert moving.violations == ()
+    assert moving.values[0] == 0.01
+
+
+def test_a_joint_without_an_acceleration_limit_has_none(small: Small) -> None:
+    limited = Limiter(small(limits=((-1.0, 1.0, 1.0), (0.0, 0.5, 2.0, 5.0)))).apply([0.02, 0.1], [0.0, 0.1])
+    assert limited.values[0] == pytest.approx(0.02)
+
+
+def test_a_joint_brakes_in_time_for_its_end(small: Small) -> None:
+    limiter = Limiter(small(limits=BRAKES))
+    position, speed, speeds = np.array([0.0, 0.1]), np.zeros(2), []
+    for _ in range(400):
+        limited = limiter.apply([5.0, 0.1], position, speed)
+        speed, position = (limited.positions - position) / DT, limited.positions
+        speeds.append(speed[0])
+    assert position[0] == pytest.approx(1.0, abs=1e-6)
+    assert max(speeds) == pytest.approx(0.98, abs=0.03)  # nearly its limit: not timid either
+    assert np.abs(np.diff(speeds, prepend=0.0)).max() <= 2.0 * DT
+
+
+def test_a_path_beyond_the_acceleration_limit_is_found_where_it_is(small: Small) -> None:
+    limiter = Limiter(small(limits=BRAKES))
+    speeds = np.array([[0.04, 0.0], [0.08, 0.0], [0.08, 0.0], [0.0, 0.0]])
+    path = np.array([0.0, 0.1]) + np.cumsum(speeds * DT, axis=0)
+    periods = np.full(4, PERIOD)
+    violation = limiter.first_violation(path, np.array([0.0, 0.1]), periods)
+    assert violation is not None
+    assert (violation.reason, violation.value) == (Reason.LIMIT_ACCELERATION, pytest.approx(4.0))
+    assert limiter.first_violation(path[:3], np.array([0.0, 0.1]), periods[:3]) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    representation=st.sampled_from(["absolute", "delta"]), data=st.data(),
+    acceleration=st.floats(0.01, 200), velocity=st.floats(1e-2, 20), start=st.floats(-1, 1),
+    ratio=st.integers(1, 5),
+)
+def test_no_acceleration_beyond_its_limit_ever_comes_out(
+    small: Small, representation: str, data: st.DataObject, acceleration: float, velocity: float,
+    start: float, ratio: int,
+) -> None:
+    """Strictly, together with position and velocity, over many commands: from rest the three never conflict.
+    Each command comes with a coarser path of its own, as a trajectory does, whose rows keep them too."""
+    limits = ((-1.0, 1.0, velocity, acceleration),)
+    limiter = Limiter(small(representation=representation, limits=limits))
+    wishes = data.draw(st.lists(st.tuples(wild, wild, wild), min_size=1, max_size=60))
+    position, speed = np.array([start]), np.zeros(1)
+    periods = np.array([PERIOD, ratio * PERIOD, ratio * PERIOD])
+    for rows in wishes:
+        limited = limiter.apply_path(np.array(rows)[:, None], position, periods, speed)
+        seconds = periods[:, None] / 1e9
+        speeds = np.diff(limited.positions, axis=0, prepend=position[None, :]) / seconds
+        changes = np.abs(np.diff(speeds, axis=0, prepend=speed[None, :])) / seconds
+        assert np.all((limited.positions >= -1.0) & (limited.positions <= 1.0))
+        assert np.all(np.abs(speeds) <= velocity)
+        assert np.all(changes <= acceleration)
+        position, speed = limited.positions[0], speeds[0]
