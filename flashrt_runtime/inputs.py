@@ -19,15 +19,16 @@ from .processing.prompt import PromptEncoder
 from .processing.state import StateTransform
 from .spec import VIEW_ALIASES, PolicySpec
 
-Images = Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8]]
+Images = Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8] | None]
 State = NDArray[np.floating] | Sequence[float]
 FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One observation in model space: views (H, W, 3) uint8 of any size, tokens (L,) int64, state
-    (model_action_dim,) float32 padded or None, noise (horizon, model_action_dim) float32 on the host.
+    """One observation in model space: views (H, W, 3) uint8 of any size, those that are there; tokens (L,)
+    int64; state (model_action_dim,) float32 padded or None; noise (horizon, model_action_dim) float32 on the
+    host.
     """
 
     views: list[NDArray[np.uint8]]
@@ -131,7 +132,7 @@ class ObservationEncoder:
         return self._state.pad(normalized, self.spec.model_action_dim)
 
     def ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
-        """The images in the order of `spec.views`, each checked."""
+        """The images in the order of `spec.views`, each checked; those given as None are left out."""
         size = self._checkpoint.config.vision.image_size
         names = self.spec.views
         if isinstance(images, Mapping):
@@ -139,13 +140,18 @@ class ObservationEncoder:
             by_name = {aliases.get(name, name): image for name, image in images.items()}
             if set(by_name) != set(names) or len(by_name) != len(images):
                 raise ObservationError(f"expected images for the views {list(names)}, got {list(images)}")
-            ordered = [by_name[name] for name in names]
+            absent = [name for name in names if by_name[name] is None]
+            if len(absent) == len(names) or not set(absent) <= set(self.spec.optional_views):
+                raise ObservationError(f"no image of {', '.join(absent)}, which an observation needs")
+            names = tuple(name for name in names if name not in absent)
+            ordered: list[NDArray[np.uint8] | None] = [by_name[name] for name in names]
         else:
             ordered = list(images)
             if len(ordered) != len(names):
                 raise ObservationError(
                     f"expected {len(names)} images in the order {list(names)}, got {len(ordered)}"
                 )
+        checked: list[NDArray[np.uint8]] = []
         for name, image in zip(names, ordered, strict=True):
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
                 kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
@@ -156,7 +162,8 @@ class ObservationEncoder:
                 raise ObservationError(
                     f"image {name!r}: {image.shape[1]}x{image.shape[0]} is too narrow to fit {size}x{size}"
                 )
-        return ordered
+            checked.append(image)
+        return checked
 
     def normalized_state(self, state: State | None) -> FloatArray | None:
         """state: (state_dim,) in the robot's units, checked; None where it may be left out."""

@@ -99,9 +99,10 @@ class Policy:
         """One action chunk from one observation.
 
         images: one (H, W, 3) uint8 RGB array per view, any size, as a list in the order of `spec.views` or
-        a dict by view name. prompt: needed at first, then kept. state: (state_dim,) joint values in the
-        robot's units, needed by every policy that sees the state. noise: (horizon, model_action_dim)
-        float32, the flow's start; or seed: an int it is drawn from; neither draws fresh noise. Returns
+        a dict by view name, where None masks a view of `spec.optional_views`. prompt: needed at first, then
+        kept. state: (state_dim,) joint values in the robot's units, needed by every policy that sees the
+        state. noise: (horizon, model_action_dim) float32, the flow's start; or seed: an int it is drawn from;
+        neither draws fresh noise. Returns
         (horizon, action_dim) float32 actions in the robot's units, at the rate the policy was trained for.
         Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no
         statistics), TokenizerNotFoundError, ActionError (non-finite actions) or ClosedError.
@@ -303,7 +304,8 @@ class Policy:
 
     def _run(self, model: FlowPolicy, inputs: ModelInputs) -> FloatArray:
         self._calibrate_first(lambda: self._eager(model, inputs))
-        if self._engine is None:
+        # The graphs are captured for every view; without one the definition runs, slower and exact.
+        if self._engine is None or len(inputs.views) < model.num_views:
             return self._take(self._eager(model, inputs))
         if inputs.state is None and self.spec.config == "pi0":
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")

@@ -16,7 +16,9 @@ class PolicySpec:
 
     views: camera order; horizon: actions per chunk; state_dim, action_dim: the robot's widths;
     model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits
-    included.
+    included. optional_views: those that an observation may leave out (given as None, they are masked), but
+    not all at once. action_representation: absolute, delta or velocity; None where the checkpoint does not
+    say.
     """
 
     config: str
@@ -32,16 +34,20 @@ class PolicySpec:
     action_names: tuple[str, ...] | None
     action_rate_hz: float | None
     checkpoint: str
-    action_representation: str = "absolute"
+    action_representation: str | None = None
+    optional_views: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, num_views: int) -> PolicySpec:
         """The spec of a policy of `num_views` cameras from an opened checkpoint."""
         config = checkpoint.config
+        views = (checkpoint.views or DEFAULT_VIEWS)[:num_views]
+        # Offsets to the state are added up here: what comes out is absolute.
+        summed = "absolute" if any(checkpoint.delta_actions or ()) else None
         return cls(
             config=config.policy,
             family=checkpoint.rules.family,
-            views=(checkpoint.views or DEFAULT_VIEWS)[:num_views],
+            views=views,
             horizon=config.horizon,
             state_dim=checkpoint.state_dim,
             action_dim=checkpoint.action_dim,
@@ -52,4 +58,6 @@ class PolicySpec:
             action_names=checkpoint.action_names,
             action_rate_hz=checkpoint.action_rate_hz,
             checkpoint=str(checkpoint.path),
+            action_representation=checkpoint.action_representation or summed,
+            optional_views=views if len(views) > 1 else (),
         )

@@ -184,7 +184,7 @@ class BagSource:
         for observation in self:
             yield from waiting
             waiting = [
-                {"images": dict(observation.images), "state": observation.state, "prompt": prompt}
+                {"images": observation.policy_images, "state": observation.state, "prompt": prompt}
             ]
         yield from waiting
 

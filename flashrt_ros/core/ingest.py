@@ -131,13 +131,17 @@ class Ingest:
         state = self._joints.state(payloads)
         images: dict[str, RgbImage] = {}
         stamps = {name: item.stamp for name, item in snapshot.messages.items()}
-        newest = 0
+        newest, absent = 0, []
         for stream in self._contract.image_streams:
-            if stream.name in payloads and stream.view is not None:
+            if stream.view is None:
+                continue
+            if stream.name in payloads:
                 image = self._image(stream.name, payloads[stream.name])
                 images[stream.view] = image
                 newest = max(newest, stamps[stream.name])
-        return Observation(images, state, stamps, newest)
+            else:
+                absent.append(stream.view)
+        return Observation(images, state, stamps, newest, tuple(absent))
 
     def _image(self, name: str, message: Any) -> RgbImage:
         crop = self._contract.streams[name].crop

@@ -17,9 +17,16 @@ class Observation:
     state: (state_dim,) float32 in the policy's units and order.
     stamps: stream name -> header stamp of the message used [ns, ROS time].
     newest_image_stamp: largest stamp among the image streams [ns, ROS time].
+    absent: views of optional streams that had no fitting message.
     """
 
     images: Mapping[str, NDArray[np.uint8]]
     state: NDArray[np.float32]
     stamps: Mapping[str, int]
     newest_image_stamp: int
+    absent: tuple[str, ...] = ()
+
+    @property
+    def policy_images(self) -> dict[str, NDArray[np.uint8] | None]:
+        """As `predict` takes them: None for an absent view, which is masked."""
+        return {**self.images, **dict.fromkeys(self.absent)}

@@ -16,14 +16,17 @@ RATE_TOLERANCE = 0.01  # relative; separates 30 from 29.97 Hz recordings' roundi
 
 
 class PolicySpecLike(Protocol):
-    """What a loaded policy says about itself (flashrt_runtime.PolicySpec), duck-typed."""
+    """What a loaded policy says about itself (flashrt_runtime.PolicySpec), duck-typed.
+
+    Optional: action_representation (None: unsaid; without the attribute: absolute) and optional_views.
+    """
 
     @property
     def views(self) -> tuple[str, ...]: ...
     @property
-    def state_dim(self) -> int: ...
+    def state_dim(self) -> int | None: ...
     @property
-    def action_dim(self) -> int: ...
+    def action_dim(self) -> int | None: ...
     @property
     def state_names(self) -> tuple[str, ...] | None: ...
     @property
@@ -56,7 +59,7 @@ def _disagreements(contract: RobotContract, spec: PolicySpecLike) -> Iterator[tu
         contract, "action", ("action", "joints"), contract.action.joints, spec.action_dim, spec.action_names
     )
     ours, theirs = str(contract.action.representation), getattr(spec, "action_representation", "absolute")
-    if ours != theirs:
+    if theirs is not None and ours != theirs:
         yield ("action", "representation"), f"action.representation is {ours}, the checkpoint's is {theirs}"
     rate, policy_rate = NS_PER_S / contract.action.period, spec.action_rate_hz
     if policy_rate is not None and abs(rate - policy_rate) > RATE_TOLERANCE * policy_rate:
@@ -84,9 +87,12 @@ def _check_views(contract: RobotContract, spec: PolicySpecLike) -> Iterator[tupl
 
 
 def _check_vector(
-    contract: RobotContract, what: str, path: YamlPath, names: Sequence[str], width: int,
+    contract: RobotContract, what: str, path: YamlPath, names: Sequence[str], width: int | None,
     policy_names: Sequence[str] | None,
 ) -> Iterator[tuple[YamlPath, str]]:
+    if width is None:
+        yield path, f"the checkpoint has no statistics of its {what} (norm_stats), so its width is unknown"
+        return
     if len(names) != width:
         have = f"{what} has {len(names)} joints ({', '.join(names)})"
         yield path, f"{have}, the checkpoint's {what} has width {width}"

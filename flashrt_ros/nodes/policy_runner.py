@@ -131,7 +131,7 @@ class PolicyRunner:
             return None
         observation = self._observe(selected)
         begin = time.perf_counter()
-        actions = policy.predict(observation.images, prompt, observation.state, seed=self._seed)
+        actions = policy.predict(observation.policy_images, prompt, observation.state, seed=self._seed)
         elapsed = time.perf_counter() - begin
         return Prediction(self._contract.actions_to_robot(actions), mark, observation, prompt, elapsed)
 

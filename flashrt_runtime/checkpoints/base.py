@@ -95,6 +95,7 @@ class Checkpoint:
     state_names: tuple[str, ...] | None = None
     action_names: tuple[str, ...] | None = None
     action_rate_hz: float | None = None
+    action_representation: str | None = None
     state_dim: int | None = None
     action_dim: int | None = None
     delta_actions: tuple[bool, ...] | None = None

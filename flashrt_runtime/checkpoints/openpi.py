@@ -54,6 +54,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         state_names=extra.names("state_names"),
         action_names=extra.names("action_names"),
         action_rate_hz=extra.number("action_rate_hz"),
+        action_representation=extra.text("action_representation"),
         delta_actions=extra.flags("delta_actions"),
         tokenizer=tokenizer_in(path),
         untrained=extra.flag("untrained") or False,

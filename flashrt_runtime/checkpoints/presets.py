@@ -42,6 +42,7 @@ class Preset:
     state_stats: Mapping[str, list[float]]
     action_stats: Mapping[str, list[float]]
     state_in_prompt: bool
+    action_representation: str = "absolute"
     motion: Motion | None = None
 
     def norm_stats(self, action_stats: Mapping[str, list[float]] | None = None) -> dict[str, Any]:
@@ -129,9 +130,65 @@ LIBERO = Preset(
         "q99": [0.94, 0.87, 0.93, 0.12, 0.17, 0.19, 1.0],
     },
     state_in_prompt=False,
+    action_representation="delta",
 )
 
-PRESETS = {preset.name: preset for preset in (DEMO_ARM, LIBERO)}
+ALOHA_ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+ALOHA_JOINTS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ALOHA_ARM)
+# The start pose of ALOHA's recordings, counted as openpi's checkpoints do: shoulder and elbow the other way.
+ALOHA_HOME = [0.0, 0.96, -1.16, 0.0, -0.3, 0.0, 0.5] * 2
+
+ALOHA = Preset(
+    name="aloha",
+    horizon=50,
+    action_rate_hz=50.0,
+    views=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+    state_names=ALOHA_JOINTS,
+    action_names=ALOHA_JOINTS,
+    state_stats=band(ALOHA_HOME, [0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.5] * 2),
+    action_stats=band(ALOHA_HOME, [0.15, 0.15, 0.15, 0.15, 0.15, 0.15, 0.1] * 2),
+    state_in_prompt=True,
+)
+
+# LeRobot's names and units: degrees, the gripper from 0 (closed) to 100 (open).
+SO101_JOINTS = tuple(
+    f"{joint}.pos"
+    for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+)
+SO101_HOME = [0.0, -45.0, 45.0, 30.0, 0.0, 30.0]
+
+SO101 = Preset(
+    name="so101",
+    horizon=50,
+    action_rate_hz=30.0,
+    views=("base_0_rgb", "left_wrist_0_rgb"),
+    state_names=SO101_JOINTS,
+    action_names=SO101_JOINTS,
+    state_stats=band(SO101_HOME, [60.0, 40.0, 40.0, 50.0, 60.0, 30.0]),
+    action_stats=band(SO101_HOME, [10.0, 8.0, 8.0, 10.0, 10.0, 10.0]),
+    state_in_prompt=True,
+)
+
+# Joints in rad; the gripper as openpi's UR5 example has it, from 0 (open) to 1 (closed).
+UR5E_JOINTS = (
+    "shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "wrist_2_joint",
+    "wrist_3_joint", "gripper",
+)
+UR5E_HOME = [0.0, -1.57, 1.57, -1.57, -1.57, 0.0, 0.5]
+
+UR5E = Preset(
+    name="ur5e",
+    horizon=50,
+    action_rate_hz=20.0,
+    views=("base_0_rgb", "left_wrist_0_rgb"),
+    state_names=UR5E_JOINTS,
+    action_names=UR5E_JOINTS,
+    state_stats=band(UR5E_HOME, [0.8, 0.6, 0.6, 0.8, 0.8, 0.8, 0.5]),
+    action_stats=band(UR5E_HOME, [0.15, 0.08, 0.08, 0.15, 0.15, 0.2, 0.1]),
+    state_in_prompt=True,
+)
+
+PRESETS = {preset.name: preset for preset in (DEMO_ARM, LIBERO, ALOHA, SO101, UR5E)}
 
 
 def preset_named(name: str) -> Preset:

@@ -334,6 +334,7 @@ def config_json(config: PolicyConfig, robot: Preset, size: str, dtype: str) -> d
         "state_names": list(robot.state_names),
         "action_names": list(robot.action_names),
         "action_rate_hz": robot.action_rate_hz,
+        "action_representation": robot.action_representation,
     }
     return content
 

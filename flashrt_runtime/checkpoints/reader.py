@@ -58,6 +58,7 @@ class Facts:
     state_names: tuple[str, ...] | None = None
     action_names: tuple[str, ...] | None = None
     action_rate_hz: float | None = None
+    action_representation: str | None = None
     state_dim: int | None = None
     action_dim: int | None = None
     delta_actions: tuple[bool, ...] | None = None
@@ -197,6 +198,7 @@ def _assemble(
         state_names=facts.state_names,
         action_names=facts.action_names,
         action_rate_hz=facts.action_rate_hz,
+        action_representation=facts.action_representation,
         state_dim=state_dim,
         action_dim=action_dim,
         delta_actions=delta,

@@ -195,7 +195,7 @@ def test_its_own_checkpoint_is_overwritten(copy, tiny):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": "huge"}, {"preset": "aloha"}, {"policy": "groot"}, {"dtype": "int8"}],
+    [{"size": "huge"}, {"preset": "robot"}, {"policy": "groot"}, {"dtype": "int8"}],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_unknown_names_are_refused_with_the_known_ones(wrong, tmp_path):

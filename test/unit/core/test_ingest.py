@@ -179,3 +179,22 @@ def test_measured_positions_are_fresh_or_an_error(demo: RobotContract, joint_mes
     refused(lambda: measured(400_001_000), Reason.STALE_RECEIPT, "joint positions are 0.400 s old")
     sync.push("joint_states", 0, 400_000_000, joint_message(NAMES[:3], VALUES[:3]))
     refused(lambda: measured(400_000_000), Reason.JOINT_MISSING, "wrist_1, wrist_2, wrist_3, gripper")
+
+
+def test_an_optional_camera_that_is_silent_is_absent(
+    tmp_path: Path, demo_text: str, joint_message: Messages
+) -> None:
+    path = tmp_path / "robot.yaml"
+    path.write_text(demo_text.replace("view: left_wrist_0_rgb", "view: left_wrist_0_rgb\n    optional: true"))
+    ingest = Ingest(load_contract(path))
+    whole = snapshot_of(joint_message, BASE, WRIST)
+    assert ingest.observe(whole).absent == ()
+    messages = {name: item for name, item in whole.messages.items() if name != "wrist_camera"}
+    observation = ingest.observe(Snapshot(messages, 30))
+    assert observation.absent == ("left_wrist_0_rgb",)
+    assert list(observation.images) == ["base_0_rgb"]
+    assert observation.newest_image_stamp == 30
+    images = observation.policy_images
+    assert set(images) == {"base_0_rgb", "left_wrist_0_rgb"}
+    assert images["left_wrist_0_rgb"] is None
+    np.testing.assert_array_equal(images["base_0_rgb"], BASE)

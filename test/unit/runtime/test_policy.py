@@ -80,6 +80,41 @@ def test_images_by_name_and_by_alias(policy: Policy, images: list[np.ndarray]) -
     assert not np.array_equal(swapped, want)
 
 
+def test_an_absent_view_is_masked_when_said_so(policy: Policy, images: list[np.ndarray]) -> None:
+    assert policy.spec.optional_views == VIEWS
+    by_name: dict[str, np.ndarray | None] = dict(zip(VIEWS, images, strict=True))
+    both = policy.predict(by_name, PROMPT, STATE, seed=1)
+    base = policy.predict({**by_name, VIEWS[1]: None}, PROMPT, STATE, seed=1)
+    wrist = policy.predict({**by_name, VIEWS[0]: None}, PROMPT, STATE, seed=1)
+    assert not np.array_equal(base, both)
+    assert not np.array_equal(base, wrist)
+    # What was there does not matter: it is masked, neither black nor the last frame.
+    policy.predict({**by_name, VIEWS[1]: images[1] // 2}, PROMPT, STATE, seed=1)
+    np.testing.assert_array_equal(policy.predict({**by_name, VIEWS[1]: None}, PROMPT, STATE, seed=1), base)
+    black = policy.predict({**by_name, VIEWS[1]: np.zeros_like(images[1])}, PROMPT, STATE, seed=1)
+    assert not np.array_equal(black, base)
+    with pytest.raises(ObservationError, match="no image of base_0_rgb, left_wrist_0_rgb"):
+        policy.predict(dict.fromkeys(VIEWS), PROMPT, STATE)
+    with pytest.raises(ObservationError, match="expected images for the views"):
+        policy.predict({VIEWS[0]: images[0]}, PROMPT, STATE)
+
+
+def test_a_masked_view_is_the_models_own_mask(policy: Policy, images: list[np.ndarray]) -> None:
+    """The same through the model alone, whose masking is compared with other implementations elsewhere."""
+    from flashrt_runtime.processing.images import prepare_image
+
+    noise = np.random.default_rng(2).standard_normal((50, 32)).astype(np.float32)
+    inputs = policy._encode([*images], PROMPT, STATE, noise)
+    pixels = np.stack([prepare_image(image, 224, "antialias_uint8").numpy() for image in images])
+    with_mask = policy.sample_actions(
+        pixels, np.array([True, False]), inputs.tokens, np.ones(len(inputs.tokens), bool), None, noise
+    )
+    assert policy._actions is not None
+    want = policy._actions.to_physical(with_mask, np.asarray(STATE, np.float32))
+    got = policy.predict({VIEWS[0]: images[0], VIEWS[1]: None}, PROMPT, STATE, noise=noise)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_prompt_is_kept_and_changes_actions(policy: Policy, images: list[np.ndarray]) -> None:
     policy.set_prompt("open the drawer")
     assert policy.prompt == "open the drawer"
