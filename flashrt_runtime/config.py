@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-PolicyName = Literal["pi05", "pi0"]
+PolicyName = Literal["pi05", "pi0", "pi0fast"]
 NormalizationMode = Literal["quantile", "quantile10", "mean_std", "min_max", "identity"]
 
 PATCH_SIZE = 14
@@ -43,10 +43,27 @@ class SiglipConfig:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """A flow-matching policy's dimensions.
+class DecodeConfig:
+    """How pi0-FAST generates; nothing to the other policies.
 
-    action_dim is the model's padded width (32); the robot's own width follows from the statistics.
+    skip_ids: ids at the vocabulary's end that no action token takes; max_tokens: without a stop among them
+    a chunk is an error; temperature: 0 is greedy; skip_position: see `FamilyRules`; tied_head: tokens are
+    scored by the embedding.
+    """
+
+    skip_ids: int = 128
+    max_tokens: int = 80
+    temperature: float = 0.0
+    skip_position: bool = False
+    tied_head: bool = True
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A policy's dimensions.
+
+    expert: the stack that makes the actions, pi0-FAST's own language model. action_dim is the model's padded
+    width (32), in pi0-FAST the robot's; the robot's own width follows from the statistics.
     """
 
     policy: PolicyName
@@ -58,6 +75,7 @@ class PolicyConfig:
     prompt_capacity: int
     action_dim: int = 32
     num_steps: int = 10
+    decode: DecodeConfig = DecodeConfig()
 
     def with_steps(self, num_steps: int | None) -> PolicyConfig:
         """The same policy with another number of denoise steps; None keeps it."""
@@ -70,6 +88,8 @@ class FamilyRules:
 
     quantile_eps is added to q99 - q01; std_eps to std going in, std_eps_inverse coming back;
     zero_range_eps replaces a range that is exactly zero. absent_view_fill is in model space [-1, 1].
+    pi0-FAST only: lowercase the prompt; end_with_bos appends a BOS to it; skip_position leaves one position
+    free between the prompt and what is generated, all but the first token of it.
     """
 
     family: Literal["openpi", "lerobot"]
@@ -84,6 +104,9 @@ class FamilyRules:
     state_in_prompt: bool
     absent_view_fill: float
     rope_bf16: bool = False
+    lowercase: bool = False
+    end_with_bos: bool = False
+    skip_position: bool = False
 
 
 GEMMA_2B = GemmaConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256)
@@ -91,4 +114,4 @@ GEMMA_300M = GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv
 SIGLIP_SO400M = SiglipConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, image_size=224)
 
 PALIGEMMA_VOCAB_SIZE = 257152
-PROMPT_CAPACITY: dict[PolicyName, int] = {"pi05": 200, "pi0": 48}
+PROMPT_CAPACITY: dict[PolicyName, int] = {"pi05": 200, "pi0": 48, "pi0fast": 250}

@@ -24,7 +24,7 @@ CONFIG_ALIASES = {
     "motus": "motus",
     "wan22_ti2v_5b": "wan22_ti2v_5b",
 }
-SUPPORTED_CONFIGS = ("pi05", "pi0")
+SUPPORTED_CONFIGS = ("pi05", "pi0", "pi0fast")
 
 # precision -> dtype of the activations between the large projections
 PRECISIONS: dict[str, torch.dtype] = {

@@ -15,12 +15,13 @@ from ..config import (
     GEMMA_300M,
     PATCH_SIZE,
     SIGLIP_SO400M,
+    DecodeConfig,
     GemmaConfig,
     PolicyConfig,
     PolicyName,
     SiglipConfig,
 )
-from ..errors import CheckpointError, NotSupportedYetError
+from ..errors import CheckpointError
 
 Shape = tuple[int, ...]
 
@@ -55,6 +56,9 @@ def parameter_shapes(config: PolicyConfig) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {EMBEDDING_KEY: (config.vocab_size, config.prefix.width)}
     shapes |= _vision_shapes(config.vision, config.prefix.width)
     shapes |= _stack_shapes(LANGUAGE, config.prefix, adaptive=False)
+    if config.policy == "pi0fast":
+        head = {} if config.decode.tied_head else {LM_HEAD_KEY: shapes[EMBEDDING_KEY]}
+        return shapes | head
     shapes |= _stack_shapes(EXPERT, config.expert, adaptive=config.policy == "pi05")
     shapes |= _linear("action_in_proj", width, action_dim)
     shapes |= _linear("action_out_proj", action_dim, width)
@@ -70,6 +74,8 @@ def parameter_shapes(config: PolicyConfig) -> dict[str, Shape]:
 
 def unused_shapes(config: PolicyConfig) -> dict[str, Shape]:
     """Shape of the untrained output head that openpi's files carry along."""
+    if config.policy == "pi0fast":
+        return {}
     return {EXPERT_LM_HEAD_KEY: (config.vocab_size, config.expert.width)}
 
 
@@ -119,9 +125,10 @@ def _vision_shapes(vision: SiglipConfig, out_width: int) -> dict[str, Shape]:
 
 
 def detect_policy(keys: Iterable[str], where: str) -> PolicyName:
-    """The policy a set of canonical tensor names belongs to: pi05 has a time MLP, pi0 a state projection.
+    """The policy a set of canonical tensor names belongs to: pi05 has a time MLP, pi0 a state projection,
+    pi0fast neither and no action expert.
 
-    Raises CheckpointError for another architecture, NotSupportedYetError for pi0-FAST.
+    Raises CheckpointError for another architecture.
     """
     names = set(keys)
     if "time_mlp_in.weight" in names:
@@ -130,12 +137,10 @@ def detect_policy(keys: Iterable[str], where: str) -> PolicyName:
         return "pi0"
     paligemma = any(name.startswith(PALIGEMMA) or name == EMBEDDING_KEY for name in names)
     if paligemma and not any(name.startswith("action_") for name in names):
-        raise NotSupportedYetError(
-            f"{where}: a PaliGemma without action expert (pi0-FAST) is not supported yet"
-        )
+        return "pi0fast"
     raise CheckpointError(
-        f"{where}: a checkpoint of another architecture. Expected pi05 (time_mlp_in.weight) or pi0 "
-        f"(action_time_mlp_in.weight); found {len(names)} tensors such as "
+        f"{where}: a checkpoint of another architecture. Expected pi05 (time_mlp_in.weight), pi0 "
+        f"(action_time_mlp_in.weight) or pi0fast (PaliGemma alone); found {len(names)} tensors such as "
         f"{', '.join(sorted(names)[:3]) or 'none'}"
     )
 
@@ -240,11 +245,9 @@ class DimensionReader:
 
     def check_declared(self, config: PolicyConfig) -> None:
         """Every entry of flashrt_dims must agree with the tensors."""
-        parts: dict[str, GemmaConfig | SiglipConfig] = {
-            "prefix": config.prefix,
-            "expert": config.expert,
-            "vision": config.vision,
-        }
+        parts: dict[str, GemmaConfig | SiglipConfig] = {"prefix": config.prefix, "vision": config.vision}
+        if config.policy != "pi0fast":  # whose writers repeat the dimensions of an expert it does not have
+            parts["expert"] = config.expert
         for part, found in parts.items():
             for name, value in vars(found).items():
                 declared = self.declared(part, name)
@@ -270,22 +273,37 @@ def infer_config(
     num_steps: int,
     where: str,
     dims: Mapping[str, object] | None = None,
+    action_dim: int | None = None,
+    decode: DecodeConfig = DecodeConfig(),
 ) -> PolicyConfig:
     """The policy's configuration from tensor shapes (canonical names) and the few facts shapes do not hold.
 
+    action_dim, decode: of pi0fast, whose tensors tell neither.
     Raises CheckpointError naming file and key when a tensor is missing or dimensions contradict each other.
     """
     reader = DimensionReader(shapes, where, dims)
+    prefix = reader.stack("prefix", LANGUAGE, EMBEDDING_KEY, 1)
+    if policy == "pi0fast":
+        expert, width = prefix, action_dim
+    else:
+        expert = reader.stack("expert", EXPERT, "action_in_proj.weight", 0)
+        width = reader.shape("action_in_proj.weight", 2)[1]
+    if width is None:
+        raise CheckpointError(
+            f"{where}: no action_dim, and pi0fast's tensors do not tell it. Pass action_dim= or write "
+            '{"action_dim": N} there: the width of the actions that the FAST processor encoded'
+        )
     config = PolicyConfig(
         policy=policy,
         vision=reader.vision(),
-        prefix=reader.stack("prefix", LANGUAGE, EMBEDDING_KEY, 1),
-        expert=reader.stack("expert", EXPERT, "action_in_proj.weight", 0),
+        prefix=prefix,
+        expert=expert,
         vocab_size=reader.shape(EMBEDDING_KEY, 2)[0],
         horizon=horizon,
         prompt_capacity=prompt_capacity,
-        action_dim=reader.shape("action_in_proj.weight", 2)[1],
+        action_dim=width,
         num_steps=num_steps,
+        decode=decode,
     )
     reader.check_declared(config)
     ours, theirs = config.prefix, config.expert

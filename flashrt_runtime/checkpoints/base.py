@@ -155,7 +155,7 @@ def open_checkpoint(
     path: an openpi PyTorch directory (model.safetensors, assets/), a LeRobot policy directory (config.json
     with a `type`), an openpi Orbax directory (params/), or a hub id where `huggingface_hub` is installed.
     framework: "torch" reads safetensors, "jax" reads Orbax.
-    config: "pi05" or "pi0" insists on that policy; "auto" takes what the tensors say.
+    config: "pi05", "pi0" or "pi0fast" insists on that policy; "auto" takes what the tensors say.
     rules: overrides of single `FamilyRules` fields, e.g. {"state_in_prompt": False}.
     action_horizon, state_dim, action_dim, delta_actions: facts that openpi's layout does not record; each
     overrides what the files say.
@@ -170,7 +170,7 @@ def open_checkpoint(
     from .reader import Hints, read_checkpoint
 
     hints = Hints(
-        config=config,
+        config="pi0fast" if config == "pi0_fast" else config,
         rules=dict(rules or {}),
         action_horizon=action_horizon,
         asset_id=asset_id,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import PROMPT_CAPACITY, FamilyRules, NormalizationMode, PolicyName
+from ..config import PROMPT_CAPACITY, DecodeConfig, FamilyRules, NormalizationMode, PolicyName
 from ..errors import CheckpointError, NotSupportedYetError
 from .base import FeatureStats, NormStats
 from .json_fields import JsonObject
@@ -43,6 +43,8 @@ PREPROCESSOR_STEPS = frozenset(
         "pi05_prepare_state_tokenizer_processor_step",
         "pi0_new_line_processor",
         "smolvla_new_line_processor",
+        "pi0_fast_prepare_state_tokenizer_processor_step",
+        "action_tokenizer_processor",  # of actions: there are none before the policy has run
         "tokenizer_processor",
         "device_processor",
     }
@@ -76,11 +78,12 @@ def read_lerobot(path: Path, policy: PolicyName, hints: Hints) -> Facts:
     capacity = config.integer("tokenizer_max_length") or PROMPT_CAPACITY[policy]
     if before is not None and (tokenizer := before.step("tokenizer_processor")) is not None:
         capacity = tokenizer.integer("max_length") or capacity
+    skip, temperature = config.integer("fast_skip_tokens"), config.number("temperature")
     return Facts(
         where=path / "config.json",
         rules=rules,
         horizon=hints.action_horizon or config.required_integer("chunk_size"),
-        prompt_capacity=capacity,
+        prompt_capacity=capacity + rules.end_with_bos,
         num_steps=config.integer("num_inference_steps") or 10,
         dims=config.section("flashrt_dims"),
         declared=_declared(config, policy),
@@ -93,15 +96,13 @@ def read_lerobot(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         action_dim=action_dim,
         delta_actions=_delta_mask(config, before, after, action_dim, action_names),
         tokenizer=tokenizer_in(path),
+        decode=DecodeConfig(skip_ids=128 if skip is None else skip, temperature=temperature or 0.0),
     )
 
 
 def _check_type(config: JsonObject, policy: PolicyName) -> None:
     declared = config.text("type")
-    if declared == "pi0_fast":
-        raise NotSupportedYetError(
-            f"{config.file}: type pi0_fast is not supported yet; this version runs pi05 and pi0"
-        )
+    declared = "pi0fast" if declared == "pi0_fast" else declared
     if declared not in PROMPT_CAPACITY:
         raise CheckpointError(
             f"{config.file}: a policy of type {declared!r}; expected one of {', '.join(PROMPT_CAPACITY)}"
@@ -111,13 +112,15 @@ def _check_type(config: JsonObject, policy: PolicyName) -> None:
 
 
 def _declared(config: JsonObject, policy: PolicyName) -> dict[str, int | None]:
-    """Sizes of the model that LeRobot's configuration repeats; pi0.5 has no tensor of the state's width."""
+    """Sizes of the model that LeRobot's configuration repeats; pi0.5 has no tensor of the state's width,
+    pi0-FAST none of the action's either.
+    """
     resolution = config.values.get("image_resolution")
     if resolution is not None and not (isinstance(resolution, list) and len(set(resolution)) == 1):
         raise CheckpointError(f"{config.file}: image_resolution is {resolution!r}, expected a square")
     sizes = {
         "image_resolution": resolution[0] if resolution else None,
-        "max_action_dim": config.integer("max_action_dim"),
+        "max_action_dim": None if policy == "pi0fast" else config.integer("max_action_dim"),
     }
     return sizes | ({"max_state_dim": config.integer("max_state_dim")} if policy == "pi0" else {})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import PROMPT_CAPACITY, PolicyName
+from ..config import PROMPT_CAPACITY, DecodeConfig, PolicyName
 from ..errors import CheckpointError
 from .json_fields import JsonObject
 from .reader import Facts, Hints
@@ -34,6 +34,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
     asset, stats_file = find_norm_stats(path, hints.asset_id)
     notes: list[str] = []
     in_prompt = config.flag("discrete_state_input")
+    skip = extra.integer("fast_skip_tokens")
     if in_prompt is None and policy == "pi05" and asset == LIBERO_ASSET:
         in_prompt = False
         notes.append(
@@ -59,6 +60,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         tokenizer=tokenizer_in(path),
         untrained=extra.flag("untrained") or False,
         notes=tuple(notes),
+        decode=DecodeConfig(skip_ids=128 if skip is None else skip),
     )
 
 

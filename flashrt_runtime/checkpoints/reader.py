@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from ..config import FamilyRules, PolicyConfig, PolicyName
+import torch
+
+from ..config import DecodeConfig, FamilyRules, PolicyConfig, PolicyName
 from ..errors import CheckpointError, NotSupportedYetError, OptionError
 from .architecture import EMBEDDING_KEY, LM_HEAD_KEY, check_shapes, detect_policy, infer_config
 from .base import Checkpoint, FeatureStats, Layout, NormStats
@@ -22,7 +24,7 @@ from .stats import check_mode, padded_width
 LOG = logging.getLogger(__name__)
 
 CONFIG_NAMES = ("auto", *get_args(PolicyName))
-LATER_CONFIGS = ("pi0fast", "pi0_fast", "groot", "groot_n17", "motus", "wan22_ti2v_5b")
+LATER_CONFIGS = ("groot", "groot_n17", "motus", "wan22_ti2v_5b")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Facts:
     tokenizer: Path | None = None
     untrained: bool = False
     notes: tuple[str, ...] = ()
+    decode: DecodeConfig = DecodeConfig()
 
 
 def read_checkpoint(path: Path, framework: str, hints: Hints) -> Checkpoint:
@@ -91,6 +94,8 @@ def read_checkpoint(path: Path, framework: str, hints: Hints) -> Checkpoint:
         num_steps=facts.num_steps,
         where=str(facts.where),
         dims=facts.dims,
+        action_dim=_encoded_width(facts, hints),
+        decode=replace(facts.decode, tied_head=policy != "pi0fast" or _is_tied(store, stored)),
     )
     check_shapes(shapes, config, str(store.files[0]))
     _check_declared(facts, config)
@@ -120,10 +125,25 @@ def canonical_keys(stored: Mapping[str, Any]) -> dict[str, str]:
     return keys
 
 
+def _encoded_width(facts: Facts, hints: Hints) -> int | None:
+    """Width of the actions that a FAST processor encoded: the robot's, never padded."""
+    stats = facts.norm_stats.actions if facts.norm_stats else None
+    known = (hints.action_dim, facts.action_dim, facts.declared.get("action_dim"), padded_width(stats))
+    return next((width for width in known if width), None)
+
+
+def _is_tied(store: SafetensorsStore, stored: Mapping[str, str]) -> bool:
+    """Whether the output head is the token embedding, by name or by value."""
+    head, embedding = stored.get(LM_HEAD_KEY), stored.get(EMBEDDING_KEY)
+    if head is None or embedding is None:
+        return True
+    return torch.equal(store.tensor(head), store.tensor(embedding))
+
+
 def _check_hints(hints: Hints) -> None:
     if hints.config in LATER_CONFIGS:
         raise NotSupportedYetError(
-            f"config={hints.config!r} is not supported yet; this version runs pi05 and pi0"
+            f"config={hints.config!r} is not supported yet; this version runs {', '.join(CONFIG_NAMES[1:])}"
         )
     if hints.config not in CONFIG_NAMES:
         raise OptionError(f"config is {hints.config!r}: expected one of {', '.join(CONFIG_NAMES)}")
@@ -169,7 +189,9 @@ def _assemble(
     where = str(facts.norm_stats_file or path)
     check_mode(stats.state, rules.state_mode, f"{where}: state")
     check_mode(stats.actions, rules.action_mode, f"{where}: actions")
-    state_dim = _width("state", hints.state_dim, facts.state_dim, stats.state, config.action_dim, where)
+    # pi0fast writes the state into the prompt and pads it nowhere
+    widest = max(config.action_dim, 32) if config.policy == "pi0fast" else config.action_dim
+    state_dim = _width("state", hints.state_dim, facts.state_dim, stats.state, widest, where)
     action_dim = _width(
         "actions", hints.action_dim, facts.action_dim, stats.actions, config.action_dim, where
     )

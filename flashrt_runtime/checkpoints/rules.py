@@ -31,8 +31,10 @@ def openpi_rules(policy: PolicyName, state_in_prompt: bool | None = None) -> Fam
         zero_range_eps=0.0,
         resize="antialias_uint8",
         clean_underscores=True,
-        state_in_prompt=policy == "pi05" if state_in_prompt is None else state_in_prompt,
+        state_in_prompt=policy != "pi0" if state_in_prompt is None else state_in_prompt,
         absent_view_fill=-1.0,
+        lowercase=policy == "pi0fast",
+        skip_position=policy == "pi0fast",
     )
 
 
@@ -41,7 +43,7 @@ def lerobot_rules(policy: PolicyName, eps: float = 1e-8) -> FamilyRules:
 
     The normalisation modes are the policy's defaults here; the reader puts in what the checkpoint says.
     """
-    mode: NormalizationMode = "mean_std" if policy == "pi0" else "quantile"
+    mode: NormalizationMode = "quantile" if policy == "pi05" else "mean_std"
     return FamilyRules(
         family="lerobot",
         state_mode=mode,
@@ -51,9 +53,10 @@ def lerobot_rules(policy: PolicyName, eps: float = 1e-8) -> FamilyRules:
         std_eps_inverse=0.0,
         zero_range_eps=eps,
         resize="bilinear_float",
-        clean_underscores=policy == "pi05",
-        state_in_prompt=policy == "pi05",
+        clean_underscores=policy != "pi0",
+        state_in_prompt=policy != "pi0",
         absent_view_fill=-1.0,
+        end_with_bos=policy == "pi0fast",
     )
 
 

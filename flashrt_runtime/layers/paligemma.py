@@ -15,16 +15,24 @@ from .siglip import Siglip
 
 
 class PaliGemma(nn.Module):
-    """SigLIP, token embedding and the Gemma prefix stack; the last layer stops at its K and V."""
+    """SigLIP, token embedding and the Gemma prefix stack; the last layer stops at its K and V.
+
+    final_norm: the stack is also read behind its last layer, by whoever generates text with it.
+    """
 
     def __init__(
-        self, vision: SiglipConfig, prefix: GemmaConfig, vocab_size: int, dtype: torch.dtype
+        self,
+        vision: SiglipConfig,
+        prefix: GemmaConfig,
+        vocab_size: int,
+        dtype: torch.dtype,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         self.width = prefix.width
         self.vision = Siglip(vision, prefix.width, dtype)
         self.embedding = nn.Embedding(vocab_size, prefix.width, dtype=dtype)
-        self.stack = GemmaStack(prefix, dtype, adaptive=False, final_norm=False)
+        self.stack = GemmaStack(prefix, dtype, adaptive=False, final_norm=final_norm)
 
     def embed(self, images: Tensor, tokens: Tensor) -> Tensor:
         """images: (views, 3, size, size) float32, or their patches; tokens: (text,) int64. Returns (views *
@@ -35,8 +43,12 @@ class PaliGemma(nn.Module):
         image_tokens = self.vision(images).flatten(0, 1)
         x: Tensor = image_tokens.new_empty(image_tokens.shape[0] + tokens.shape[0], self.width)
         x[: image_tokens.shape[0]] = image_tokens
-        ops.embed_tokens(self.embedding.weight, tokens, math.sqrt(self.width), x[image_tokens.shape[0] :])
+        self.embed_text(tokens, x[image_tokens.shape[0] :])
         return x
+
+    def embed_text(self, tokens: Tensor, out: Tensor) -> Tensor:
+        """Scaled embeddings of tokens: (text,) int64, written to `out`: (text, width)."""
+        return ops.embed_tokens(self.embedding.weight, tokens, math.sqrt(self.width), out)
 
     def fill_cache(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, window: Window) -> None:
         """Run the prefix stack over x: (tokens, width) and leave its K and V in the window's slots."""

@@ -8,14 +8,18 @@ from ..config import PolicyConfig
 from ..errors import OptionError
 from .flow import FlowPolicy
 from .pi0 import Pi0
+from .pi0_fast import Pi0Fast
 from .pi05 import Pi05
+from .prefix import PrefixPolicy
 
-__all__ = ["FlowPolicy", "Pi0", "Pi05", "build"]
+__all__ = ["FlowPolicy", "Pi0", "Pi05", "Pi0Fast", "PrefixPolicy", "build"]
 
-POLICIES: dict[str, type[FlowPolicy]] = {"pi05": Pi05, "pi0": Pi0}
+POLICIES: dict[str, type[FlowPolicy] | type[Pi0Fast]] = {"pi05": Pi05, "pi0": Pi0, "pi0fast": Pi0Fast}
 
 
-def build(config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool = False) -> FlowPolicy:
+def build(
+    config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool = False
+) -> PrefixPolicy:
     """The policy named by `config.policy`, its parameters on the meta device until the loader fills them."""
     if config.policy not in POLICIES:
         raise OptionError(f"unknown policy {config.policy!r}: expected one of {sorted(POLICIES)}")

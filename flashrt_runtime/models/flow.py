@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Protocol
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PolicyConfig
-from ..layers.kv_cache import KVCache, Window
-from ..layers.paligemma import PaliGemma
-from ..layers.rope import rope_tables
+from ..layers.kv_cache import Window
+from .prefix import PrefixPolicy
 
 
 class ExpertKernel(Protocol):
@@ -29,7 +28,7 @@ class ExpertKernel(Protocol):
         ...
 
 
-class FlowPolicy(nn.Module, ABC):
+class FlowPolicy(PrefixPolicy):
     """A prefix over images and text, and an action expert that integrates a velocity field from t = 1 to 0.
 
     dtype is the compute type of the large weights; action input/output projections and x stay float32.
@@ -37,35 +36,33 @@ class FlowPolicy(nn.Module, ABC):
     """
 
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.num_views = num_views
-        self.dtype = dtype
-        self.rope_bf16 = rope_bf16
+        super().__init__(config, num_views, dtype, rope_bf16)
         self.fused_expert: ExpertKernel | None = None
-        self.paligemma = PaliGemma(config.vision, config.prefix, config.vocab_size, dtype)
         width = config.expert.width
         self.action_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
         self.action_out = nn.Linear(width, config.action_dim, dtype=torch.float32)
 
     @property
-    def prefix_capacity(self) -> int:
-        """Slots for every view's tokens and a full prompt."""
-        return self.num_views * self.config.vision.tokens + self.config.prompt_capacity
+    def suffix_capacity(self) -> int:
+        """pi0's state token and the actions."""
+        return 1 + self.config.horizon
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """The flow's start: (horizon, action_dim)."""
+        return self.config.horizon, self.config.action_dim
+
+    def draw_noise(self, generator: torch.Generator) -> Tensor:
+        """N(0, 1)."""
+        return torch.randn(self.noise_shape, generator=generator, dtype=torch.float32)
+
+    def new_output(self, device: torch.device) -> Tensor:
+        """Actions: (horizon, action_dim) float32."""
+        return torch.zeros(self.noise_shape, dtype=torch.float32, device=device)
 
     def prepare(self, device: torch.device) -> None:
-        """Allocate the static buffers and precompute what depends on nothing but the weights.
-
-        Called once by the loader, after the weights are in place.
-        """
-        config = self.config
-        slots = self.prefix_capacity + 1 + config.horizon
-        self.rope = rope_tables(slots, config.expert.head_dim, device, self.rope_bf16)
-        self.cache = KVCache(
-            config.prefix.depth, slots, config.prefix.num_kv_heads, config.prefix.head_dim, self.dtype, device
-        )
-        self.prefix_length = torch.zeros((), dtype=torch.int32, device=device)
-        self.prefix_bound = 0
+        """As `PrefixPolicy.prepare`, and the conditioning of every denoise step."""
+        super().prepare(device)
         self.prepare_conditioning(device)
 
     @abstractmethod
@@ -92,24 +89,15 @@ class FlowPolicy(nn.Module, ABC):
         window = self.suffix_window(self.config.horizon)
         self.suffix = window, window.rope(self.rope)
 
-    def prefill(self, images: Tensor, tokens: Tensor) -> None:
-        """Fill the K/V cache from images: (views, 3, size, size) float32 and tokens: (text,) int64, all
-        valid.
-        """
-        x = self.paligemma.embed(images, tokens)
-        self.paligemma.fill_cache(x, self.rope, self.cache, Window.at(0, x.shape[0]))
-        self.cache.length = self.prefix_bound = x.shape[0]
-        self.prefix_length.fill_(x.shape[0])
+    def generate(self, state: Tensor | None, noise: Tensor, out: Tensor) -> None:
+        """Actions from noise, both (horizon, action_dim) float32; see `PrefixPolicy.generate`."""
+        self.extend_prefix(state)
+        out.copy_(noise)
+        self.integrate(out)
 
-    def prefill_padded(self, images: Tensor, tokens: Tensor) -> None:
-        """`prefill` of tokens: (bucket,) int64 of which only the device knows how many are valid.
-
-        `prefix_length` holds views * patches + valid tokens. Padding lies behind them and is attended by
-        nothing.
-        """
-        x = self.paligemma.embed(images, tokens)
-        self.paligemma.fill_cache(x, self.rope, self.cache, Window.padded(x.shape[0], self.prefix_length))
-        self.cache.length, self.prefix_bound = None, x.shape[0]
+    def release(self) -> None:
+        """The fused expert refers back to the model."""
+        self.fused_expert = None
 
     def integrate(self, x: Tensor) -> None:
         """Integrate dx/dt = v from t = 1 to 0 with num_steps Euler steps, in place.
@@ -124,7 +112,6 @@ class FlowPolicy(nn.Module, ABC):
         for step in range(self.config.num_steps):
             ops.euler_step(x, self.velocity(x, step), -1.0 / self.config.num_steps)
 
-    @torch.inference_mode()
     def sample_actions(
         self,
         images: Tensor,
@@ -141,8 +128,4 @@ class FlowPolicy(nn.Module, ABC):
         noise: (horizon, action_dim) float32. Returns (horizon, action_dim) float32 in model space.
         Positions count valid tokens only, so masked views and padded text are dropped: exact, and cheaper.
         """
-        self.prefill(images[image_mask], tokens[token_mask])
-        self.extend_prefix(state)
-        x = noise.clone()
-        self.integrate(x)
-        return x
+        return self.sample(images, image_mask, tokens, token_mask, state, noise)

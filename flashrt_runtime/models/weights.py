@@ -16,6 +16,7 @@ LANGUAGE = f"{PALIGEMMA}model.language_model."
 VISION = f"{PALIGEMMA}model.vision_tower.vision_model."
 EXPERT = "paligemma_with_expert.gemma_expert.model."
 EMBEDDING_KEY = f"{LANGUAGE}embed_tokens.weight"
+HEAD_KEY = f"{PALIGEMMA}lm_head.weight"
 
 
 class TensorSource(Protocol):
@@ -88,11 +89,19 @@ def _pi0(config: PolicyConfig) -> Iterator[Source]:
     yield from _linear("action_time_out", "action_time_mlp_out", bias=True)
 
 
+def _pi0fast(config: PolicyConfig) -> Iterator[Source]:
+    yield from _linear("paligemma.stack.norm", f"{LANGUAGE}norm")
+    if not config.decode.tied_head:
+        yield Source("head.weight", (HEAD_KEY,))
+
+
 def sources(config: PolicyConfig) -> list[Source]:
     """Every parameter of the policy with its checkpoint keys."""
     found = [Source("paligemma.embedding.weight", (EMBEDDING_KEY,))]
     found += _siglip("paligemma.vision", config.vision.depth)
     found += _gemma("paligemma.stack", LANGUAGE, config.prefix.depth, norms=True)
+    if config.policy == "pi0fast":
+        return [*found, *_pi0fast(config)]
     found += _linear("action_in", "action_in_proj", bias=True)
     found += _linear("action_out", "action_out_proj", bias=True)
     found += _pi05(config) if config.policy == "pi05" else _pi0(config)

@@ -33,6 +33,8 @@ def our_stages(checkpoint: Checkpoint, inputs: Inputs, target: Target) -> Stages
     config = checkpoint.config
     model = models.build(config, len(inputs.images), target.dtype, checkpoint.rules.rope_bf16)
     load_weights(model, config, checkpoint, target.device)
+    if not isinstance(model, models.FlowPolicy):
+        raise ParityError(f"a drift report is of a flow's stages, and {config.policy} has none")
     model.eval()
     model.prepare(target.device)
     try:
