@@ -46,16 +46,16 @@ class SiglipConfig:
 class DecodeConfig:
     """How pi0-FAST generates; nothing to the other policies.
 
-    skip_ids: ids at the vocabulary's end that no action token takes; max_tokens: without a stop among them
-    a chunk is an error; temperature: 0 is greedy; skip_position: see `FamilyRules`; tied_head: tokens are
-    scored by the embedding.
+    skip_ids: ids at the vocabulary's end that no action token takes; temperature: 0 is greedy; tied_head:
+    tokens are scored by the embedding.
     """
 
     skip_ids: int = 128
-    max_tokens: int = 80
     temperature: float = 0.0
-    skip_position: bool = False
     tied_head: bool = True
+
+
+NO_DECODING = DecodeConfig()
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PolicyConfig:
     prompt_capacity: int
     action_dim: int = 32
     num_steps: int = 10
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeConfig = NO_DECODING
 
     def with_steps(self, num_steps: int | None) -> PolicyConfig:
         """The same policy with another number of denoise steps; None keeps it."""

@@ -5,6 +5,8 @@ Every message names what was expected, what came and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FlashRTError(Exception):
     """Base of everything this package raises on purpose."""
@@ -72,6 +74,18 @@ class CalibrationCancelledError(CalibrationError):
 
 class DatasetError(FlashRTError, ValueError):
     """A dataset's files are not what their layout promises, or hold nothing that was asked for."""
+
+
+class ActionTokenError(ActionError):
+    """Generated tokens that are no action chunk. `tokens`: all of them, as generated."""
+
+    def __init__(self, message: str, tokens: Sequence[int]) -> None:
+        self.tokens = tuple(int(token) for token in tokens)
+        super().__init__(f"{message}; the {len(self.tokens)} tokens: {list(self.tokens)}")
+
+
+class NoStopError(ActionTokenError):
+    """The generated tokens reached their limit without a stop token."""
 
 
 class ClosedError(FlashRTError, RuntimeError):

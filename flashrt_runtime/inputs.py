@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,7 @@ FloatArray = NDArray[np.float32]
 @dataclass(frozen=True)
 class ModelInputs:
     """One observation in model space: views (H, W, 3) uint8 of any size, those that are there; tokens (L,)
-    int64; state (model_action_dim,) float32 padded or None; noise (horizon, model_action_dim) float32 on the
-    host.
+    int64; state (model_action_dim,) float32 padded or None; noise of the model's shape, float32 on the host.
     """
 
     views: list[NDArray[np.uint8]]
@@ -43,9 +42,17 @@ class ObservationEncoder:
     `set_prompt` and `prompt` may be used while another thread encodes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: PolicySpec) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: PolicySpec,
+        noise_shape: tuple[int, int],
+        draw_noise: Callable[[torch.Generator], torch.Tensor],
+    ) -> None:
+        """noise_shape, draw_noise: the model's."""
         self._checkpoint = checkpoint
         self.spec = spec
+        self._noise_shape, self._draw_noise = noise_shape, draw_noise
         stats = checkpoint.norm_stats
         self._state = (
             StateTransform(stats.state, checkpoint.rules, checkpoint.state_dim)
@@ -127,8 +134,8 @@ class ObservationEncoder:
             return tokens
 
     def _padded(self, normalized: FloatArray | None) -> FloatArray | None:
-        if normalized is None or self._state is None:
-            return None
+        if normalized is None or self._state is None or self.spec.config == "pi0fast":
+            return None  # pi0fast reads the state from its prompt alone, however wide it is
         return self._state.pad(normalized, self.spec.model_action_dim)
 
     def ordered_views(self, images: Images) -> list[NDArray[np.uint8]]:
@@ -193,15 +200,14 @@ class ObservationEncoder:
         return self._state.normalize(values)
 
     def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:
-        shape = (self.spec.horizon, self.spec.model_action_dim)
         if noise is not None:
             if seed is not None:
                 raise OptionError("noise= and seed= were both given: pass one")
-            expect_shape("noise", noise, shape)
+            expect_shape("noise", noise, self._noise_shape)
             return torch.from_numpy(np.array(noise, dtype=np.float32))
         # drawn on the host, so that a seed gives the same noise on every device
         generator = self._noise if seed is None else torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
+        return self._draw_noise(generator)
 
 
 def expect_shape(name: str, value: object, shape: tuple[int, ...]) -> None:

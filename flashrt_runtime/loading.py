@@ -8,22 +8,36 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from . import models
 from .checkpoints.base import Checkpoint, open_checkpoint
+from .checkpoints.tokenizer import resolve_tokenizer
 from .engine import Engine, fused_expert
-from .errors import CalibrationNotFoundError, CheckpointError, NotSupportedYetError, OptionError
-from .models import FlowPolicy
+from .errors import (
+    CalibrationNotFoundError,
+    CheckpointError,
+    NotSupportedYetError,
+    OptionError,
+    TokenizerNotFoundError,
+)
+from .models import FlowPolicy, Pi0Fast, PrefixPolicy
 from .models.weights import load_weights
 from .options import Target, requested_precision, resolve_config, resolve_target
 from .policy import Policy
 from .quantization.fp8 import swap_linears
 from .quantization.weight_cache import WeightCache
 
+if TYPE_CHECKING:
+    from .processing.fast_tokens import ActionTokens
+
 logger = logging.getLogger(__name__)
 
 MAX_VIEWS = 3
 MAX_STEPS = 100
+MAX_TOKENS = 512
 
 
 def load_model(
@@ -60,8 +74,9 @@ def load_model(
     """Load a policy.
 
     checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory; its layout is
-    detected. config: "pi05", "pi0", or "auto" to read it from the checkpoint; another architecture than
-    named is an error. num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU if there is one),
+    detected. config: "pi05", "pi0", "pi0fast" (or "pi0_fast"), or "auto" to read it from the checkpoint;
+    another architecture than named is an error. num_views: cameras per observation, 1 to 3. hardware: "auto"
+    (a GPU if there is one),
     "cpu", "any", "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16",
     "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the use_* flags map
     onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune: graphs
@@ -72,8 +87,11 @@ def load_model(
 
     What a checkpoint may leave open: action_horizon (actions per chunk), asset_id (which assets/<id> holds
     the statistics), delta_actions (per action dimension, whether the model gives offsets to the state;
-    openpi's files do not say, and absolute is assumed), rules (fields of `config.FamilyRules` by name). The
-    other options belong to features that are not supported yet.
+    openpi's files do not say, and absolute is assumed), rules (fields of `config.FamilyRules` by name).
+
+    pi0fast alone: decode_graph_steps, the most tokens of a chunk (1 to 512); decode_cuda_graph, so many
+    decode steps as one CUDA graph in place of one graph a step, which skips those behind the stop. The other
+    options belong to features that are not supported yet.
 
     Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's
     units. Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
@@ -88,8 +106,6 @@ def load_model(
         "vision_pool_factor": None if vision_pool_factor == 1 else vision_pool_factor,
         "vision_num_layers": vision_num_layers,
         "cache_frames": None if cache_frames == 1 else cache_frames,
-        "decode_cuda_graph": decode_cuda_graph or None,
-        "decode_graph_steps": None if decode_graph_steps == 80 else decode_graph_steps,
         "embodiment_tag": embodiment_tag,
     }
     for name, value in later.items():
@@ -109,7 +125,17 @@ def load_model(
         raise OptionError(f"calibration={str(scales)!r} is for fp8, and precision is {target.precision!r}")
     if scales is not None and recalibrate:
         raise OptionError(f"calibration={str(scales)!r} and recalibrate=True contradict each other: drop one")
-    settings = Settings(num_views, num_steps, autotune, recalibrate, weight_cache, scales)
+    _check_range("decode_graph_steps", decode_graph_steps, 1, MAX_TOKENS)
+    settings = Settings(
+        num_views,
+        num_steps,
+        autotune,
+        recalibrate,
+        weight_cache,
+        scales,
+        decode_cuda_graph,
+        decode_graph_steps,
+    )
     opened = open_checkpoint(
         Path(checkpoint).expanduser(),
         framework=framework,
@@ -132,6 +158,8 @@ class Settings:
     recalibrate: bool
     weight_cache: bool
     calibration: Path | None = None
+    decode_cuda_graph: bool = False
+    decode_graph_steps: int = 80
 
 
 def _load(opened: Checkpoint, target: Target, settings: Settings) -> Policy:
@@ -161,6 +189,10 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     config = opened.config.with_steps(settings.num_steps)
     opened.config = config
     model = models.build(config, settings.num_views, target.dtype, opened.rules.rope_bf16)
+    if isinstance(model, Pi0Fast):
+        model.decode_as(settings.decode_graph_steps, opened.rules.skip_position)
+    elif settings.decode_cuda_graph or settings.decode_graph_steps != 80:
+        raise OptionError(f"decode_cuda_graph and decode_graph_steps are pi0fast's; {config.policy} has none")
     if target.precision == "fp8":
         swap_linears(model)
         _load_quantised(model, opened, target, settings)
@@ -168,12 +200,14 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
         load_weights(model, config, opened, target.device)
     model.eval()
     model.prepare(target.device)
+    tokens = _restrict(model, opened) if isinstance(model, Pi0Fast) else None
     engine = None
-    if target.device.type == "cuda":
-        fused_expert.attach(model, target.device)
-        engine = Engine(model, opened.rules, target.device, settings.autotune)
+    if target.device.type == "cuda" and (isinstance(model, FlowPolicy) or tokens is not None):
+        if isinstance(model, FlowPolicy):
+            fused_expert.attach(model, target.device)
+        engine = Engine(model, opened.rules, target.device, settings.autotune, settings.decode_cuda_graph)
         engine.capture()
-    policy = Policy(model, opened, target, engine)
+    policy = Policy(model, opened, target, engine, tokens)
     if target.precision == "fp8":
         try:
             _load_scales(policy, opened, settings)
@@ -181,6 +215,22 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
             policy.close()
             raise
     return policy
+
+
+def _restrict(model: Pi0Fast, opened: Checkpoint) -> ActionTokens | None:
+    """The checkpoint's action tokens, to which the model keeps from now on; None where it has no processor,
+    which leaves model space.
+    """
+    from .processing.fast_tokens import open_action_tokens
+
+    try:
+        tokens = open_action_tokens(opened, resolve_tokenizer(opened))
+    except TokenizerNotFoundError as error:
+        logger.warning("model space only (sample_tokens), no actions: %s", error)
+        return None
+    device = model.head_rows.device
+    model.restrict(torch.from_numpy(tokens.ids).to(device), torch.from_numpy(tokens.stops).to(device))
+    return tokens
 
 
 def _load_scales(policy: Policy, opened: Checkpoint, settings: Settings) -> None:
@@ -192,7 +242,7 @@ def _load_scales(policy: Policy, opened: Checkpoint, settings: Settings) -> None
             policy.load_calibration()
 
 
-def _load_quantised(model: FlowPolicy, opened: Checkpoint, target: Target, settings: Settings) -> None:
+def _load_quantised(model: PrefixPolicy, opened: Checkpoint, target: Target, settings: Settings) -> None:
     """From the cache of quantised weights where it has them; `recalibrate` ignores what it holds."""
     if not settings.weight_cache:
         load_weights(model, opened.config, opened, target.device)

@@ -7,13 +7,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .checkpoints.base import Checkpoint
+from .checkpoints.tokenizer import BOS_ID
 from .engine import Engine
 from .errors import (
     ActionError,
@@ -21,9 +22,11 @@ from .errors import (
     ClosedError,
     ObservationError,
     OptionError,
+    TokenizerNotFoundError,
 )
 from .inputs import FloatArray, Images, ModelInputs, ObservationEncoder, State, expect_shape
-from .models import FlowPolicy
+from .models import FlowPolicy, Pi0Fast, PrefixPolicy
+from .models.pi0_fast import BROKEN, NOTHING
 from .options import Target
 from .processing.actions import ActionTransform
 from .processing.images import prepare_image
@@ -33,6 +36,9 @@ from .quantization.calibration import CalibrationReport
 from .quantization.in_force import CalibrationInForce
 from .spec import PolicySpec
 
+if TYPE_CHECKING:
+    from .processing.fast_tokens import ActionTokens
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,15 +46,22 @@ class Policy:
     """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time."""
 
     def __init__(
-        self, model: FlowPolicy, checkpoint: Checkpoint, target: Target, engine: Engine | None = None
+        self,
+        model: PrefixPolicy,
+        checkpoint: Checkpoint,
+        target: Target,
+        engine: Engine | None = None,
+        action_tokens: ActionTokens | None = None,
     ) -> None:
-        self._model: FlowPolicy | None = model
+        """action_tokens: what pi0fast's output means; without them it has no `predict`."""
+        self._model: PrefixPolicy | None = model
+        self._action_tokens = action_tokens
         self._engine = engine
         self._target = target
         self._lock = threading.Lock()
         self._checkpoint = checkpoint
         self.spec = PolicySpec.of(checkpoint, model.num_views)
-        self._encode = ObservationEncoder(checkpoint, self.spec)
+        self._encode = ObservationEncoder(checkpoint, self.spec, model.noise_shape, model.draw_noise)
         views = self.spec.views
         self._calibration = (
             CalibrationInForce(model, lambda: identity_of(checkpoint, views, target.precision))
@@ -105,7 +118,8 @@ class Policy:
         neither draws fresh noise. Returns
         (horizon, action_dim) float32 actions in the robot's units, at the rate the policy was trained for.
         Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no
-        statistics), TokenizerNotFoundError, ActionError (non-finite actions) or ClosedError.
+        statistics), TokenizerNotFoundError, ActionError (non-finite actions), NoStopError and
+        ActionTokenError (pi0fast: tokens that are no chunk) or ClosedError.
         """
         with self._lock:
             model = self._check_open()
@@ -115,6 +129,11 @@ class Policy:
                     "robot's units; use sample_actions for model space"
                 )
             inputs = self._encode(images, prompt, state, noise, seed, keep_prompt=True)
+            if isinstance(model, Pi0Fast) and self._action_tokens is None:
+                raise TokenizerNotFoundError(
+                    f"{self.spec.checkpoint}: the tokenizers of its action tokens were not found when it was "
+                    "loaded (the log says where they were looked for): load it again with them in place"
+                )
             actions = self._run(model, inputs)
             self._refuse_non_finite(actions)
             return self._actions.to_physical(
@@ -139,32 +158,87 @@ class Policy:
         """
         with self._lock:
             model = self._check_open()
-            size = model.config.vision.image_size
-            expect_shape("images", images, (model.num_views, 3, size, size))
-            expect_shape("image_mask", image_mask, (model.num_views,))
-            expect_shape("token_mask", token_mask, np.shape(tokens))
+            if not isinstance(model, FlowPolicy):
+                raise OptionError(f"{self.spec.config} generates tokens, not actions: use sample_tokens")
+            prefix = self._prefix(model, images, image_mask, tokens, token_mask)
             expect_shape("noise", noise, (self.spec.horizon, self.spec.model_action_dim))
-            self._check_tokens(np.asarray(tokens), np.asarray(token_mask), model.config.vocab_size)
             if state is not None:
                 expect_shape("state", state, (self.spec.model_action_dim,))
-            put = self._put
             tensors = (
-                put(images, torch.float32),
-                put(image_mask, torch.bool),
-                put(tokens, torch.int64),
-                put(token_mask, torch.bool),
-                None if state is None else put(state, torch.float32),
-                put(noise, torch.float32),
+                *prefix,
+                None if state is None else self._put(state, torch.float32),
+                self._put(noise, torch.float32),
             )
             self._calibrate_first(lambda: model.sample_actions(*tensors))
             actions = self._take(model.sample_actions(*tensors))
             self._refuse_non_finite(actions)
             return actions
 
+    def sample_tokens(
+        self,
+        images: FloatArray,
+        image_mask: NDArray[np.bool_],
+        tokens: NDArray[np.int64],
+        token_mask: NDArray[np.bool_],
+        max_tokens: int,
+        stop: int | None = None,
+        *,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        pruned: bool = False,
+    ) -> NDArray[np.int64]:
+        """pi0fast's model alone, without processing: for parity work.
+
+        The first four as in `sample_actions`; the family's BOS is appended to the prompt here. stop: the id
+        that ends the text; None generates max_tokens. temperature: 0 is greedy, else tokens are drawn, by
+        `seed`. pruned: only the ids of an action chunk compete, as in `predict`, in place of the whole
+        vocabulary. Returns ids (n,) int64, n <= max_tokens, the stop among them. Raises ObservationError for
+        shapes that do not fit, OptionError (not pi0fast, max_tokens, temperature) and ActionError
+        (non-finite scores).
+        """
+        with self._lock:
+            model = self._check_open()
+            if not isinstance(model, Pi0Fast):
+                raise OptionError(f"{self.spec.config} generates actions, not tokens: use sample_actions")
+            if not temperature >= 0:
+                raise OptionError(f"temperature must be 0 or more, got {temperature}")
+            pixels, present, text, valid = self._prefix(model, images, image_mask, tokens, token_mask)
+            if self._checkpoint.rules.end_with_bos:
+                text = torch.cat((text, text.new_tensor([BOS_ID])))
+                valid = torch.cat((valid, valid.new_tensor([True])))
+            generator = torch.Generator()
+            _ = generator.seed() if seed is None else generator.manual_seed(seed)
+            arguments = (max_tokens, stop, temperature, generator, pruned)
+            self._calibrate_first(lambda: model.sample_tokens(pixels, present, text, valid, *arguments))
+            found = model.sample_tokens(pixels, present, text, valid, *arguments).cpu().numpy()
+            self._refuse_broken(found)
+            return found
+
+    def _prefix(
+        self,
+        model: PrefixPolicy,
+        images: FloatArray,
+        image_mask: NDArray[np.bool_],
+        tokens: NDArray[np.int64],
+        token_mask: NDArray[np.bool_],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A prefix in model space, checked, on the device."""
+        size = model.config.vision.image_size
+        expect_shape("images", images, (model.num_views, 3, size, size))
+        expect_shape("image_mask", image_mask, (model.num_views,))
+        expect_shape("token_mask", token_mask, np.shape(tokens))
+        self._check_tokens(np.asarray(tokens), np.asarray(token_mask), model.config.vocab_size)
+        return (
+            self._put(images, torch.float32),
+            self._put(image_mask, torch.bool),
+            self._put(tokens, torch.int64),
+            self._put(token_mask, torch.bool),
+        )
+
     def _check_tokens(self, tokens: NDArray[Any], mask: NDArray[Any], vocab_size: int) -> None:
         if tokens.ndim != 1:
             raise ObservationError(f"tokens: expected shape (text,), got {tokens.shape}")
-        valid = int(np.sum(mask))
+        valid = int(np.sum(mask)) + self._checkpoint.rules.end_with_bos
         if valid > self.spec.prompt_capacity:
             raise ObservationError(f"{valid} valid tokens do not fit {self.spec.prompt_capacity}")
         if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
@@ -177,6 +251,19 @@ class Policy:
         if not np.isfinite(actions).all():
             bad = int((~np.isfinite(actions)).sum())
             raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
+
+    @staticmethod
+    def _refuse_broken(tokens: NDArray[np.int64]) -> None:
+        if (tokens == BROKEN).any():
+            raise ActionError("the scores of an action token are not finite: the chunk was dropped")
+
+    def _decoded(self, output: NDArray[Any]) -> FloatArray:
+        """The model's output as actions (horizon, model_action_dim) in model space."""
+        if self._action_tokens is None:
+            return output
+        tokens = output[output != NOTHING]
+        self._refuse_broken(tokens)
+        return self._action_tokens.decode(tokens)
 
     @property
     def calibrated(self) -> bool:
@@ -229,6 +316,7 @@ class Policy:
             exclusive=self._exclusive,
             encode=lambda observation: self._encode(**self._encode.arguments(observation)),
             eager=lambda inputs: self._eager(self._check_open(), inputs),
+            reference=lambda inputs: self._decoded(self._eager(self._check_open(), inputs).cpu().numpy()),
             deployed=lambda inputs: self._run(self._check_open(), inputs),
             robot_actions=self.spec.action_dim or self.spec.model_action_dim,
         )
@@ -289,7 +377,7 @@ class Policy:
         """Free the model's memory. Any later call raises ClosedError; closing twice is allowed."""
         with self._lock:
             if self._model is not None:
-                self._model.fused_expert = None  # it refers back to the model
+                self._model.release()
             self._model = None
             self._engine = None
             self._calibration = None
@@ -297,26 +385,27 @@ class Policy:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _check_open(self) -> FlowPolicy:
+    def _check_open(self) -> PrefixPolicy:
         if self._model is None:
             raise ClosedError("this policy was closed: load it again with load_model")
         return self._model
 
-    def _run(self, model: FlowPolicy, inputs: ModelInputs) -> FloatArray:
+    def _run(self, model: PrefixPolicy, inputs: ModelInputs) -> FloatArray:
         self._calibrate_first(lambda: self._eager(model, inputs))
         # The graphs are captured for every view; without one the definition runs, slower and exact.
         if self._engine is None or len(inputs.views) < model.num_views:
-            return self._take(self._eager(model, inputs))
+            return self._decoded(self._eager(model, inputs).cpu().numpy())
         if inputs.state is None and self.spec.config == "pi0":
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
-        return self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy())
+        output = self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy())
+        return self._decoded(output)
 
-    def _eager(self, model: FlowPolicy, inputs: ModelInputs) -> torch.Tensor:
+    def _eager(self, model: PrefixPolicy, inputs: ModelInputs) -> torch.Tensor:
         """The definition, at the observation's own lengths."""
         size, resize = model.config.vision.image_size, self._checkpoint.rules.resize
         pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in inputs.views])
         every = torch.ones
-        return model.sample_actions(
+        return model.sample(
             pixels,
             every(len(inputs.views), dtype=torch.bool, device=self.device),
             self._put(inputs.tokens, torch.int64),

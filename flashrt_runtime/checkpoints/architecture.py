@@ -13,6 +13,7 @@ from math import isqrt, prod
 from ..config import (
     GEMMA_2B,
     GEMMA_300M,
+    NO_DECODING,
     PATCH_SIZE,
     SIGLIP_SO400M,
     DecodeConfig,
@@ -274,7 +275,7 @@ def infer_config(
     where: str,
     dims: Mapping[str, object] | None = None,
     action_dim: int | None = None,
-    decode: DecodeConfig = DecodeConfig(),
+    decode: DecodeConfig = NO_DECODING,
 ) -> PolicyConfig:
     """The policy's configuration from tensor shapes (canonical names) and the few facts shapes do not hold.
 

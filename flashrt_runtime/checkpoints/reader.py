@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..config import DecodeConfig, FamilyRules, PolicyConfig, PolicyName
+from ..config import NO_DECODING, DecodeConfig, FamilyRules, PolicyConfig, PolicyName
 from ..errors import CheckpointError, NotSupportedYetError, OptionError
 from .architecture import EMBEDDING_KEY, LM_HEAD_KEY, check_shapes, detect_policy, infer_config
 from .base import Checkpoint, FeatureStats, Layout, NormStats
@@ -67,7 +67,7 @@ class Facts:
     tokenizer: Path | None = None
     untrained: bool = False
     notes: tuple[str, ...] = ()
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeConfig = NO_DECODING
 
 
 def read_checkpoint(path: Path, framework: str, hints: Hints) -> Checkpoint:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import PATCH_SIZE, FamilyRules
-from ..models import FlowPolicy
+from ..models import PrefixPolicy
 from ..ops import native, prefix
 from ..processing.images import prepare_image
 from ..quantization.calibration import Calibrator
+from .repeats import Repeats
 from .staging import FRAME_BYTES, Staging
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,17 @@ def prompt_buckets(capacity: int) -> tuple[int, ...]:
 class Engine:
     """Runs one loaded model on one GPU. Not thread-safe: the policy that owns it takes one call at a time.
 
-    autotune: captures per bucket, of which the one that replays fastest is kept.
+    autotune: captures per bucket, of which the one that replays fastest is kept. whole: what the model
+    repeats is one graph, see `Repeats`.
     """
 
     def __init__(
-        self, model: FlowPolicy, rules: FamilyRules, device: torch.device, autotune: int = 3
+        self,
+        model: PrefixPolicy,
+        rules: FamilyRules,
+        device: torch.device,
+        autotune: int = 3,
+        whole: bool = False,
     ) -> None:
         self.model = model
         self.device = device
@@ -59,7 +66,9 @@ class Engine:
         self.image_tokens = model.num_views * config.vision.tokens
         self.captures = 0
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.actions = torch.zeros(config.horizon, config.action_dim, dtype=torch.float32, device=device)
+        self.actions = model.new_output(device)  # action tokens, where the model generates those
+        self.whole = whole
+        self.repeats: Repeats | None = None
         self._allocate(FRAME_BYTES * model.num_views)
 
     def _allocate(self, frame_bytes: int) -> None:
@@ -70,7 +79,8 @@ class Engine:
             self.model.num_views,
             config.prompt_capacity,
             config.action_dim,
-            config.horizon,
+            self.model.noise_shape,
+            self.actions,
             frame_bytes,
             self.device,
         )
@@ -87,13 +97,11 @@ class Engine:
         return pixels.view(self.model.num_views, 3, vision.image_size, vision.image_size)
 
     def forward(self, bucket: int) -> None:
-        """The work that is captured: staged observation in, `actions` out."""
+        """The work that is captured: staged observation in, `actions` out, up to what the model repeats."""
         model, staging = self.model, self.staging
         model.prefix_length.copy_(staging.prefix_length)
         model.prefill_padded(self.images(), staging.tokens[:bucket])
-        model.extend_prefix(staging.state)
-        self.actions.copy_(staging.noise)
-        model.integrate(self.actions)
+        model.generate(staging.state, staging.noise, self.actions)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -106,6 +114,9 @@ class Engine:
         pool: Any = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream), calibrator.assumed():
             self.graphs = {bucket: self._fastest(bucket, pool) for bucket in self.buckets}
+            if self.model.repeats(self.actions):
+                self.repeats = Repeats(self.model, self.staging.noise, self.actions, self.whole)
+                self.repeats.capture(self.stream, pool)
         logger.info(
             "captured graphs for prompts of up to %s tokens in %.2f s",
             ", ".join(map(str, self.buckets)),
@@ -139,7 +150,7 @@ class Engine:
         config = self.model.config
         size = config.vision.image_size
         grey = [np.full((size, size, 3), 127, np.uint8)] * self.model.num_views
-        noise = np.random.default_rng(0).standard_normal((config.horizon, config.action_dim), np.float32)
+        noise = np.random.default_rng(0).standard_normal(self.model.noise_shape, np.float32)
         state = np.zeros(config.action_dim, np.float32)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -171,30 +182,34 @@ class Engine:
         tokens: NDArray[np.int64],
         state: NDArray[np.float32] | None,
         noise: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[np.generic]:
         """One observation: images (H, W, 3) uint8 of any size, one per view; tokens (L,) int64; state
-        (action_dim,) float32 normalised and padded, or None; noise (horizon, action_dim) float32.
+        (action_dim,) float32 normalised and padded, or None; noise of the model's `noise_shape`, float32.
 
-        Returns (horizon, action_dim) float32 in model space. Waits without holding the GIL.
+        Returns the model's output: (horizon, action_dim) float32 in model space, or (max_tokens,) int64.
+        Waits without holding the GIL.
         """
         needed = sum(image.size for image in images)
         if self.on_device_resize and needed > self.staging.frame_bytes:
             logger.warning(
                 "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
             )
-            before = self.staging, self.graphs
+            before = self.staging, self.graphs, self.repeats
             try:
                 self._allocate(needed)
                 self.capture()
             except BaseException:  # the graphs in force read the buffers they were captured with
-                self.staging, self.graphs = before
+                self.staging, self.graphs, self.repeats = before
                 raise
         # a calibration on the caller's stream writes scales and cache that the graph reads and writes
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self._upload(images, tokens, state, noise)
             self.graphs[self.bucket_of(len(tokens))].replay()
+            if self.repeats is not None:
+                self.repeats.run()
             self.staging.actions.copy_(self.actions, non_blocking=True)
             self.done.record(self.stream)
         self.done.synchronize()
-        return self.staging.actions.numpy().copy()
+        result: NDArray[np.generic] = self.staging.actions.numpy().copy()
+        return result

@@ -18,8 +18,8 @@ class Staging:
     """Static inputs of a captured graph: device tensors that are views of one buffer, refilled by `upload`.
 
     views: (count, 3) int64 rows (byte offset in frames, height, width); prefix_length: int32 scalar;
-    tokens: (capacity,) int64; state: (action_dim,) and noise: (horizon, action_dim) float32; frames: the
-    images' bytes.
+    tokens: (capacity,) int64; state: (action_dim,) and noise: `noise_shape` float32; frames: the images'
+    bytes. actions: where a result like `output` is copied back to.
     """
 
     def __init__(
@@ -27,7 +27,8 @@ class Staging:
         num_views: int,
         capacity: int,
         action_dim: int,
-        horizon: int,
+        noise_shape: tuple[int, int],
+        output: Tensor,
         frame_bytes: int,
         device: torch.device,
     ) -> None:
@@ -36,7 +37,7 @@ class Staging:
             "prefix_length": (torch.int32, ()),
             "tokens": (torch.int64, (capacity,)),
             "state": (torch.float32, (action_dim,)),
-            "noise": (torch.float32, (horizon, action_dim)),
+            "noise": (torch.float32, noise_shape),
             "frames": (torch.uint8, (frame_bytes,)),
         }
         offsets, size = {}, 0
@@ -58,7 +59,7 @@ class Staging:
         self.host_parts: dict[str, NDArray[np.generic]] = {
             name: part(self.host, name).numpy() for name in layout
         }
-        self.actions = torch.zeros(horizon, action_dim, dtype=torch.float32, pin_memory=device.type == "cuda")
+        self.actions = torch.zeros(output.shape, dtype=output.dtype, pin_memory=device.type == "cuda")
 
     @property
     def frame_bytes(self) -> int:

@@ -12,7 +12,7 @@ from .pi0_fast import Pi0Fast
 from .pi05 import Pi05
 from .prefix import PrefixPolicy
 
-__all__ = ["FlowPolicy", "Pi0", "Pi05", "Pi0Fast", "PrefixPolicy", "build"]
+__all__ = ["FlowPolicy", "Pi0", "Pi0Fast", "Pi05", "PrefixPolicy", "build"]
 
 POLICIES: dict[str, type[FlowPolicy] | type[Pi0Fast]] = {"pi05": Pi05, "pi0": Pi0, "pi0fast": Pi0Fast}
 

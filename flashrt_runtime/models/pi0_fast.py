@@ -59,33 +59,36 @@ class Pi0Fast(PrefixPolicy):
 
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
         super().__init__(config, num_views, dtype, rope_bf16, head=True)
+        self.max_tokens, self.gap = 80, 0
         self.fused: DecodeKernel | None = None
         self.restricted: Scoring | None = None
-        self.head = None if config.decode.tied_head else nn.Embedding(
-            config.vocab_size, config.prefix.width, dtype=dtype
-        )
+        own = not config.decode.tied_head
+        self.head = nn.Embedding(config.vocab_size, config.prefix.width, dtype=dtype) if own else None
 
     @property
     def suffix_capacity(self) -> int:
         """Slots of generated tokens; twice as many as published decoders allow fit the model-space entry."""
-        return max(512, self.config.decode.max_tokens)
+        return max(512, self.max_tokens)
 
     @property
     def noise_shape(self) -> tuple[int, int]:
         """Temperature's noise on each score of each step; none of it when greedy."""
-        decode = self.config.decode
-        if decode.temperature == 0:
+        if self.config.decode.temperature == 0:
             return 0, 0
-        return decode.max_tokens, len(self.scoring().rows)
+        return self.max_tokens, len(self.scoring().rows)
 
     def draw_noise(self, generator: torch.Generator) -> Tensor:
-        """Temperature T times Gumbel noise g: the largest of logits / T + g is a draw of softmax(logits / T)."""
+        """T times Gumbel noise g: the largest of logits / T + g is a draw of softmax(logits / T)."""
         noise = torch.empty(self.noise_shape, dtype=torch.float32)
         return -self.config.decode.temperature * noise.exponential_(generator=generator).log()
 
     def new_output(self, device: torch.device) -> Tensor:
         """Tokens: (max_tokens,) int64."""
-        return torch.full((self.config.decode.max_tokens,), NOTHING, dtype=torch.int64, device=device)
+        return torch.full((self.max_tokens,), NOTHING, dtype=torch.int64, device=device)
+
+    def decode_as(self, max_tokens: int, skip_position: bool) -> None:
+        """At most so many tokens a chunk; see `FamilyRules.skip_position`. Before `prepare`."""
+        self.max_tokens, self.gap = max_tokens, int(skip_position)
 
     def prepare(self, device: torch.device) -> None:
         """As `PrefixPolicy.prepare`, and what a step reads and leaves behind."""
@@ -138,7 +141,7 @@ class Pi0Fast(PrefixPolicy):
 
     def repeat(self, noise: Tensor, out: Tensor) -> None:
         """One more token."""
-        self._advance(noise, out, gap=int(self.config.decode.skip_position))
+        self._advance(noise, out, gap=self.gap)
 
     def repeats(self, out: Tensor) -> int:
         """All but the first token."""

@@ -24,7 +24,11 @@ def clean_prompt(prompt: str, rules: FamilyRules) -> str:
         raise PromptError(f"prompt: expected text, got {type(prompt).__name__}")
     if not prompt.strip():
         raise PromptError("the prompt is empty: say what the robot shall do")
-    return prompt.strip().replace("_", " ").replace("\n", " ") if rules.clean_underscores else prompt
+    if not rules.clean_underscores:
+        return prompt
+    if rules.lowercase:  # openpi's pi0-FAST, which keeps newlines
+        return prompt.lower().strip().replace("_", " ")
+    return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
 class PromptEncoder:
@@ -61,19 +65,20 @@ class PromptEncoder:
     def text(self, prompt: str, normalized_state: NDArray[np.float32] | None = None) -> str:
         """The full text that is tokenised, newline included.
 
-        With the state in the prompt: `Task: {prompt}, State: {bins};\\nAction: `, else the prompt and a
-        newline.
+        With the state in the prompt: `Task: {prompt}, State: {bins};\\nAction: `, where pi0-FAST generates
+        the second line itself; else the prompt and a newline.
         """
         cleaned = clean_prompt(prompt, self.rules)
         if self.rules.state_in_prompt:
             if normalized_state is None:
                 raise ObservationError("this policy reads the state from its prompt: a state is needed")
             bins = " ".join(str(index) for index in discretize(normalized_state))
-            return f"Task: {cleaned}, State: {bins};\nAction: "
+            return f"Task: {cleaned}, State: {bins};\n" + ("" if self.policy == "pi0fast" else "Action: ")
         return cleaned if cleaned.endswith("\n") else f"{cleaned}\n"
 
     def encode(self, prompt: str, normalized_state: NDArray[np.float32] | None = None) -> NDArray[np.int64]:
-        """Token ids (L,) int64, L <= capacity, BOS first, no EOS, no padding.
+        """Token ids (L,) int64, L <= capacity, BOS first (and last where the rules say so), no EOS, no
+        padding.
 
         normalized_state: (n,) float32, needed when the state is in the prompt and ignored otherwise.
         Raises PromptError, PromptTooLongError (the text is never cut off) or ObservationError.
@@ -84,7 +89,8 @@ class PromptEncoder:
             ids = self.processor.encode(text[:-1]) + self.processor.encode("\n")
         else:
             ids = self.processor.encode(text)
-        tokens = [self.processor.bos_id(), *ids]
+        bos = self.processor.bos_id()
+        tokens = [bos, *ids, bos] if self.rules.end_with_bos else [bos, *ids]
         if len(tokens) > self.capacity:
             raise PromptTooLongError(
                 f"the prompt has {len(tokens)} tokens, {self.policy} has room for {self.capacity}: shorten "

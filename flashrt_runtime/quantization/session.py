@@ -24,13 +24,15 @@ class Runner:
     """What a calibration needs of a policy.
 
     exclusive: the model to itself; raises ClosedError once the policy is closed. encode: an observation in
-    model space. eager: the model's definition, and deployed: what predict runs, both (horizon,
-    model_action_dim). robot_actions: how many of the model's action dimensions are the robot's.
+    model space. eager: the model's definition, whatever it gives. reference: its actions, and deployed: those
+    of what predict runs, both (horizon, model_action_dim). robot_actions: how many of the model's action
+    dimensions are the robot's.
     """
 
     exclusive: Callable[[], AbstractContextManager[object]]
     encode: Callable[[Mapping[str, Any]], ModelInputs]
     eager: Callable[[ModelInputs], torch.Tensor]
+    reference: Callable[[ModelInputs], NDArray[np.float32]]
     deployed: Callable[[ModelInputs], NDArray[np.float32]]
     robot_actions: int
 
@@ -131,7 +133,7 @@ def measure(
     for inputs in held_out:
         _stop_if_asked(should_stop)
         with calibrator.unquantised():
-            reference = runner.eager(inputs).float().cpu().numpy()
+            reference = runner.reference(inputs)
         actions = runner.deployed(inputs)
         if not (np.isfinite(actions).all() and np.isfinite(reference).all()):
             raise CalibrationError("calibration: a held-out sample gives non-finite actions: nothing changed")

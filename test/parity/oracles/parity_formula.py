@@ -73,8 +73,13 @@ def spread(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, scale
 
 
-def shapes(policy: str, size: dict, action_dim: int = 32) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint in openpi's PyTorch layout, by key (the unused heads left out)."""
+def shapes(
+    policy: str, size: dict, action_dim: int = 32, tied: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint in openpi's PyTorch layout, by key (the unused heads left out).
+
+    tied: pi0fast scores tokens by their embedding.
+    """
     found: dict[str, tuple[int, ...]] = {}
 
     def affine(key: str, rows: int, *columns: int, bias: bool = True) -> None:
@@ -121,6 +126,10 @@ def shapes(policy: str, size: dict, action_dim: int = 32) -> dict[str, tuple[int
     affine(paligemma + "multi_modal_projector.linear", prefix["width"], width)
     affine(paligemma + "language_model.embed_tokens", size["vocab_size"], prefix["width"], bias=False)
     gemma(paligemma + "language_model.", prefix, adaptive=False)
+    if policy == "pi0fast":
+        if not tied:
+            affine("paligemma_with_expert.paligemma.lm_head", size["vocab_size"], prefix["width"], bias=False)
+        return found
     gemma("paligemma_with_expert.gemma_expert.model.", expert, adaptive=policy == "pi05")
     width = expert["width"]
     affine("action_in_proj", width, action_dim)
@@ -138,8 +147,8 @@ def shapes(policy: str, size: dict, action_dim: int = 32) -> dict[str, tuple[int
 class Weights:
     """The checkpoint of (policy, size, seed), computed on demand."""
 
-    def __init__(self, policy: str, size: dict, seed: int) -> None:
-        self.shapes = shapes(policy, size)
+    def __init__(self, policy: str, size: dict, seed: int, tied: bool = True) -> None:
+        self.shapes = shapes(policy, size, tied=tied)
         self.seed = seed
 
     def __call__(self, key: str) -> np.ndarray:
