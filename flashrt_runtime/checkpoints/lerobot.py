@@ -102,12 +102,12 @@ def read_lerobot(path: Path, policy: PolicyName, hints: Hints) -> Facts:
 
 def _check_type(config: JsonObject, policy: PolicyName) -> None:
     declared = config.text("type")
-    declared = "pi0fast" if declared == "pi0_fast" else declared
-    if declared not in PROMPT_CAPACITY:
+    known = {"pi0_fast" if name == "pi0fast" else name: name for name in PROMPT_CAPACITY}
+    if declared not in known:
         raise CheckpointError(
-            f"{config.file}: a policy of type {declared!r}; expected one of {', '.join(PROMPT_CAPACITY)}"
+            f"{config.file}: a policy of type {declared!r}; expected one of {', '.join(known)}"
         )
-    if declared != policy:
+    if known[declared] != policy:
         raise CheckpointError(f"{config.file}: type is {declared!r}, but the tensors are those of {policy}")
 
 

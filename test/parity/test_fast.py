@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from fast_cases import FAST_CASES, FastCase
-from parity_support import GOLDENS, TorchWeights, write_checkpoint
-from safetensors.numpy import load_file, save_file
+from parity_support import GOLDENS, TorchWeights
 
-import flashrt_runtime
 from flashrt_runtime import models
 from flashrt_runtime.config import DecodeConfig, GemmaConfig, PolicyConfig, SiglipConfig
-from flashrt_runtime.errors import CheckpointError, ObservationError, OptionError
 from flashrt_runtime.models.pi0_fast import Pi0Fast
 from flashrt_runtime.models.weights import load_weights
 
@@ -62,7 +54,8 @@ def built(case: FastCase, *, skip_position: bool = False, max_tokens: int = 80) 
 def prompt(case: FastCase) -> list[torch.Tensor]:
     """The case's prompt with LeRobot's BOS behind it."""
     images, present, tokens, valid = (torch.from_numpy(array.copy()) for array in case.prompt().values())
-    return [images, present, torch.cat((tokens, torch.tensor([BOS]))), torch.cat((valid, torch.tensor([True])))]
+    text = torch.cat((tokens, torch.tensor([BOS])))
+    return [images, present, text, torch.cat((valid, torch.tensor([True])))]
 
 
 def generate(model: Pi0Fast, case: FastCase, **settings) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,8 @@ def main() -> None:
     for case in [FAST_BY_NAME[name] for name in arguments.cases] or FAST_CASES:
         tokens, logits = run(build(worker, case), case)
         best = np.sort(logits, axis=-1)[:, -2:]
-        print(case.name, f"distinct {len(set(tokens.tolist()))}, margin {np.diff(best).min():.2e}", flush=True)
+        distinct, margin = len(set(tokens.tolist())), np.diff(best).min()
+        print(case.name, f"distinct {distinct}, margin {margin:.2e}", flush=True)
         if arguments.full:
             np.savez(arguments.out / f"{case.name}.npz", tokens=tokens, logits=logits)
             continue

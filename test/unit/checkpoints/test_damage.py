@@ -61,14 +61,14 @@ def test_another_architecture(copy):
     refused(copy, "model.safetensors", "another architecture", "backbone.weight", "pi05", "pi0")
 
 
-def test_pi0_fast_is_named(copy):
+def test_a_policy_without_its_expert_is_no_pi05(copy):
     def drop_expert(tensors):
         for key in [key for key in tensors if "paligemma.model" not in key and "lm_head" not in key]:
             del tensors[key]
 
     edit_weights(copy, drop_expert)
-    with pytest.raises(NotSupportedYetError, match="pi0-FAST"):
-        open_checkpoint(copy)
+    with pytest.raises(CheckpointError, match=r"those of pi0fast.*config='pi05'"):
+        open_checkpoint(copy, config="pi05")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

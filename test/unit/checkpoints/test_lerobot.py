@@ -172,7 +172,7 @@ def test_type_and_tensors_must_agree(saved):
     edit_json(folder / "config.json", lambda config: config.__setitem__("type", "act"))
     refused(folder, "a policy of type 'act'; expected one of pi05, pi0")
     edit_json(folder / "config.json", lambda config: config.__setitem__("type", "pi0_fast"))
-    refused(folder, "pi0_fast is not supported yet", kind=NotSupportedYetError)
+    refused(folder, "config.json", "type is 'pi0_fast', but the tensors are those of pi05")
 
 
 @pytest.mark.parametrize("name", ["policy_preprocessor.json", "policy_postprocessor.json"])
