@@ -89,8 +89,9 @@ class BagSource:
         self.used = 0
         self.warnings: list[Warned] = []
         self.skipped: Counter[Reason] = Counter()
+        self.namespace = namespace
         self._contract = contract
-        self._decode = decode or rosbags_decoder()
+        self.decode = decode or rosbags_decoder()
         self._use_sim_time = use_sim_time
         self._random = np.random.default_rng(seed)
         self._ingest = Ingest(contract, fallback_decoder)
@@ -263,7 +264,7 @@ class BagSource:
         for name, item in snapshot.messages.items():
             raw: RawMessage = item.payload
             try:
-                messages[name] = replace(item, payload=self._decode(raw.type, raw.data))
+                messages[name] = replace(item, payload=self.decode(raw.type, raw.data))
             except Exception as error:  # a decoder given damaged bytes may raise anything
                 what = f"topic {raw.topic}, {self._at(raw.time)}: {type(error).__name__}: {error}"
                 text = f"{self.reader.path}: damaged message on {what}"

@@ -15,6 +15,7 @@ from .download_tokenizer import download_tokenizer_command
 from .info import info_command
 from .make_checkpoint import make_checkpoint_command
 from .parity import parity_command
+from .plugins import add_plugins
 from .predict import predict_command
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("predict")(predict_command)
 app.command("make-checkpoint")(make_checkpoint_command)
 app.command("download-tokenizer")(download_tokenizer_command)
 app.command("parity")(parity_command)
+add_plugins(app)
 
 
 @app.callback()

@@ -118,7 +118,7 @@ def test_reads_a_part_of_a_long_bag_only(bag, demo, monkeypatch) -> None:
     path = bag(40.0, size=(16, 12))
     decoded, read = [], [0]
     with BagSource(path, demo, samples=4) as source:
-        decode, read_messages = source._decode, source.reader.read
+        decode, read_messages = source.decode, source.reader.read
 
         def counted(*arguments: Any) -> Any:
             for message in read_messages(*arguments):
@@ -126,7 +126,7 @@ def test_reads_a_part_of_a_long_bag_only(bag, demo, monkeypatch) -> None:
                 yield message
 
         monkeypatch.setattr(source.reader, "read", counted)
-        monkeypatch.setattr(source, "_decode", lambda *a: decoded.append(a[0]) or decode(*a))
+        monkeypatch.setattr(source, "decode", lambda *a: decoded.append(a[0]) or decode(*a))
         assert len(list(source)) == 4
     assert len(decoded) == 12
     assert read[0] < 40 * 160 / 10
