@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,13 +119,19 @@ def summarise(result: Replay, options: Options, prompt: str) -> dict[str, Any]:
         "robot": result.contract.robot,
         "prompt": prompt,
         "seed": options.seed,
-        "commands": result.topic,
+        "commands": list(result.topics),
         "moments": len(result.times),
         "skipped": skipped,
         "skipped_because": "" if problem is None else f"{problem.reason.name}: {problem.message}",
         "actions_compared": result.compared,
-        "joints": [asdict(error) for error in result.joint_errors()],
+        "joints": [_plain(asdict(error)) for error in result.joint_errors()],
     }
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN."""
+    unknown = {key for key, value in row.items() if isinstance(value, float) and math.isnan(value)}
+    return {key: None if key in unknown else value for key, value in row.items()}
 
 
 def write_report(directory: Path, result: Replay, summary: dict[str, Any]) -> None:
@@ -137,13 +144,14 @@ def write_report(directory: Path, result: Replay, summary: dict[str, Any]) -> No
 
 
 def _print(result: Replay, out: Path) -> None:
-    table = Table(title=f"error against {result.topic}")
+    table = Table(title=f"error against {', '.join(result.topics)}")
     table.add_column("joint", no_wrap=True)
     for name in ("mean", "rms", "largest", "first", "still", "unit"):
         table.add_column(name, justify="right", no_wrap=True)
     for error in result.joint_errors():
         figures = (error.mean, error.rms, error.largest, error.first, error.still)
-        table.add_row(Text(error.joint), *(f"{figure:.4f}" for figure in figures), error.unit)
+        cells = ["-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures]
+        table.add_row(Text(error.joint), *cells, error.unit)
     OUTPUT.print(table)
     skipped, problem = result.skipped
     text = f"{len(result.times)} moments, {result.compared} actions compared"

@@ -34,17 +34,25 @@ BEFORE = NS_PER_S  # how far before a moment commands are read [ns]
 
 
 @dataclass(frozen=True)
-class Commands:
-    """What the robot was told: times (n,) int64 [ns, recorder's], rising; values (n, dof) float64 in robot
-    units and action order. positions: whether the values are joint positions."""
+class CommandTopic:
+    """A recorded output of the contract; columns: the action's joints that it is compared for."""
 
+    spec: OutputSpec
     topic: str
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What a topic told the robot: times (n,) int64 [ns, recorder's], rising; values (n, columns) float64 in
+    robot units. positions: whether the values are joint positions."""
+
     times: NDArray[np.int64]
     values: FloatArray
     positions: bool
 
     def at(self, times: NDArray[np.int64]) -> FloatArray:
-        """Commands (len(times), dof) in force then, interpolated; NaN where none was within a quarter
+        """Commands (len(times), columns) in force then, interpolated; NaN where none was within a quarter
         second."""
         if len(self.times) < 2:
             return np.full((len(times), self.values.shape[1]), np.nan)
@@ -61,7 +69,7 @@ class Commands:
 class JointError:
     """Error of one joint over all compared actions [rad, m, or their rates]: mean, root of mean square,
     largest; of action 0 alone; and `still`, the mean error of a policy that would stay at the command of the
-    moment."""
+    moment. NaN for a joint whose commands were not recorded."""
 
     joint: str
     unit: str
@@ -78,7 +86,7 @@ class Replay:
     nothing was recorded. skipped: moments without an observation, and why the first of them."""
 
     contract: RobotContract
-    topic: str
+    topics: tuple[str, ...]
     times: NDArray[np.int64]
     predicted: FloatArray
     recorded: FloatArray
@@ -91,13 +99,14 @@ class Replay:
 
     @property
     def compared(self) -> int:
-        """Actions that have a recorded counterpart."""
-        return int(np.isfinite(self.recorded[..., 0]).sum())
+        """Actions that have a recorded counterpart, for one joint at least."""
+        return int(np.isfinite(self.recorded).any(axis=-1).sum())
 
     def joint_errors(self) -> list[JointError]:
         """One entry for each joint, in action order."""
         error = np.abs(self.predicted - self.recorded)
         still = np.abs(self.recorded[:, :1] - self.recorded)
+        known = np.isfinite(error)
         rate = self.contract.action.representation is Representation.VELOCITY
         return [
             JointError(
@@ -105,7 +114,9 @@ class Replay:
                 unit=f"{joint.unit}/s" if rate else joint.unit,
                 mean=_mean(error[..., index]),
                 rms=float(np.sqrt(_mean(error[..., index] ** 2))),
-                largest=float(np.nanmax(error[..., index])),
+                largest=float(np.max(error[..., index], where=known[..., index], initial=0.0))
+                if known[..., index].any()
+                else float("nan"),
                 first=_mean(error[:, 0, index]),
                 still=_mean(still[..., index]),
             )
@@ -132,10 +143,11 @@ def replay(source: BagSource, contract: RobotContract, predict: Predict, horizon
     Raises BagError: no commands recorded (BAG_TOPIC_MISSING, BAG_TOPIC_TYPE), no usable observation, nothing
     to compare; IngestError of a message without the contract's joints; and what `predict` raises.
     """
-    output = command_output(source, contract)
+    outputs = command_topics(source, contract)
     times = at_fractions(source.recorded, (np.arange(count) + 0.5) / count)
     reach = horizon * contract.action.period
-    commands = read_commands(source, contract, output, [(time - BEFORE, time + reach) for time in times])
+    windows = merged([(time - BEFORE, time + reach) for time in times])
+    commands = [read_commands(source, contract, output, windows) for output in outputs]
     steps = np.arange(horizon) * contract.action.period
     kept, predicted, recorded = [], [], []
     skipped, problem = 0, None
@@ -144,27 +156,36 @@ def replay(source: BagSource, contract: RobotContract, predict: Predict, horizon
             skipped, problem = skipped + 1, problem or moment.problem
             continue
         actions = contract.actions_to_robot(predict(moment.observation))
-        known = commands.at(moment.time + steps)
+        truth = np.full(actions.shape, np.nan)
+        for output, told in zip(outputs, commands, strict=True):
+            columns = list(output.columns)
+            truth[:, columns] = told.at(moment.time + steps)
+            if told.positions and contract.action.representation is Representation.DELTA:
+                actions[:, columns] = truth[0, columns] + np.cumsum(actions[:, columns], axis=0)
         kept.append(moment.time)
-        recorded.append(known)
-        increments = contract.action.representation is Representation.DELTA and commands.positions
-        predicted.append(known[0] + np.cumsum(actions, axis=0) if increments else actions)
+        predicted.append(actions)
+        recorded.append(truth)
     if not kept:
         assert problem is not None
         text = f"{source.reader.path}: no observation at any of {count} moments ({problem.stream}: "
         raise BagError(problem.reason, f"{text}{problem.message})")
+    topics = tuple(output.topic for output in outputs)
     result = Replay(
-        contract, commands.topic, np.array(kept), np.array(predicted), np.array(recorded), (skipped, problem)
+        contract, topics, np.array(kept), np.array(predicted), np.array(recorded), (skipped, problem)
     )
     if not result.compared:
-        text = f"{source.reader.path}: no command on {commands.topic} within the reach of any chunk"
+        text = f"{source.reader.path}: no command on {', '.join(topics)} within the reach of any chunk"
         raise BagError(Reason.BAG_FEW_SAMPLES, text)
     return result
 
 
-def command_output(source: BagSource, contract: RobotContract) -> tuple[OutputSpec, str]:
-    """The first of the contract's outputs that was recorded, and its topic in the bag. Raises BagError."""
-    types, wanted = source.reader.types, []
+def command_topics(source: BagSource, contract: RobotContract) -> list[CommandTopic]:
+    """The contract's outputs that were recorded, each for the joints that none before it has.
+
+    Raises BagError: none was recorded (BAG_TOPIC_MISSING), or as another type (BAG_TOPIC_TYPE).
+    """
+    types, path = source.reader.types, source.reader.path
+    open_columns, wanted, found = set(range(contract.dof)), [], []
     for output in contract.outputs:
         topic = absolute_topic(output.topic, source.namespace)
         wanted.append(topic)
@@ -172,46 +193,53 @@ def command_output(source: BagSource, contract: RobotContract) -> tuple[OutputSp
             continue
         if types[topic] != {output.type.value}:
             text = f"topic {topic} holds {', '.join(sorted(types[topic]))}, the contract of {contract.robot} "
-            raise BagError(Reason.BAG_TOPIC_TYPE, f"{source.reader.path}: {text}expects {output.type.value}")
-        return output, topic
-    text = f"{source.reader.path}: no recorded commands to compare with: expected {' or '.join(wanted)}"
-    raise BagError(Reason.BAG_TOPIC_MISSING, f"{text}; the bag has {', '.join(sorted(types))}")
+            raise BagError(Reason.BAG_TOPIC_TYPE, f"{path}: {text}expects {output.type.value}")
+        names = output.joints or contract.action.joints
+        columns = tuple(sorted(open_columns & {contract.action.joints.index(name) for name in names}))
+        if columns:
+            open_columns -= set(columns)
+            found.append(CommandTopic(output, topic, columns))
+    if not found:
+        text = f"{path}: no recorded commands to compare with: expected {' or '.join(wanted)}"
+        raise BagError(Reason.BAG_TOPIC_MISSING, f"{text}; the bag has {', '.join(sorted(types))}")
+    return found
 
 
 def read_commands(
-    source: BagSource, contract: RobotContract, output: tuple[OutputSpec, str], windows: Sequence[Span]
+    source: BagSource, contract: RobotContract, output: CommandTopic, windows: Sequence[Span]
 ) -> Commands:
     """The commands received within these windows. Raises BagError for joints that are not the contract's."""
-    spec, topic = output
-    messages = (message for _, message in read_windows(source.reader, [topic], merged(windows)))
-    trajectory = spec.type is OutputType.JOINT_TRAJECTORY
+    messages = (message for _, message in read_windows(source.reader, [output.topic], windows))
+    trajectory = output.spec.type is OutputType.JOINT_TRAJECTORY
     pieces = _trajectories if trajectory else _arrays
-    found = list(pieces(messages, contract, source.decode))
+    found = list(pieces(messages, contract, output, source.decode))
     times = np.array([time for time, _ in found], dtype=np.int64)
-    values = np.array([row for _, row in found], dtype=np.float64).reshape(len(found), contract.dof)
+    values = np.array([row for _, row in found], dtype=np.float64).reshape(len(found), len(output.columns))
     absolute = contract.action.representation is Representation.ABSOLUTE
-    return Commands(topic, times, values, trajectory or absolute)
+    return Commands(times, values, trajectory or absolute)
 
 
 def _arrays(
-    messages: Iterable[RawMessage], contract: RobotContract, decode: Decoder
+    messages: Iterable[RawMessage], contract: RobotContract, output: CommandTopic, decode: Decoder
 ) -> Iterator[tuple[int, FloatArray]]:
+    joints = output.spec.joints or contract.action.joints
+    order = [joints.index(contract.action.joints[column]) for column in output.columns]
     for message in messages:
         data = np.asarray(decode(message.type, message.data).data, dtype=np.float64)
-        if data.shape != (contract.dof,):
-            text = f"a command on {message.topic} has {data.size} values, expected {contract.dof}"
-            raise BagError(Reason.BAG_TOPIC_TYPE, f"{text}: {', '.join(contract.action.joints)}")
-        yield message.time, data
+        if data.shape != (len(joints),):
+            text = f"a command on {message.topic} has {data.size} values, expected {len(joints)}"
+            raise BagError(Reason.BAG_TOPIC_TYPE, f"{text}: {', '.join(joints)}")
+        yield message.time, data[order]
 
 
 def _trajectories(
-    messages: Iterable[RawMessage], contract: RobotContract, decode: Decoder
+    messages: Iterable[RawMessage], contract: RobotContract, output: CommandTopic, decode: Decoder
 ) -> Iterator[tuple[int, FloatArray]]:
     """Points of every trajectory until the next one begins: that is what a controller follows."""
-    decoded = ((message, decode(message.type, message.data)) for message in messages)
-    plans = (_plan(message, content, contract) for message, content in decoded)
+    names = contract.message_names([contract.action.joints[column] for column in output.columns])
+    plans = (_plan(message, decode(message.type, message.data), names) for message in messages)
     last = None
-    for (plan, following) in itertools.pairwise(itertools.chain(plans, [None])):
+    for plan, following in itertools.pairwise(itertools.chain(plans, [None])):
         assert plan is not None
         for time, row in plan:
             if following and time >= following[0][0]:
@@ -221,13 +249,13 @@ def _trajectories(
                 yield time, row
 
 
-def _plan(message: RawMessage, content: Any, contract: RobotContract) -> list[tuple[int, FloatArray]]:
-    """(recorder's time, positions) of each point, in the contract's joint order."""
+def _plan(message: RawMessage, content: Any, joints: Sequence[str]) -> list[tuple[int, FloatArray]]:
+    """(recorder's time, positions) of each point, for the joints of these names in this order."""
     names = list(content.joint_names)
-    if missing := [name for name in contract.action.joints if name not in names]:
+    if missing := [name for name in joints if name not in names]:
         text = f"a command on {message.topic} lacks joint {', '.join(missing)}; it has {', '.join(names)}"
         raise BagError(Reason.BAG_TOPIC_TYPE, text)
-    order = [names.index(name) for name in contract.action.joints]
+    order = [names.index(name) for name in joints]
     ahead = stamp_to_ns(content.header.stamp) - message.time
     begin = message.time + (ahead if abs(ahead) < SAME_CLOCK else 0)  # stamp 0: from now on
     return [
