@@ -154,16 +154,7 @@ def write(path: Path, calibration: Calibration, identity: CalibrationIdentity) -
         "held_out_error": None if error is None else error.per_sample,
         "date": calibration.date,
     }
-    text = json.dumps(content, sort_keys=True)
-    # readable by any safetensors tool: the fields one looks for first stand on their own
-    metadata = {
-        MARK: str(FORMAT),
-        "content": text,
-        "sha256": _checksum(text, tensors),
-        "checkpoint": identity.checkpoint,
-        "library_version": identity.version,
-        "date": calibration.date,
-    }
+    metadata = _metadata(json.dumps(content, sort_keys=True), content, tensors)
     write_atomically(path, save(tensors, metadata))
 
 
@@ -220,11 +211,34 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             f"{path}: a calibration of format {metadata[MARK]}, this version ({__version__}) reads {FORMAT}: "
             f"{AGAIN}"
         )
-    text = metadata.get("content", "")
-    if metadata.get("sha256") != _checksum(text, tensors):
+    try:
+        text = metadata["content"]
+        content: dict[str, Any] = json.loads(text)
+        whole = metadata == _metadata(text, content, tensors)
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
         raise CalibrationCorruptError(f"{path}: damaged (its checksum is another): {_way_out()}")
-    content = json.loads(text)
     return content, tensors
+
+
+def _metadata(
+    text: str, content: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
+) -> dict[str, str]:
+    """Of the file: all as JSON, its checksum, and on their own the fields that one looks for first."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return {
+        MARK: str(FORMAT),
+        "content": text,
+        "sha256": digest.hexdigest(),
+        "checkpoint": content["identity"]["checkpoint"],
+        "library_version": content["identity"]["version"],
+        "date": content["date"],
+    }
 
 
 def _check_identity(path: Path, stored: object, identity: CalibrationIdentity) -> None:
@@ -247,12 +261,3 @@ def _digest(content: object) -> str:
 def _plain(content: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(content))
-
-
-def _checksum(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name}{array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -172,21 +172,21 @@ def estimate(
         counts, peak = collector.histogram(index, ~outliers[:, index])
         scales[name] = estimate_scale(counts, peak, estimator, percentile)
     kept = np.where(outliers, np.float32(0), maxima)
-    return scales, _outlier_warnings(collector.names, maxima, outliers) + check_scale_ceiling(scales, kept)
+    return scales, _outlier_warnings(collector, outliers) + check_scale_ceiling(scales, kept)
 
 
-def _outlier_warnings(
-    names: Sequence[str], maxima: NDArray[np.float32], outliers: NDArray[np.bool_]
-) -> list[str]:
+def _outlier_warnings(collector: Collector, outliers: NDArray[np.bool_]) -> list[str]:
     """One line for each sample that was left out anywhere."""
-    ratios = maxima / np.maximum(np.median(maxima, 0), np.finfo(np.float32).tiny)
+    names, smallest = collector.names, np.finfo(np.float32).tiny
+    each = (collector.maxima, collector.rms)
+    ratios = np.maximum(*(values / np.maximum(np.median(values, 0), smallest) for values in each))
     warnings = []
     for sample in np.flatnonzero(outliers.any(1)):
         where = np.flatnonzero(outliers[sample])
         worst = where[np.argmax(ratios[sample, where])]
         warnings.append(
             f"sample {sample} is an outlier in {len(where)} of {len(names)} projections and was left out "
-            f"there: in {names[worst]} it reaches {ratios[sample, worst]:.1f} times the median sample"
+            f"there: in {names[worst]} it is {ratios[sample, worst]:.1f} times as large as the median sample"
         )
     return warnings
 
@@ -196,22 +196,23 @@ def check_scale_ceiling(
 ) -> list[str]:
     """A warning for each projection whose scale is above `ceiling` times the median scale of the run.
 
-    maxima: (samples, projections) in the order of `scales`; with it a warning names the samples that reach
-    half of the projection's largest magnitude, or, where those are most of them, says so.
+    maxima: (samples, projections) in the order of `scales`; with it projections that nothing reached do not
+    count, and a warning names the samples that reach half of the projection's largest magnitude, or, where
+    those are most of them, says so.
     """
-    median = float(np.median(list(scales.values()))) if scales else 0.0
+    columns = {name: None if maxima is None else maxima[:, i] for i, name in enumerate(scales)}
+    reached = {name: scales[name] for name, column in columns.items() if column is None or column.any()}
+    median = float(np.median(list(reached.values()))) if reached else 0.0
     warnings = []
-    for index, (name, scale) in enumerate(scales.items()):
+    for name, scale in reached.items():
         if not scale > ceiling * median:
             continue
         text = (
             f"{name}: activation scale {scale:.4g} is {scale / median:.0f} times the median {median:.4g} "
             f"(largest magnitude {scale * E4M3_MAX:.4g})"
         )
-        if maxima is not None and len(maxima):
-            warnings.append(f"{text}, from {_culprits(maxima[:, index])}")
-        else:
-            warnings.append(text)
+        column = columns[name]
+        warnings.append(text if column is None else f"{text}, from {_culprits(column)}")
     return warnings
 
 

@@ -28,7 +28,7 @@ _FIRST = (127 + LOWEST_EXPONENT) * PER_OCTAVE  # the upper 16 bits of float32 2*
 
 GROUPS_PER_OCTAVE = 2
 FEWEST_FOR_OUTLIERS = 4  # a majority needs company
-OUTLIER_OCTAVES = 1.0
+OUTLIER_OCTAVES = 1.0, 0.5  # of a sample's largest magnitude, and of its rms, which varies less
 OUTLIER_DEVIATIONS = 4.0
 OUTLIER_SHARE = 0.25  # more than this is how the data are, and no outlier
 
@@ -50,29 +50,32 @@ def bin_magnitudes(device: torch.device | None = None) -> Tensor:
     return values
 
 
-def outlying_samples(maxima: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which samples of one tensor are outliers, by their largest magnitudes; maxima: (samples,).
+def outlying_samples(maxima: NDArray[np.float32], rms: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which samples of one tensor are outliers, by their largest and their rms magnitudes, (samples,) each.
 
-    With four samples or more, one whose maximum lies above the median by an octave or by four standard
-    deviations (from the median absolute deviation of the logarithms), whichever is more, in whole half
-    octaves; none at all when that were more than a quarter of them.
+    With four samples or more: one whose maximum lies an octave above the median sample's, or its rms half an
+    octave, or either by four standard deviations (from the median absolute deviation of the logarithms)
+    where that is more; rounded up to half octaves. None at all when that were more than a quarter of them.
     """
     none = np.zeros(len(maxima), bool)
     if len(maxima) < FEWEST_FOR_OUTLIERS:
         return none
-    logs = np.log2(np.maximum(maxima.astype(np.float64), 2.0**LOWEST_EXPONENT))
-    median = float(np.median(logs))
-    deviation = 1.4826 * float(np.median(np.abs(logs - median)))
-    limit = median + max(OUTLIER_OCTAVES, OUTLIER_DEVIATIONS * deviation)
-    outlying = np.floor(logs * GROUPS_PER_OCTAVE) > math.floor(limit * GROUPS_PER_OCTAVE)
+    outlying = none.copy()
+    for values, octaves in zip((maxima, rms), OUTLIER_OCTAVES, strict=True):
+        logs = np.log2(np.maximum(values.astype(np.float64), 2.0**LOWEST_EXPONENT))
+        median = float(np.median(logs))
+        deviation = 1.4826 * float(np.median(np.abs(logs - median)))
+        limit = median + max(octaves, OUTLIER_DEVIATIONS * deviation)
+        outlying |= np.floor(logs * GROUPS_PER_OCTAVE) > math.floor(limit * GROUPS_PER_OCTAVE)
     return outlying if outlying.sum() <= OUTLIER_SHARE * len(maxima) else none
 
 
 class Collector:
     """Collects the inputs of statically scaled projections, sample after sample.
 
-    Memory does not depend on the number of samples, but for one float per sample and projection: one
-    histogram per projection for the sample under way, and one per half octave of sample maxima seen.
+    Memory does not depend on the number of samples, but for two floats per sample and projection: one
+    histogram per projection for the sample under way, and one for each half octave of maximum and rms that
+    samples were seen to have.
     """
 
     def __init__(self, linears: Mapping[str, Fp8Linear]) -> None:
@@ -81,8 +84,10 @@ class Collector:
         device = next(iter(self.linears.values())).activation_scale.device if self.linears else None
         self._counts = torch.zeros(len(self.names), BINS, dtype=torch.int64, device=device)
         self._peaks = torch.zeros(len(self.names), dtype=torch.float32, device=device)
-        self._groups: list[dict[int, Tensor]] = [{} for _ in self.names]
+        self._squares = bin_magnitudes(device).double().square()
+        self._groups: list[dict[tuple[int, int], Tensor]] = [{} for _ in self.names]
         self._maxima: list[NDArray[np.float32]] = []
+        self._rms: list[NDArray[np.float32]] = []
 
     @property
     def samples(self) -> int:
@@ -93,6 +98,11 @@ class Collector:
     def maxima(self) -> NDArray[np.float32]:
         """Largest magnitude of every sample and projection: (samples, projections)."""
         return np.stack(self._maxima) if self._maxima else np.zeros((0, len(self.names)), np.float32)
+
+    @property
+    def rms(self) -> NDArray[np.float32]:
+        """Root of the mean square of every sample and projection: (samples, projections)."""
+        return np.stack(self._rms) if self._rms else np.zeros((0, len(self.names)), np.float32)
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -113,7 +123,7 @@ class Collector:
 
     @torch.inference_mode()
     def _finish(self) -> None:
-        peaks = self._peaks.cpu().numpy()
+        peaks = self._peaks.cpu().numpy().copy()  # on the CPU it would be the buffer itself
         broken = [name for name, peak in zip(self.names, peaks, strict=True) if not math.isfinite(peak)]
         if broken:
             raise CalibrationError(
@@ -121,29 +131,36 @@ class Collector:
                 f"projections, first {broken[0]}: the scales in force stay; check the sample's images and "
                 "state, and the checkpoint with `flashrt info --verify`"
             )
-        for index, peak in enumerate(peaks):
-            self._groups[index].setdefault(_group(peak), torch.zeros_like(self._counts[index])).add_(
-                self._counts[index]
-            )
-        self._maxima.append(peaks.copy())
+        rms = self._sample_rms()
+        for index, group in enumerate(zip(_groups(peaks), _groups(rms), strict=True)):
+            pooled = self._groups[index].setdefault(group, torch.zeros_like(self._counts[index]))
+            pooled += self._counts[index]
+        self._maxima.append(peaks)
+        self._rms.append(rms)
+
+    def _sample_rms(self) -> NDArray[np.float32]:
+        total = self._counts.sum(1).clamp_min(1)
+        mean_square = torch.stack([counts @ self._squares for counts in self._counts.double()]) / total
+        result: NDArray[np.float32] = mean_square.sqrt().float().cpu().numpy()
+        return result
 
     def outliers(self) -> NDArray[np.bool_]:
         """Which samples are outliers in which projection: (samples, projections)."""
-        maxima = self.maxima
-        columns = [outlying_samples(maxima[:, index]) for index in range(len(self.names))]
+        maxima, rms = self.maxima, self.rms
+        columns = [outlying_samples(maxima[:, index], rms[:, index]) for index in range(len(self.names))]
         return np.stack(columns, 1) if columns else np.zeros(maxima.shape, bool)
 
     @torch.inference_mode()
     def histogram(self, index: int, keep: NDArray[np.bool_]) -> tuple[Tensor, float]:
         """Counts pooled over the samples to keep, (BINS,) int64, and their largest magnitude.
 
-        keep: (samples,); it must hold for all or none of the samples of a half octave, as `outliers` does.
+        keep: (samples,); the same for samples of the same half octaves, as `~outliers()` is.
         """
-        maxima = self.maxima[:, index]
+        maxima, rms = self.maxima[keep, index], self.rms[keep, index]
         pooled = torch.zeros_like(self._counts[index])
-        for group in sorted({_group(peak) for peak in maxima[keep]}):
+        for group in set(zip(_groups(maxima), _groups(rms), strict=True)):
             pooled += self._groups[index][group]
-        return pooled, float(maxima[keep].max(initial=0.0))
+        return pooled, float(maxima.max(initial=0.0))
 
 
 @contextmanager
@@ -162,5 +179,6 @@ def observing(
             linear.observer = None
 
 
-def _group(peak: float) -> int:
-    return math.floor(math.log2(max(float(peak), 2.0**LOWEST_EXPONENT)) * GROUPS_PER_OCTAVE)
+def _groups(magnitudes: NDArray[np.float32]) -> list[int]:
+    logs = np.log2(np.maximum(magnitudes.astype(np.float64), 2.0**LOWEST_EXPONENT))
+    return [math.floor(value) for value in logs * GROUPS_PER_OCTAVE]
