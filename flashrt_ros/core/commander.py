@@ -118,6 +118,14 @@ class Commander:
             self.timeline.bump_generation()
             self._pause = None
 
+    def adopt_limits(self, contract: RobotContract) -> None:
+        """Take limits, cap, blend and deadline of `contract`; all else must be as before. Any thread."""
+        limiter = Limiter(contract)
+        self.timeline.adopt_limits(contract)
+        self._hold_deadline = contract.timeline.hold_deadline
+        self._rejects = contract.on_violation is OnViolation.REJECT
+        self.limiter = limiter
+
     def tick(self) -> Output:
         """The command due now, within limits; advances the timeline by one control period."""
         if (pause := self._pause) is not None:

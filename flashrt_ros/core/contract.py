@@ -33,7 +33,7 @@ from .contract_model import (
     SyncSpec,
     TimelineSpec,
 )
-from .contract_yaml import SourceMap, read_contract_yaml
+from .contract_yaml import SourceMap, YamlPath, read_contract_yaml
 from .errors import ContractError, ContractNotFoundError, ContractProblem
 from .policy_check import PolicySpecLike, check_policy
 from .timing import NS_PER_S, to_ns
@@ -49,16 +49,20 @@ MAX_LOOKAHEAD = NS_PER_S  # as in the schema; also bounds the default, the open-
 
 
 def load_contract(
-    path_or_name: str | PathLike[str], search_path: Sequence[str | PathLike[str]] | None = None
+    path_or_name: str | PathLike[str],
+    search_path: Sequence[str | PathLike[str]] | None = None,
+    overrides: Mapping[YamlPath, Any] = MappingProxyType({}),
 ) -> RobotContract:
     """Load the contract of a path, or of a shipped robot's name ("demo_arm").
+
+    `overrides` replace values of the file, as the file would have them, before anything is checked.
 
     A value that has a suffix .yaml/.yml or a directory part is a path; anything else is a name, looked up as
     NAME.yaml in `search_path` (default: `default_search_path()`).
     Raises ContractNotFoundError (names the known robots) or ContractError (a `file:line: text` per problem).
     """
     path = _locate(fspath(path_or_name), search_path)
-    data, source = read_contract_yaml(path)
+    data, source = read_contract_yaml(path, overrides)
     problems = [source.problem(where, text) for where, text in contradictions(data)]
     if problems:
         raise ContractError(sorted(problems, key=lambda problem: problem.line))

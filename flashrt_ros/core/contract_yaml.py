@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -57,8 +58,10 @@ class SourceMap:
         return ContractProblem(self.file, self.line(path), text)
 
 
-def read_contract_yaml(path: Path) -> tuple[dict[str, Any], SourceMap]:
-    """Parse and schema-check a contract file.
+def read_contract_yaml(
+    path: Path, overrides: Mapping[YamlPath, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], SourceMap]:
+    """Parse a contract file, put `overrides` in place, and check the result against the schema.
 
     Returns the plain data and its line numbers. Raises ContractError with every problem and its line.
     """
@@ -68,6 +71,8 @@ def read_contract_yaml(path: Path) -> tuple[dict[str, Any], SourceMap]:
         raise ContractError([ContractProblem(str(path), 0, f"cannot be read: {error}")]) from error
     data, source, problems = _parse(text, str(path))
     if not problems:
+        for (*parents, key), value in overrides.items():
+            reduce(lambda node, part: node.setdefault(part, {}), parents, data)[key] = value
         problems = [source.problem(*_describe(error)) for error in _leaves(_validator().iter_errors(data))]
     if problems:
         raise ContractError(sorted(set(problems), key=lambda problem: (problem.line, problem.text)))

@@ -128,6 +128,19 @@ class Timeline:
         self._stop_reason = Reason.HOLD_DEADLINE
         self._reason = Reason.OK  # why nothing plays, when it is not plain starvation
 
+    def adopt_limits(self, contract: RobotContract) -> None:
+        """Take cap, blend and deadline of `contract` from the next tick on; all else must be as before.
+
+        A chunk that plays ends at the new cap. Raises TimelineConfigError, and then changes nothing.
+        """
+        other = Timeline.from_contract(contract)
+        names = ("cap", "cap_actions", "blend_ticks", "hold_ticks", "hold_deadline", "lookahead_ticks")
+        with self._lock:
+            for name in names:
+                setattr(self, f"_{name}", getattr(other, f"_{name}"))
+            left = self._cap_actions * self._ratio - self._offset
+            self._path = self._path[: max(self._cursor, left)]
+
     @property
     def kind(self) -> CommandKind:
         """Kind of the last tick."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from flashrt_ros.core.errors import CoreError
+from flashrt_ros.core.parameters import ParameterError
 from flashrt_ros.core.reasons import Reason
 from flashrt_runtime import errors
-
-from .parameters import ParameterError
 
 # First match wins: subclasses before their bases.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
@@ -29,10 +28,12 @@ def reason_of(error: Exception, otherwise: Reason) -> Reason:
     own = getattr(error, "reason", None)
     if isinstance(own, Reason):
         return own
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported
+        return Reason.OUT_OF_MEMORY
     return next((reason for kind, reason in _REASONS if isinstance(error, kind)), otherwise)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """The error in words; the type is added where the message may not speak for itself."""
     text = getattr(error, "message", "") or str(error)
     return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"

@@ -267,6 +267,13 @@ class Pipeline:
         self.wake()
         return fault
 
+    def adopt_limits(self, contract: RobotContract, max_failures: int) -> None:
+        """Take limits, timeline and inference rate of `contract`; all else must be as before."""
+        self.commander.adopt_limits(contract)
+        self.runner.adopt_rates(contract.rates)
+        self.latch.max_failures = max_failures
+        self.contract = contract
+
     def _apply_pause(self) -> None:
         with self._pausing:
             if (fault := self.latch.fault) is not None:

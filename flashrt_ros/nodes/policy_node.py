@@ -6,54 +6,48 @@ control thread (see pipeline.py).
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import Executor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.signals import SignalHandlerOptions
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.subscription import Subscription
+from std_msgs.msg import String
 
 from flashrt_ros.core.commander import Output
-from flashrt_ros.core.contract import RobotContract, load_contract
-from flashrt_ros.core.problem import Problem
+from flashrt_ros.core.contract import RobotContract
+from flashrt_ros.core.contract_overrides import contract_of, recontracted
+from flashrt_ros.core.parameters import FIXED, PARAMETERS, READ_AT_CONFIGURE, PolicyParameters
+from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
-from flashrt_ros.msg import ActionChunk, PolicyStatus
+from flashrt_ros.msg import ActionChunk, LatencyMetrics, PolicyStatus
 from flashrt_ros.srv import Calibrate, SetPrompt
 
-from . import parameters, services, status, streams
-from .executors import make_executor
+from . import parameters, safety, services, status, streams
+from .chunk_service import ChunkService
 from .exotic_images import cv_bridge_decoder
 from .failures import EXPECTED, describe, reason_of
 from .outputs import CommandPublisher, chunk_message
-from .parameters import PolicyParameters
 from .pipeline import Pipeline, PlacedChunk
 from .policy_runner import PolicyLike
+from .running import run
 
 STATUS_PERIOD = 0.5  # [s]
-DIAGNOSTICS_PERIOD = 1.0  # [s]
+DIAGNOSTICS_PERIOD = 1.0  # also of ~/metrics [s]
 WAKE_PERIOD = 0.05  # how soon a stream that fell silent is noticed [s]
+GUARD_PERIOD = 0.1  # how soon a second publisher of commands is noticed once it is discovered [s]
 LOG_PERIOD = 2.0  # between two warnings of the same reason and stream [s]
 FIRST_MESSAGE = 1.0  # a stream may take this long after activation before the log asks where it is [s]
-# How long a thread may have to wait for the Python code of another [s]: with the default, 5 ms, the control
-# thread would be late by that much.
-SWITCH_INTERVAL = 0.0005
 WORKER_NICENESS = 5
-# A second signal after this long ends the process at once, whatever the model does; the hold went out [s].
-PATIENCE = 2.0
 
 PolicyLoader = Callable[[PolicyParameters, RobotContract], PolicyLike]
 
@@ -89,24 +83,29 @@ class PolicyNode(LifecycleNode):
         super().__init__("policy_node", **options)
         parameters.declare(self)
         self.add_on_set_parameters_callback(self._judge_parameters)
+        self.add_post_set_parameters_callback(self._adopt_parameters)
         self._load = load
         self._stopping = stopping
         self._values: PolicyParameters | None = None
         self._pipeline: Pipeline | None = None
-        self._configure_problem = status.NONE
+        self._transition_problem = NONE  # why the last configure or activate failed
         self._warned: dict[tuple[Reason, str], float] = {}  # when each was last logged [s, monotonic]
         self._commands: CommandPublisher | None = None
         self._stream_subscriptions: list[Subscription] = []
         self._chunks = self.create_publisher(ActionChunk, "~/action_chunk", 10)
         self._status = self.create_publisher(PolicyStatus, "~/status", 10)
+        self._metrics = self.create_publisher(LatencyMetrics, "~/metrics", 10)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_service(SetPrompt, "~/set_prompt", lambda q, a: services.set_prompt(self._pipeline, q, a))
         self.create_service(Calibrate, "~/calibrate", lambda q, a: services.calibrate(self._pipeline, q, a))
+        ChunkService(self, lambda: self._pipeline)
+        safety.create_services(self, lambda: self._pipeline, self._conflict)
         # Reports must go on when simulated time stands still.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(STATUS_PERIOD, self._publish_status, clock=steady)
         self.create_timer(DIAGNOSTICS_PERIOD, self._publish_diagnostics, clock=steady)
         self.create_timer(WAKE_PERIOD, self._wake, clock=steady)
+        self.create_timer(GUARD_PERIOD, self._guard_commands, clock=steady)
 
     @property
     def autostart(self) -> bool:
@@ -114,24 +113,40 @@ class PolicyNode(LifecycleNode):
         return bool(self.get_parameter("autostart").value)
 
     def _judge_parameters(self, changes: list[Parameter]) -> SetParametersResult:
-        """A change that would be accepted without effect is refused."""
-        fixed = [change.name for change in changes if change.name in parameters.READ_AT_CONFIGURE]
-        if self._pipeline is None or not fixed:
+        """A change that would be accepted without effect is refused, and so is one to a value of no use."""
+        if self._pipeline is None or self._values is None:
             return SetParametersResult(successful=True)
-        reason = f"{', '.join(fixed)}: read at configure: deactivate and clean up first"
-        return SetParametersResult(successful=False, reason=reason)
+        fixed = [change.name for change in changes if change.name in READ_AT_CONFIGURE]
+        if fixed:
+            return SetParametersResult(successful=False, reason=f"{', '.join(fixed)}: {FIXED}")
+        try:
+            values = self._values.changed({change.name: change.value for change in changes})
+            recontracted(self._pipeline.contract, values)
+        except Exception as error:
+            return SetParametersResult(successful=False, reason=describe(error))
+        return SetParametersResult(successful=True)
+
+    def _adopt_parameters(self, changes: list[Parameter]) -> None:
+        """Put what was judged in force."""
+        names = {spec.name for spec in PARAMETERS}
+        given = {change.name: change.value for change in changes if change.name in names}
+        if self._pipeline is None or self._values is None or not given:
+            return
+        values = self._values.changed(given)
+        self._pipeline.adopt_limits(recontracted(self._pipeline.contract, values), values.max_policy_failures)
+        self._values = values
 
     # Life cycle
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Read parameters and contract, load the checkpoint, check one against the other, subscribe."""
-        self._configure_problem = status.NONE
+        self._transition_problem = NONE
         try:
             self._configure()
         except Exception as error:
             self._release()
             problem = Problem(reason_of(error, Reason.CHECKPOINT_INVALID), "", describe(error))
-            self._configure_problem = problem
+            self._transition_problem = problem
             self.get_logger().error(f"cannot configure: {problem}")
             if not isinstance(error, (*EXPECTED, InterruptedError)):
                 self.get_logger().debug("traceback of the error above", exc_info=True)
@@ -142,8 +157,13 @@ class PolicyNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Begin to infer and to command."""
+        """Begin to infer and to command, unless a fault is latched or another node commands the robot."""
         assert self._pipeline is not None
+        problem = self._pipeline.latch.fault or self._conflict()
+        self._transition_problem = problem or NONE
+        if problem is not None:
+            self.get_logger().error(f"cannot activate: {problem}")
+            return TransitionCallbackReturn.FAILURE
         self._pipeline.start()
         self._pipeline.wake()
         self.get_logger().info("active" + (" (dry run: no commands are sent)" if self._dry_run else ""))
@@ -159,6 +179,7 @@ class PolicyNode(LifecycleNode):
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the model and the contract's topics."""
         self._release()
+        self._transition_problem = NONE
         gc.unfreeze()
         return TransitionCallbackReturn.SUCCESS
 
@@ -192,7 +213,7 @@ class PolicyNode(LifecycleNode):
 
     def _configure(self) -> None:
         values = parameters.read(self)
-        contract = load_contract(values.robot)
+        contract = contract_of(values)
         pipeline = Pipeline(
             contract,
             self.get_clock(),
@@ -201,6 +222,7 @@ class PolicyNode(LifecycleNode):
             on_problem=self._warn,
             fallback_decoder=cv_bridge_decoder(),
             seed=values.seed,
+            max_failures=values.max_policy_failures,
         )
         self._pipeline, self._values = pipeline, values
         pipeline.load(lambda: self._load(values, contract), values.prompt, lambda: not self._stopping())
@@ -208,6 +230,10 @@ class PolicyNode(LifecycleNode):
         self._stream_subscriptions = streams.subscribe(
             self, contract, pipeline.synchroniser, on_image=pipeline.wake
         )
+        # Latched, so that a prompt published before this node was there counts.
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        prompts = self.create_subscription(String, "~/prompt", self._on_prompt, latched)
+        self._stream_subscriptions.append(prompts)
         assert pipeline.policy is not None
         self.get_logger().info(
             f"configured: {values.checkpoint} on robot {contract.robot}, "
@@ -228,6 +254,13 @@ class PolicyNode(LifecycleNode):
         if self._commands is not None:
             self._commands.destroy(self)
             self._commands = None
+
+    def _on_prompt(self, message: String) -> None:
+        """As ~/set_prompt without reset; there is nobody to answer to, so a refusal is logged."""
+        request = SetPrompt.Request(prompt=message.data)
+        answer = services.set_prompt(self._pipeline, request, SetPrompt.Response())
+        if not answer.success:
+            self._warn(Problem(Reason.PROMPT_INVALID, "", f"prompt of ~/prompt refused: {answer.message}"))
 
     # Messages out: the first on the control thread, the next two on the worker's or the control thread
 
@@ -269,7 +302,7 @@ class PolicyNode(LifecycleNode):
     def report(self) -> PolicyStatus:
         """What ~/status says now."""
         stamp = self.get_clock().now().to_msg()
-        return status.policy_status(self._pipeline, stamp, self._configure_problem)
+        return status.policy_status(self._pipeline, stamp, self._transition_problem)
 
     def _publish_status(self) -> None:
         self._status.publish(self.report())
@@ -277,7 +310,24 @@ class PolicyNode(LifecycleNode):
     def _publish_diagnostics(self) -> None:
         robot = self._pipeline.contract.robot if self._pipeline is not None else ""
         name = f"{self.get_fully_qualified_name()}: policy"
-        self._diagnostics.publish(status.diagnostics(self._pipeline, self.report(), name, robot))
+        report = self.report()
+        self._diagnostics.publish(status.diagnostics(self._pipeline, report, name, robot))
+        if self._pipeline is not None:
+            self._metrics.publish(status.metrics(self._pipeline, report.header))
+
+    def _conflict(self) -> Problem | None:
+        """Who else commands the robot, where that matters."""
+        values, commands = self._values, self._commands
+        if values is None or commands is None or values.dry_run or values.allow_other_publishers:
+            return None
+        return safety.other_publishers(self, commands.topics())
+
+    def _guard_commands(self) -> None:
+        pipeline = self._pipeline
+        if pipeline is None or not pipeline.active or pipeline.latch.fault is not None:
+            return
+        if (conflict := self._conflict()) is not None:
+            pipeline.raise_fault(conflict)
 
     def _wake(self) -> None:
         if self._pipeline is not None:
@@ -285,51 +335,8 @@ class PolicyNode(LifecycleNode):
 
 
 def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int:
-    """Run the node until SIGINT or SIGTERM: 0. With `autostart`, 1 when it cannot start itself."""
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    stop = threading.Event()
-    asked = 0.0
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        now = time.monotonic()
-        if not stop.is_set():
-            asked = now
-            stop.set()
-        elif now - asked > PATIENCE:  # a terminal and a launcher may both pass one Ctrl-C on
-            os._exit(1)
-
-    # rclpy's own handlers would take the publishers away before the hold could be sent.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    node = PolicyNode(load, stop.is_set)
-    executor = make_executor()
-    executor.add_node(node)
-    with contextlib.ExitStack() as ending:  # in reverse, each whatever the others raise
-        ending.callback(gc.freeze)  # else the interpreter spends most of a second on the collector at its end
-        ending.callback(rclpy.try_shutdown)
-        ending.callback(node.destroy_node)
-        ending.callback(executor.shutdown)
-        if node.autostart and not _start(node) and not stop.is_set():
-            return 1
-        while not stop.is_set():
-            _spin_once(executor, node)
-        return 0
-
-
-def _spin_once(executor: Executor, node: PolicyNode) -> None:
-    """One callback; what it raises is logged, as a robot must not lose its node to one bad message."""
-    try:
-        executor.spin_once(timeout_sec=0.1)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        node.get_logger().error(f"callback failed: {text}", throttle_duration_sec=LOG_PERIOD)
-
-
-def _start(node: PolicyNode) -> bool:
-    succeeded = TransitionCallbackReturn.SUCCESS
-    return node.trigger_configure() == succeeded and node.trigger_activate() == succeeded
+    """Run the node until SIGINT or SIGTERM; its exit status."""
+    return run(lambda stopping: PolicyNode(load, stopping), args)
 
 
 if __name__ == "__main__":

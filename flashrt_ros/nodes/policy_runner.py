@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rclpy.clock import Clock
 
 from flashrt_ros.core.commander import Commander
-from flashrt_ros.core.contract import RobotContract
+from flashrt_ros.core.contract import RatesSpec, RobotContract
 from flashrt_ros.core.images import FallbackDecoder
 from flashrt_ros.core.ingest import Ingest
 from flashrt_ros.core.measurements import Measurements
@@ -68,12 +68,12 @@ class PolicyRunner:
         """`report` is told why there is no prediction."""
         self.policy: PolicyLike | None = None
         self.prompt = ""  # read at each inference
-        self.trigger = InferenceTrigger(contract.rates, lambda: commander.timeline.remaining)
+        self._commander = commander
+        self.adopt_rates(contract.rates)
         self.ingest = Ingest(contract, fallback_decoder)
         self._contract = contract
         self._clock = clock
         self._synchroniser = synchroniser
-        self._commander = commander
         self._measurements = measurements
         self._report = report
         self._seed = seed
@@ -100,6 +100,10 @@ class PolicyRunner:
             raise RuntimeError("no policy is loaded")
         self.policy.set_prompt(prompt)
         self.prompt = prompt
+
+    def adopt_rates(self, rates: RatesSpec) -> None:
+        """Infer at this rate from now on. Any thread."""
+        self.trigger = InferenceTrigger(rates, lambda: self._commander.timeline.remaining)
 
     def forget(self) -> None:
         """As before the first observation (activate, new episode)."""

@@ -9,11 +9,13 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from std_msgs.msg import Header
 
+from flashrt_ros.core.measurements import WINDOW
+from flashrt_ros.core.metrics import LatencyWindow
 from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind
 from flashrt_ros.core.timing import NS_PER_S, to_s
-from flashrt_ros.msg import PolicyStatus
+from flashrt_ros.msg import LatencyMetrics, LatencySummary, PolicyStatus
 
 from .pipeline import Pipeline
 
@@ -33,17 +35,19 @@ STATE_NAMES = {
 
 
 def policy_status(
-    pipeline: Pipeline | None, stamp: Time, configure_problem: Problem = NONE
+    pipeline: Pipeline | None, stamp: Time, transition_problem: Problem = NONE
 ) -> PolicyStatus:
-    """The whole report. configure_problem: why the last configure failed. Latencies: NaN until measured."""
+    """The whole report. transition_problem: why the last configure or activate failed. Latencies: NaN until
+    measured."""
     message = PolicyStatus(header=Header(stamp=stamp))
     if pipeline is None:
         message.state = PolicyStatus.STATE_UNCONFIGURED
-        _explain(message, configure_problem)
+        _explain(message, transition_problem)
         return message
     now = time.monotonic_ns()
     output = pipeline.output
     message.state = PolicyStatus.STATE_INACTIVE
+    _explain(message, transition_problem)
     if pipeline.active:
         message.state = _STATES[output.kind] if output is not None else PolicyStatus.STATE_WAITING
         _explain(message, current_problem(pipeline, now))
@@ -90,6 +94,7 @@ def diagnostics(
     values = {
         "state": state,
         "reason": str(status.reason),
+        "code": Reason(status.reason).name,
         "prompt": status.prompt,
         "chunk_rate_hz": f"{status.chunk_rate:.2f}",
         "control_rate_hz": f"{status.control_rate:.2f}",
@@ -105,10 +110,33 @@ def diagnostics(
             values[f"chunks_dropped.{reason.name.lower()}"] = str(count)
         for reason, count in sorted(pipeline.measured.violations.items()):
             values[f"commands_limited.{reason.name.lower()}"] = str(count)
+        for reason, count in sorted(pipeline.measured.problems.items()):
+            values[f"problems.{reason.name.lower()}"] = str(count)
         if pipeline.control is not None:
             values["control_ticks_missed"] = str(pipeline.control.missed)
+            values["control_errors"] = str(pipeline.control.errors)
+        values["clock_jumps"] = str(pipeline.synchroniser.clock_jumps)
+        values["failures_in_a_row"] = str(pipeline.latch.failures)
     entry.values = [KeyValue(key=key, value=value) for key, value in values.items()]
     return DiagnosticArray(header=status.header, status=[entry])
+
+
+def metrics(pipeline: Pipeline, header: Header) -> LatencyMetrics:
+    """~/metrics: the percentiles of every window."""
+    windows = pipeline.measured.windows()
+    if pipeline.control is not None:
+        windows["control_jitter"], windows["control_duration"] = (
+            pipeline.control.jitter, pipeline.control.duration,
+        )
+    summaries = {name: _summary(window) for name, window in windows.items()}
+    return LatencyMetrics(header=header, window=WINDOW, **summaries)
+
+
+def _summary(window: LatencyWindow) -> LatencySummary:
+    found = window.summary()
+    return LatencySummary(
+        count=found.count, total=window.total, p50=found.p50, p95=found.p95, p99=found.p99, max=found.max
+    )
 
 
 def _level(status: PolicyStatus) -> bytes:

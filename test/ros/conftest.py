@@ -96,3 +96,13 @@ def demo_robot(rig: Any) -> Callable[..., Any]:
         return rig.start(node_command(spec), node_environment())
 
     return start
+
+
+@pytest.fixture
+def driver() -> Iterator[Any]:
+    """A pipeline of the demo arm that is fed by a thread, without transport."""
+    from pipeline_driver import Driver
+
+    made = Driver()
+    yield made
+    made.close()

@@ -142,6 +142,11 @@ class Collector:
         self._entries.append((time.monotonic(), message))
 
     @property
+    def entries(self) -> list[tuple[float, Any]]:
+        """(receipt time, message) of each."""
+        return list(self._entries)
+
+    @property
     def messages(self) -> list[Any]:
         return [message for _, message in list(self._entries)]
 

@@ -1,7 +1,7 @@
 """The policy node over a stand-in policy, for what cannot be had from the real runtime: failing on demand.
 
 Everything but the policy is the real node. Prompts: "break down" fails in set_prompt, "load slowly" says
-"loading" and takes its time.
+"loading" and takes its time, "think slowly" takes two seconds for a chunk.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class StandInPolicy:
             raise RuntimeError("broken on purpose")
 
     def predict(self, images, prompt, state, *, seed=None):
+        if prompt == "think slowly":
+            time.sleep(2.0)
         return np.tile(np.asarray(state, np.float32), (self.spec.horizon, 1))
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from rclpy.serialization import deserialize_message, serialize_message
 from trajectory_msgs.msg import JointTrajectory
 
 from flashrt_ros.core.contract import Qos, load_contract
-from flashrt_ros.core.problem import Problem
+from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.trajectory import TrajectoryPoints
 from flashrt_ros.msg import ActionChunk, PolicyStatus
@@ -128,7 +128,7 @@ def test_status_of_a_configured_node_names_its_streams(pipeline, contract) -> No
 
 def test_the_cause_is_reported_before_its_consequence(pipeline) -> None:
     missing = Problem(Reason.NO_MESSAGE, "base_camera", "no message yet")
-    assert status.current_problem(pipeline, 0) == status.NONE
+    assert status.current_problem(pipeline, 0) == NONE
     pipeline.output = pipeline.commander.tick()
     assert status.current_problem(pipeline, 0).reason == Reason.NO_CHUNK
     pipeline.problem = missing
@@ -164,7 +164,7 @@ def test_cv_bridge_of_ros_2_is_used_and_that_of_pypi_is_not(
 def test_every_parameter_of_the_shipped_file_exists() -> None:
     import yaml
 
-    from flashrt_ros.nodes.parameters import PARAMETERS
+    from flashrt_ros.core.parameters import PARAMETERS
 
     shipped = yaml.safe_load((ROOT / "config/pi05.yaml").read_text())["/**/policy_node"]["ros__parameters"]
     known = {spec.name: spec for spec in PARAMETERS}

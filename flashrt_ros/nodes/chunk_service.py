@@ -1,0 +1,225 @@
+"""~/get_action_chunk: one observation in the request, one chunk in the answer.
+
+The model runs on the worker thread, and the executor answers everything else meanwhile.
+"""
+
+from __future__ import annotations
+
+import array
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from builtin_interfaces.msg import Duration
+from numpy.typing import NDArray
+from rclpy.node import Node
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from flashrt_ros.core.chunk import check_chunk
+from flashrt_ros.core.contract import OnViolation, Representation, RobotContract
+from flashrt_ros.core.errors import CoreError, IngestError, WorkerStoppedError
+from flashrt_ros.core.images import crop_image, image_from_message
+from flashrt_ros.core.ingest import JointReader, NamedValues
+from flashrt_ros.core.limits import Limiter
+from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.timing import NS_PER_S, to_s
+from flashrt_ros.srv import GetActionChunk
+from flashrt_runtime.errors import PromptError
+
+from .deferred import DeferredService, Reply
+from .exotic_images import cv_bridge_decoder
+from .failures import describe
+from .pipeline import Pipeline
+from .policy_runner import PolicyLike
+
+Response = GetActionChunk.Response
+UNLOADED = "the policy was unloaded meanwhile"
+
+
+class Refused(Exception):
+    """Why there is no chunk: one of Response.CODE_* and its words."""
+
+    def __init__(self, code: int, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """positions (n, dof) in robot units, None for velocity actions; velocities (n, dof)."""
+
+    positions: NDArray[np.float64] | None
+    velocities: NDArray[np.float64] | None
+    inference_time: float
+
+
+class ChunkService:
+    """Answers one request at a time; a second one is told so rather than queued before the robot's own."""
+
+    def __init__(self, node: Node, pipeline: Callable[[], Pipeline | None]) -> None:
+        self._pipeline = pipeline
+        self._busy = threading.Lock()  # taken on the executor's thread, released on the worker's
+        self._decoder = cv_bridge_decoder()
+        DeferredService(node, GetActionChunk, "~/get_action_chunk", self._take)
+
+    def _take(self, request: Any, reply: Reply) -> None:
+        try:
+            pipeline = self._usable()
+            if not self._busy.acquire(blocking=False):
+                text = "another request is being answered: send one at a time"
+                raise Refused(Response.CODE_BUSY, text)
+        except Refused as refusal:
+            self._finish(reply, refusal)
+            return
+        try:
+            work = pipeline.worker.call(lambda: self._fill(reply.response, pipeline, request))
+        except WorkerStoppedError:
+            self._busy.release()
+            self._finish(reply, Refused(Response.CODE_NOT_CONFIGURED, UNLOADED))
+            return
+        work.add_done_callback(lambda done: self._done(reply, done))
+
+    def _done(self, reply: Reply, done: Any) -> None:
+        self._busy.release()
+        unloaded = Refused(Response.CODE_NOT_CONFIGURED, UNLOADED)
+        self._finish(reply, unloaded if done.cancelled() else done.exception())
+
+    @staticmethod
+    def _finish(reply: Reply, error: BaseException | None) -> None:
+        """Send the answer; it must come whatever the runtime did."""
+        if isinstance(error, Refused):
+            reply.response.status, reply.response.message = error.code, str(error)
+        elif error is not None:
+            reply.response.status, reply.response.message = Response.CODE_INTERNAL, describe(error)
+        reply.send()
+
+    def _usable(self) -> Pipeline:
+        pipeline = self._pipeline()
+        if pipeline is None or pipeline.policy is None:
+            raise Refused(Response.CODE_NOT_CONFIGURED, "no policy is loaded: configure the node first")
+        if pipeline.playing:
+            text = "the node is driving the robot, its inferences come first: deactivate it, or call ~/hold"
+            raise Refused(Response.CODE_ACTIVE, text)
+        return pipeline
+
+    # On the worker thread
+
+    def _fill(self, response: Any, pipeline: Pipeline, request: Any) -> None:
+        answer = self._infer(pipeline, request)
+        response.chunk = _trajectory(answer, pipeline.contract)
+        response.native_control_period = to_s(pipeline.contract.action.period)
+        response.inference_time = answer.inference_time
+
+    def _infer(self, pipeline: Pipeline, request: Any) -> _Answer:
+        policy, contract = pipeline.policy, pipeline.contract
+        if policy is None:
+            raise Refused(Response.CODE_NOT_CONFIGURED, UNLOADED)
+        _check_previous(request)
+        images = _images(request, contract, policy, self._decoder)
+        state, measured = _state(request, contract)
+        prompt = request.prompt.strip() or pipeline.prompt
+        if not prompt:
+            raise Refused(Response.CODE_BAD_PROMPT, "no prompt in the request, and none in force")
+        begin = time.perf_counter()
+        try:
+            actions = policy.predict(images, prompt, state, seed=None)
+        except PromptError as error:
+            raise Refused(Response.CODE_BAD_PROMPT, describe(error)) from error
+        except Exception as error:
+            raise Refused(Response.CODE_INFERENCE, describe(error)) from error
+        elapsed = time.perf_counter() - begin
+        return _limited(contract.actions_to_robot(actions), measured, contract, elapsed)
+
+
+def _check_previous(request: Any) -> None:
+    """Conditioning on the previous chunk: consistent, and supported."""
+    previous = len(request.previous_action_chunk)
+    if not previous:
+        if request.frozen_prefix_steps or request.guidance_horizon:
+            text = "frozen_prefix_steps and guidance_horizon are about a previous_action_chunk, and none came"
+            raise Refused(Response.CODE_BAD_REQUEST, text)
+        return
+    if request.new_episode:
+        raise Refused(Response.CODE_BAD_REQUEST, "a new episode has no previous_action_chunk: leave it empty")
+    text = "this policy does not condition on a previous chunk: leave previous_action_chunk empty"
+    raise Refused(Response.CODE_NOT_SUPPORTED, text)
+
+
+def _images(request: Any, contract: RobotContract, policy: PolicyLike, decoder: Any) -> dict[str, Any]:
+    """Images by view, decoded and cropped as those of the topics are."""
+    code, names = Response.CODE_BAD_IMAGES, list(request.image_names)
+    if len(names) != len(request.images):
+        raise Refused(code, f"{len(request.images)} images, but {len(names)} image_names")
+    by_name = {stream.name: stream for stream in contract.image_streams}
+    by_name |= {stream.view: stream for stream in contract.image_streams if stream.view is not None}
+    found: dict[str, Any] = {}
+    for name, message in zip(names, request.images, strict=True):
+        stream = by_name.get(name)
+        if stream is None or stream.view is None:
+            raise Refused(code, f"image '{name}': expected views or streams of {', '.join(by_name)}")
+        if stream.view in found:
+            raise Refused(code, f"two images for view {stream.view}")
+        try:
+            image = image_from_message(message, stream=name, fallback_decoder=decoder)
+            found[stream.view] = image if stream.crop is None else crop_image(image, stream.crop, name)
+        except IngestError as error:
+            raise Refused(code, str(error)) from error
+    if missing := [view for view in policy.spec.views if view not in found]:
+        raise Refused(code, f"no image for view {', '.join(missing)}; got {', '.join(names) or 'none'}")
+    return found
+
+
+def _state(request: Any, contract: RobotContract) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """State vector for the policy, and positions of the commanded joints in robot units."""
+    message = request.robot_state
+    sources = {source.stream: message for source in contract.state.sources}
+    try:
+        names = contract.message_names(contract.action.joints)
+        measured = NamedValues(names, "position", "robot_state").read(message)
+        return JointReader(contract).state(sources), measured
+    except IngestError as error:
+        raise Refused(Response.CODE_BAD_STATE, str(error)) from error
+
+
+def _limited(
+    actions: NDArray[np.float64], measured: NDArray[np.float64], contract: RobotContract, elapsed: float
+) -> _Answer:
+    """The chunk within the contract's limits, starting from where the robot is."""
+    limiter = Limiter(contract)
+    periods = np.full(len(actions), contract.action.period, dtype=np.int64)
+    try:
+        rows = check_chunk(actions, contract.dof)
+        start = limiter.check_start(measured)
+        if contract.on_violation is OnViolation.REJECT:
+            violation = limiter.first_violation(rows, start, periods)
+            if violation is not None:
+                raise Refused(Response.CODE_LIMIT, str(violation))
+        limited = limiter.apply_path(rows, start, periods)
+    except CoreError as error:
+        finite = error.reason is not Reason.CHUNK_NOT_FINITE and error.reason is not Reason.CHUNK_SHAPE
+        code = Response.CODE_BAD_STATE if finite else Response.CODE_INFERENCE
+        raise Refused(code, str(error)) from error
+    if contract.action.representation is Representation.VELOCITY:
+        return _Answer(None, limited.values, elapsed)
+    return _Answer(limited.positions, None, elapsed)
+
+
+def _trajectory(answer: _Answer, contract: RobotContract) -> JointTrajectory:
+    """Header stamp 0: starts when it is received."""
+    rows = answer.positions if answer.positions is not None else answer.velocities
+    assert rows is not None
+    field = "positions" if answer.positions is not None else "velocities"
+    message = JointTrajectory(joint_names=list(contract.message_names(contract.action.joints)))
+    for index, row in enumerate(np.ascontiguousarray(rows, dtype=np.float64)):
+        due = _duration(index * contract.action.period)
+        values = {field: array.array("d", row.tobytes())}
+        message.points.append(JointTrajectoryPoint(time_from_start=due, **values))
+    return message
+
+
+def _duration(nanoseconds: int) -> Duration:
+    seconds, rest = divmod(nanoseconds, NS_PER_S)
+    return Duration(sec=seconds, nanosec=rest)

@@ -1,0 +1,60 @@
+"""Which problems latch."""
+
+import pytest
+
+from flashrt_ros.core.latch import FaultLatch
+from flashrt_ros.core.problem import Problem
+from flashrt_ros.core.reasons import Reason
+
+
+def problem(reason: Reason) -> Problem:
+    return Problem(reason, "", reason.text)
+
+
+@pytest.mark.parametrize("reason", [Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT])
+def test_latches_at_once(reason: Reason) -> None:
+    latch = FaultLatch()
+    fault = latch.note(problem(reason))
+    assert fault is not None
+    assert latch.fault == fault
+    assert fault.reason is reason
+    assert "~/reset_fault" in fault.message
+
+
+REPEATED = [Reason.INFERENCE_ERROR, Reason.CHUNK_NOT_FINITE, Reason.CHUNK_SHAPE, Reason.OUT_OF_MEMORY]
+
+
+def test_failures_in_a_row_latch_whatever_their_kinds() -> None:
+    latch = FaultLatch(max_failures=4)
+    assert [latch.note(problem(reason)) for reason in REPEATED[:3]] == [None] * 3
+    fault = latch.note(problem(REPEATED[3]))
+    assert fault is not None
+    assert "4 failed inferences in a row" in fault.message
+
+
+@pytest.mark.parametrize("reason", REPEATED)
+def test_a_good_chunk_ends_the_row(reason: Reason) -> None:
+    latch = FaultLatch(max_failures=2)
+    for _ in range(5):
+        assert latch.note(problem(reason)) is None
+        latch.chunk_accepted()
+    assert latch.fault is None
+
+
+def test_everything_else_ends_by_itself() -> None:
+    latch = FaultLatch(max_failures=1)
+    latching = {*REPEATED, Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT}
+    for reason in set(Reason) - latching:
+        for _ in range(20):
+            assert latch.note(problem(reason)) is None, reason
+
+
+def test_the_first_fault_stays_until_reset() -> None:
+    latch = FaultLatch(max_failures=1)
+    first = latch.note(problem(Reason.COMMAND_CONFLICT))
+    assert latch.note(problem(Reason.INFERENCE_ERROR)) is None
+    latch.chunk_accepted()
+    assert latch.fault == first
+    assert latch.reset() == first
+    assert (latch.fault, latch.failures, latch.reset()) == (None, 0, None)
+    assert latch.note(problem(Reason.INFERENCE_ERROR)) is not None
