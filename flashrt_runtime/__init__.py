@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from . import errors
 
 if TYPE_CHECKING:
+    from .guidance import Guidance
     from .loading import load_model
     from .policy import Policy
     from .spec import PolicySpec
 
 __version__ = "0.1.0"
 
-__all__ = ["Policy", "PolicySpec", "__version__", "errors", "load_model"]
+__all__ = ["Guidance", "Policy", "PolicySpec", "__version__", "errors", "load_model"]
 
 
 def __getattr__(name: str) -> object:
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> object:
         from .loading import load_model
 
         return load_model
+    if name == "Guidance":
+        from .guidance import Guidance
+
+        return Guidance
     if name in ("Policy", "PolicySpec"):
         from . import policy
 

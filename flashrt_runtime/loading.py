@@ -23,6 +23,7 @@ from .errors import (
     OptionError,
     TokenizerNotFoundError,
 )
+from .guidance import check_mode
 from .models import FlowPolicy, Pi0Fast, PrefixPolicy
 from .models.weights import load_weights
 from .options import Target, requested_precision, resolve_config, resolve_target
@@ -63,6 +64,7 @@ def load_model(
     vision_pool_factor: int | None = None,
     vision_num_layers: int | None = None,
     cache_frames: int | None = None,
+    rtc: str = "off",
     decode_cuda_graph: bool = False,
     decode_graph_steps: int = 80,
     embodiment_tag: str | None = None,
@@ -84,6 +86,9 @@ def load_model(
     weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
     to this checkpoint, configuration, precision and views; None or "auto": the one in the cache, if there is
     one (see `Policy.save_calibration`). recalibrate: ignore what the cache holds, weights and calibration.
+
+    rtc: real-time chunking, "off", "guided" (predict(rtc=...) pulls a chunk towards what is being played), or
+    "trained", for checkpoints that declare rtc_training_max_delay; see docs/rtc.md.
 
     What a checkpoint may leave open: action_horizon (actions per chunk), asset_id (which assets/<id> holds
     the statistics), delta_actions (per action dimension, whether the model gives offsets to the state;
@@ -135,6 +140,7 @@ def load_model(
         scales,
         decode_cuda_graph,
         decode_graph_steps,
+        rtc,
     )
     opened = open_checkpoint(
         Path(checkpoint).expanduser(),
@@ -160,6 +166,7 @@ class Settings:
     calibration: Path | None = None
     decode_cuda_graph: bool = False
     decode_graph_steps: int = 80
+    rtc: str = "off"
 
 
 def _load(opened: Checkpoint, target: Target, settings: Settings) -> Policy:
@@ -186,6 +193,7 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     GPU.
     """
     _check_views(opened, settings.num_views)
+    rtc = check_mode(settings.rtc, opened.config.policy, opened.rtc_training_max_delay, str(opened.path))
     config = opened.config.with_steps(settings.num_steps)
     opened.config = config
     model = models.build(config, settings.num_views, target.dtype, opened.rules.rope_bf16)
@@ -205,9 +213,10 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     if target.device.type == "cuda" and (isinstance(model, FlowPolicy) or tokens is not None):
         if isinstance(model, FlowPolicy):
             fused_expert.attach(model, target.device)
-        engine = Engine(model, opened.rules, target.device, settings.autotune, settings.decode_cuda_graph)
+        whole = settings.decode_cuda_graph
+        engine = Engine(model, opened.rules, target.device, settings.autotune, whole, rtc)
         engine.capture()
-    policy = Policy(model, opened, target, engine, tokens)
+    policy = Policy(model, opened, target, engine, tokens, rtc)
     if target.precision == "fp8":
         try:
             _load_scales(policy, opened, settings)

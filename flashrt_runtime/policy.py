@@ -24,8 +24,10 @@ from .errors import (
     OptionError,
     TokenizerNotFoundError,
 )
+from .guidance import Guidance, GuidanceEncoder, GuideArrays, RtcMode
 from .inputs import FloatArray, Images, ModelInputs, ObservationEncoder, State, expect_shape
 from .models import FlowPolicy, Pi0Fast, PrefixPolicy
+from .models.flow import Guide, guided
 from .models.pi0_fast import BROKEN, NOTHING
 from .options import Target
 from .processing.actions import ActionTransform
@@ -52,6 +54,7 @@ class Policy:
         target: Target,
         engine: Engine | None = None,
         action_tokens: ActionTokens | None = None,
+        rtc: RtcMode = "off",
     ) -> None:
         """action_tokens: what pi0fast's output means; without them it has no `predict`."""
         self._model: PrefixPolicy | None = model
@@ -74,6 +77,8 @@ class Policy:
             if stats and stats.actions and checkpoint.action_dim
             else None
         )
+        self.rtc: RtcMode = rtc  # real-time chunking, as loaded
+        self._encode_guidance = GuidanceEncoder(self.spec, self._actions, rtc)
 
     @property
     def prompt(self) -> str | None:
@@ -108,6 +113,7 @@ class Policy:
         *,
         noise: FloatArray | None = None,
         seed: int | None = None,
+        rtc: Guidance | None = None,
     ) -> FloatArray:
         """One action chunk from one observation.
 
@@ -115,8 +121,9 @@ class Policy:
         a dict by view name, where None masks a view of `spec.optional_views`. prompt: needed at first, then
         kept. state: (state_dim,) joint values in the robot's units, needed by every policy that sees the
         state. noise: (horizon, model_action_dim) float32, the flow's start; or seed: an int it is drawn from;
-        neither draws fresh noise. Returns
-        (horizon, action_dim) float32 actions in the robot's units, at the rate the policy was trained for.
+        neither draws fresh noise. rtc: what the chunk is to go on from, for a policy loaded with
+        rtc="guided" or "trained"; None: nothing. Returns (horizon, action_dim) float32 actions in the robot's
+        units, at the rate the policy was trained for.
         Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no
         statistics), TokenizerNotFoundError, ActionError (non-finite actions), NoStopError and
         ActionTokenError (pi0fast: tokens that are no chunk) or ClosedError.
@@ -134,11 +141,11 @@ class Policy:
                     f"{self.spec.checkpoint}: the tokenizers of its action tokens were not found when it was "
                     "loaded (the log says where they were looked for): load it again with them in place"
                 )
-            actions = self._run(model, inputs)
+            raw = None if state is None else np.asarray(state, np.float32)
+            guide = None if rtc is None else self._encode_guidance(rtc, raw)
+            actions = self._run(model, inputs, guide)
             self._refuse_non_finite(actions)
-            return self._actions.to_physical(
-                actions, None if state is None else np.asarray(state, np.float32)
-            )
+            return self._actions.to_physical(actions, raw)
 
     def sample_actions(
         self,
@@ -390,29 +397,38 @@ class Policy:
             raise ClosedError("this policy was closed: load it again with load_model")
         return self._model
 
-    def _run(self, model: PrefixPolicy, inputs: ModelInputs) -> FloatArray:
+    def _run(
+        self, model: PrefixPolicy, inputs: ModelInputs, guide: GuideArrays | None = None
+    ) -> FloatArray:
         self._calibrate_first(lambda: self._eager(model, inputs))
         # The graphs are captured for every view; without one the definition runs, slower and exact.
         if self._engine is None or len(inputs.views) < model.num_views:
-            return self._decoded(self._eager(model, inputs).cpu().numpy())
+            return self._decoded(self._eager(model, inputs, guide).cpu().numpy())
         if inputs.state is None and self.spec.config == "pi0":
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
-        output = self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy())
+        output = self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy(), guide)
         return self._decoded(output)
 
-    def _eager(self, model: PrefixPolicy, inputs: ModelInputs) -> torch.Tensor:
+    def _eager(
+        self, model: PrefixPolicy, inputs: ModelInputs, guide: GuideArrays | None = None
+    ) -> torch.Tensor:
         """The definition, at the observation's own lengths."""
         size, resize = model.config.vision.image_size, self._checkpoint.rules.resize
         pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in inputs.views])
         every = torch.ones
-        return model.sample(
-            pixels,
-            every(len(inputs.views), dtype=torch.bool, device=self.device),
-            self._put(inputs.tokens, torch.int64),
-            every(len(inputs.tokens), dtype=torch.bool, device=self.device),
-            None if inputs.state is None else self._put(inputs.state, torch.float32),
-            inputs.noise.to(self.device),
-        )
+        with guided(model, None if guide is None else self._guide(guide)):
+            return model.sample(
+                pixels,
+                every(len(inputs.views), dtype=torch.bool, device=self.device),
+                self._put(inputs.tokens, torch.int64),
+                every(len(inputs.tokens), dtype=torch.bool, device=self.device),
+                None if inputs.state is None else self._put(inputs.state, torch.float32),
+                inputs.noise.to(self.device),
+            )
+
+    def _guide(self, guide: GuideArrays) -> Guide:
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in guide.arrays().items()}
+        return Guide(**tensors, trained=self.rtc == "trained")
 
     def _put(self, array: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=self.device, dtype=dtype)

@@ -18,7 +18,7 @@ class PolicySpec:
     model_action_dim: the padded width of noise and of model space; prompt_capacity: tokens, state digits
     included. optional_views: those that an observation may leave out (given as None, they are masked), but
     not all at once. action_representation: absolute, delta or velocity; None where the checkpoint does not
-    say.
+    say. rtc_training_max_delay: largest number of frozen actions it was trained with, None for none.
     """
 
     config: str
@@ -36,6 +36,7 @@ class PolicySpec:
     checkpoint: str
     action_representation: str | None = None
     optional_views: tuple[str, ...] = ()
+    rtc_training_max_delay: int | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, num_views: int) -> PolicySpec:
@@ -60,4 +61,5 @@ class PolicySpec:
             checkpoint=str(checkpoint.path),
             action_representation=checkpoint.action_representation or summed,
             optional_views=views if len(views) > 1 else (),
+            rtc_training_max_delay=checkpoint.rtc_training_max_delay,
         )

@@ -94,6 +94,14 @@ void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_
   check(flashrt::action_step(problem, reinterpret_cast<cudaStream_t>(stream)), "action_step");
 }
 
+void guide_velocity(uintptr_t velocity, uintptr_t x, uintptr_t target, uintptr_t weight, uintptr_t gain, float time,
+                    uintptr_t out, int rows, int width, uintptr_t stream) {
+  check(flashrt::guide_velocity(pointer<float>(velocity), pointer<float>(x), pointer<float>(target),
+                                pointer<float>(weight), pointer<float>(gain), time, pointer<float>(out), rows, width,
+                                reinterpret_cast<cudaStream_t>(stream)),
+        "guide_velocity");
+}
+
 void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
                   uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
                   uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
@@ -166,6 +174,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"),
              py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"),
              py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"),
+             py::arg("stream"));
+  module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"),
+             py::arg("weight"), py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"),
              py::arg("stream"));
   module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"),
              py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),

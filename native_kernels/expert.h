@@ -71,6 +71,10 @@ struct ActionStep {
 
 cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);
 
+// guide_velocity.cu
+cudaError_t guide_velocity(const float* velocity, const float* x, const float* target, const float* weight,
+                           const float* gain, float time, float* out, int rows, int width, cudaStream_t stream);
+
 // expert_steps.cu
 enum ExpertProduct : int { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kProducts = 4 };
 

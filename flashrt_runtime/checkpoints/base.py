@@ -99,6 +99,7 @@ class Checkpoint:
     state_dim: int | None = None
     action_dim: int | None = None
     delta_actions: tuple[bool, ...] | None = None
+    rtc_training_max_delay: int | None = None
     tokenizer: Path | None = None
     untrained: bool = False
     notes: tuple[str, ...] = ()

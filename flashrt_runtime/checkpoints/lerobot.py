@@ -95,6 +95,7 @@ def read_lerobot(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         state_dim=state_dim,
         action_dim=action_dim,
         delta_actions=_delta_mask(config, before, after, action_dim, action_names),
+        rtc_training_max_delay=config.integer("rtc_training_max_delay"),
         tokenizer=tokenizer_in(path),
         decode=DecodeConfig(skip_ids=128 if skip is None else skip, temperature=temperature or 0.0),
     )

@@ -1,8 +1,8 @@
 """openpi's directories: what config.json and assets/ say, for PyTorch and Orbax weights alike.
 
 config.json as openpi's converter writes it holds action_dim, action_horizon, variants and precision. Facts it
-has no place for (views, names, rate, delta actions) are read from an optional `flashrt` object in the same
-file.
+has no place for (views, names, rate, delta actions, rtc_training_max_delay) are read from an optional
+`flashrt` object in the same file.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         action_rate_hz=extra.number("action_rate_hz"),
         action_representation=extra.text("action_representation"),
         delta_actions=extra.flags("delta_actions"),
+        rtc_training_max_delay=extra.integer("rtc_training_max_delay"),
         tokenizer=tokenizer_in(path),
         untrained=extra.flag("untrained") or False,
         notes=tuple(notes),

@@ -64,6 +64,7 @@ class Facts:
     state_dim: int | None = None
     action_dim: int | None = None
     delta_actions: tuple[bool, ...] | None = None
+    rtc_training_max_delay: int | None = None
     tokenizer: Path | None = None
     untrained: bool = False
     notes: tuple[str, ...] = ()
@@ -200,6 +201,12 @@ def _assemble(
         raise CheckpointError(
             f"{facts.where}: delta_actions names {len(delta)} dimensions, the robot has {action_dim}"
         )
+    trained_delay = facts.rtc_training_max_delay
+    if trained_delay is not None and not 1 <= trained_delay < config.horizon:
+        raise CheckpointError(
+            f"{facts.where}: rtc_training_max_delay is {trained_delay}, expected 1 to {config.horizon - 1} "
+            "actions, fewer than a chunk has"
+        )
     for kind, names, width in (
         ("state_names", facts.state_names, state_dim),
         ("action_names", facts.action_names, action_dim),
@@ -224,6 +231,7 @@ def _assemble(
         state_dim=state_dim,
         action_dim=action_dim,
         delta_actions=delta,
+        rtc_training_max_delay=facts.rtc_training_max_delay,
         tokenizer=facts.tokenizer,
         untrained=facts.untrained,
         notes=facts.notes,

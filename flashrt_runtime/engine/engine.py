@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import PATCH_SIZE, FamilyRules
-from ..models import PrefixPolicy
+from ..guidance import GuideArrays, RtcMode
+from ..models import FlowPolicy, PrefixPolicy
+from ..models.flow import Guide, guided
 from ..ops import native, prefix
 from ..processing.images import prepare_image
 from ..quantization.calibration import Calibrator
@@ -41,7 +43,8 @@ class Engine:
     """Runs one loaded model on one GPU. Not thread-safe: the policy that owns it takes one call at a time.
 
     autotune: captures per bucket, of which the one that replays fastest is kept. whole: what the model
-    repeats is one graph, see `Repeats`.
+    repeats is one graph, see `Repeats`. rtc: the graphs follow guidance, which they read from static buffers;
+    without any they give what graphs that know none give, bit for bit.
     """
 
     def __init__(
@@ -51,8 +54,16 @@ class Engine:
         device: torch.device,
         autotune: int = 3,
         whole: bool = False,
+        rtc: RtcMode = "off",
     ) -> None:
         self.model = model
+        self.rtc = rtc
+        if rtc != "off" and isinstance(model, FlowPolicy) and model.fused_expert is not None:
+            logger.warning(
+                "rtc=%s: the expert by the model's own loop, which is slower: the fused kernel follows no "
+                "guidance",
+                rtc,
+            )
         self.device = device
         self.autotune = max(1, int(autotune))
         self.antialias = rules.resize == "antialias_uint8"
@@ -83,7 +94,9 @@ class Engine:
             self.actions,
             frame_bytes,
             self.device,
+            extra=GuideArrays.layout(config) if self.rtc != "off" else None,
         )
+        self.guide = Guide(**self.staging.extra, trained=self.rtc == "trained") if self.rtc != "off" else None
 
     def images(self) -> Tensor:
         """The staged images as the vision tower takes them."""
@@ -101,7 +114,8 @@ class Engine:
         model, staging = self.model, self.staging
         model.prefix_length.copy_(staging.prefix_length)
         model.prefill_padded(self.images(), staging.tokens[:bucket])
-        model.generate(staging.state, staging.noise, self.actions)
+        with guided(model, self.guide):
+            model.generate(staging.state, staging.noise, self.actions)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -163,13 +177,17 @@ class Engine:
         tokens: NDArray[np.int64],
         state: NDArray[np.float32] | None,
         noise: NDArray[np.float32],
+        guide: GuideArrays | None = None,
     ) -> None:
         length = self.image_tokens + len(tokens)
         if not self.on_device_resize:
             size, rule = self.model.config.vision.image_size, self.resize_rule
             pixels = [prepare_image(image, size, rule).numpy() for image in images]
             images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
-        self.staging.upload(self.staging.write(images, length, tokens, state, noise))
+        extra = None
+        if self.rtc != "off":
+            extra = (GuideArrays.none(self.model.config) if guide is None else guide).arrays()
+        self.staging.upload(self.staging.write(images, length, tokens, state, noise, extra))
 
     def bucket_of(self, tokens: int) -> int:
         """The smallest bucket that holds a prompt of `tokens`."""
@@ -182,9 +200,11 @@ class Engine:
         tokens: NDArray[np.int64],
         state: NDArray[np.float32] | None,
         noise: NDArray[np.float32],
+        guide: GuideArrays | None = None,
     ) -> NDArray[np.generic]:
         """One observation: images (H, W, 3) uint8 of any size, one per view; tokens (L,) int64; state
-        (action_dim,) float32 normalised and padded, or None; noise of the model's `noise_shape`, float32.
+        (action_dim,) float32 normalised and padded, or None; noise of the model's `noise_shape`, float32;
+        guide: what to go on from, with `rtc` only.
 
         Returns the model's output: (horizon, action_dim) float32 in model space, or (max_tokens,) int64.
         Waits without holding the GIL.
@@ -204,7 +224,7 @@ class Engine:
         # a calibration on the caller's stream writes scales and cache that the graph reads and writes
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self._upload(images, tokens, state, noise)
+            self._upload(images, tokens, state, noise, guide)
             self.graphs[self.bucket_of(len(tokens))].replay()
             if self.repeats is not None:
                 self.repeats.run()

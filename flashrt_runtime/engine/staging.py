@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -31,13 +31,17 @@ class Staging:
         output: Tensor,
         frame_bytes: int,
         device: torch.device,
+        extra: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
     ) -> None:
+        """extra: dtype and shape of further inputs, kept in `extra` and written by `write`."""
+        extra = extra or {}
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "views": (torch.int64, (num_views, 3)),
             "prefix_length": (torch.int32, ()),
             "tokens": (torch.int64, (capacity,)),
             "state": (torch.float32, (action_dim,)),
             "noise": (torch.float32, noise_shape),
+            **extra,
             "frames": (torch.uint8, (frame_bytes,)),
         }
         offsets, size = {}, 0
@@ -54,8 +58,9 @@ class Staging:
             return buffer[offsets[name] : end].view(dtype).view(shape)
 
         self.views, self.prefix_length, self.tokens, self.state, self.noise, self.frames = (
-            part(self.device, name) for name in layout
+            part(self.device, name) for name in layout if name not in extra
         )
+        self.extra: dict[str, Tensor] = {name: part(self.device, name) for name in extra}
         self.host_parts: dict[str, NDArray[np.generic]] = {
             name: part(self.host, name).numpy() for name in layout
         }
@@ -73,6 +78,7 @@ class Staging:
         tokens: NDArray[np.int64],
         state: NDArray[np.float32] | None,
         noise: NDArray[np.float32],
+        extra: Mapping[str, NDArray[np.generic]] | None = None,
     ) -> int:
         """Write one observation into the pinned block. Returns how many of its bytes are to be copied."""
         parts, offset = self.host_parts, 0
@@ -86,6 +92,8 @@ class Staging:
         if state is not None:
             parts["state"][:] = state
         parts["noise"][:] = noise
+        for name, values in (extra or {}).items():
+            parts[name][...] = values
         return self.frames_offset + offset
 
     def upload(self, count: int) -> None:

@@ -95,7 +95,9 @@ class GemmaStack(nn.Module):
     def forward_adaptive(
         self, x: Tensor, rope: Rope, cache: KVCache, window: Window, styles: Tensor
     ) -> Tensor:
-        """adaRMS norms: styles (2 * depth + 1, 3, width) float32, in the order the norms are applied."""
+        """adaRMS norms: styles (2 * depth + 1, 3, width) float32, in the order the norms are applied; or
+        (2 * depth + 1, 3, tokens, width), one for each token.
+        """
         branch: Tensor | None = None
         gate: Tensor | None = None
         for index, layer in enumerate(self.layers):

@@ -58,7 +58,8 @@ def ada_rms_norm(
     """Adaptive RMSNorm with a gated residual add (pi0.5's conditioning on the flow time).
 
     residual, branch: (tokens, width); gate: (width,), the gate of the style under which `branch` was
-    computed; style: (3, width) float32 rows scale, shift, gate. Returns (normed, residual).
+    computed; style: (3, width) float32 rows scale, shift, gate, or (3, tokens, width), one for each token
+    (then the gate is too). Returns (normed, residual).
     """
     if branch is None or gate is None:
         return ops.ada_rms_norm(residual, style, EPS), residual

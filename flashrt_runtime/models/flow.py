@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,6 +31,25 @@ class ExpertKernel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Guide:
+    """Real-time chunking on the device; see `guidance.GuideArrays` for shapes.
+
+    trained: the frozen rows are clean inputs of the network, instead of the end of a correction. All zeros
+    leave the flow as it is without, bit for bit.
+    """
+
+    target: Tensor
+    weight: Tensor
+    frozen: Tensor
+    gains: Tensor
+    trained: bool
+
+    def overwrite(self, x: Tensor) -> None:
+        """Put the target in the frozen rows of x, in place."""
+        x.copy_(torch.where(self.frozen.unsqueeze(-1), self.target, x))
+
+
 class FlowPolicy(PrefixPolicy):
     """A prefix over images and text, and an action expert that integrates a velocity field from t = 1 to 0.
 
@@ -38,6 +60,7 @@ class FlowPolicy(PrefixPolicy):
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
         super().__init__(config, num_views, dtype, rope_bf16)
         self.fused_expert: ExpertKernel | None = None
+        self.guide: Guide | None = None  # what an integration has to go on from; see `guided`
         width = config.expert.width
         self.action_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
         self.action_out = nn.Linear(width, config.action_dim, dtype=torch.float32)
@@ -75,8 +98,11 @@ class FlowPolicy(PrefixPolicy):
         """
 
     @abstractmethod
-    def velocity(self, x: Tensor, step: int) -> Tensor:
-        """v(x, t = 1 - step / num_steps): (horizon, action_dim) float32 in and out; after `begin_suffix`."""
+    def velocity(self, x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
+        """v(x, t = 1 - step / num_steps): (horizon, action_dim) float32 in and out; after `begin_suffix`.
+
+        clean: (horizon,) bool, rows of x that are at t = 0 already.
+        """
 
     def suffix_window(self, tokens: int) -> Window:
         """Where `tokens` go right behind the valid prefix, wherever that is known."""
@@ -103,14 +129,28 @@ class FlowPolicy(PrefixPolicy):
         """Integrate dx/dt = v from t = 1 to 0 with num_steps Euler steps, in place.
 
         x: (horizon, action_dim) float32. Reads the prefix from `cache` and its length from `prefix_length`
-        (int32 scalar on the device).
+        (int32 scalar on the device). Follows `guide`, of which the fused expert knows nothing.
         """
-        if self.fused_expert is not None and self.fused_expert.ready():
+        guide = self.guide
+        if guide is None and self.fused_expert is not None and self.fused_expert.ready():
             self.fused_expert.integrate(x)
             return
         self.begin_suffix()
         for step in range(self.config.num_steps):
-            ops.euler_step(x, self.velocity(x, step), -1.0 / self.config.num_steps)
+            ops.euler_step(x, self.guided_velocity(x, step, guide), -1.0 / self.config.num_steps)
+        if guide is not None:
+            guide.overwrite(x)
+
+    def guided_velocity(self, x: Tensor, step: int, guide: Guide | None) -> Tensor:
+        """`velocity`, corrected so that the flow ends near the guide's target."""
+        if guide is None:
+            return self.velocity(x, step)
+        if guide.trained:
+            guide.overwrite(x)
+            return self.velocity(x, step, guide.frozen)
+        time = 1.0 - step / self.config.num_steps
+        velocity = self.velocity(x, step)
+        return ops.guide_velocity(velocity, x, guide.target, guide.weight, guide.gains[step], time)
 
     def sample_actions(
         self,
@@ -129,3 +169,17 @@ class FlowPolicy(PrefixPolicy):
         Positions count valid tokens only, so masked views and padded text are dropped: exact, and cheaper.
         """
         return self.sample(images, image_mask, tokens, token_mask, state, noise)
+
+
+@contextmanager
+def guided(model: PrefixPolicy, guide: Guide | None) -> Iterator[None]:
+    """Within, what `model` integrates goes on from `guide`; None changes nothing."""
+    if guide is None:
+        yield
+        return
+    assert isinstance(model, FlowPolicy)
+    model.guide = guide
+    try:
+        yield
+    finally:
+        model.guide = None

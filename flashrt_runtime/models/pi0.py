@@ -21,6 +21,7 @@ class Pi0(FlowPolicy):
     """
 
     time_bias: Tensor
+    clean_bias: Tensor
 
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
         super().__init__(config, num_views, dtype, rope_bf16)
@@ -40,6 +41,7 @@ class Pi0(FlowPolicy):
         time_half, bias = self.action_time_in.weight[:, width:], self.action_time_in.bias
         embedded = torch.stack([time_embedding(1.0 - step / steps, width) for step in range(steps)])
         self.time_bias = F.linear(embedded.to(device), time_half, bias)
+        self.clean_bias = F.linear(time_embedding(0.0, width).to(device), time_half, bias)
 
     def extend_prefix(self, state: Tensor | None) -> None:
         """Run the state token through the expert and leave its K and V behind the prefix."""
@@ -53,11 +55,13 @@ class Pi0(FlowPolicy):
         self.prefix_bound += 1
         self.prefix_length += 1
 
-    def velocity(self, x: Tensor, step: int) -> Tensor:
+    def velocity(self, x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
         """One pass of the expert over the noisy actions; see `FlowPolicy.velocity`."""
         window, rope = self.suffix
-        mixed = F.silu(F.linear(self.action_in(x), self.action_half, self.time_bias[step]))
-        tokens = self.action_time_out(mixed).to(self.dtype)
+        mixed = F.linear(self.action_in(x), self.action_half, self.time_bias[step])
+        if clean is not None:
+            mixed = mixed + torch.where(clean.unsqueeze(-1), self.clean_bias - self.time_bias[step], 0.0)
+        tokens = self.action_time_out(F.silu(mixed)).to(self.dtype)
         hidden = self.expert(tokens, rope, self.cache, window)
         out: Tensor = self.action_out(hidden.float())
         return out

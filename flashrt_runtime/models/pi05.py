@@ -35,6 +35,7 @@ class Pi05(FlowPolicy):
     """Prefix of views and text (with discretised state); expert of `horizon` action tokens."""
 
     styles: Tensor
+    clean_style: Tensor
 
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
         super().__init__(config, num_views, dtype, rope_bf16)
@@ -50,12 +51,16 @@ class Pi05(FlowPolicy):
         assert self.conditioning is not None
         styles = torch.stack([self.conditioning(1.0 - step / steps) for step in range(steps)])
         self.styles = styles.to(device)
+        self.clean_style = self.conditioning(0.0).to(device)
         self.conditioning = None
 
-    def velocity(self, x: Tensor, step: int) -> Tensor:
+    def velocity(self, x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
         """One pass of the expert over the noisy actions; see `FlowPolicy.velocity`."""
         window, rope = self.suffix
         tokens = self.action_in(x).to(self.dtype)
-        hidden = self.expert.forward_adaptive(tokens, rope, self.cache, window, self.styles[step])
+        styles = self.styles[step]
+        if clean is not None:  # a style for each row
+            styles = torch.where(clean.unsqueeze(-1), self.clean_style.unsqueeze(2), styles.unsqueeze(2))
+        hidden = self.expert.forward_adaptive(tokens, rope, self.cache, window, styles)
         out: Tensor = self.action_out(hidden.float())
         return out

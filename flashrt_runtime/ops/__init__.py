@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, prefix, reference
+from . import guide, native, prefix, reference
 from .reference import (
     E4M3,
     E4M3_MAX,
@@ -34,6 +34,7 @@ __all__ = [
     "gated_add_ada_rms_norm",
     "geglu",
     "gelu",
+    "guide_velocity",
     "layer_norm",
     "patchify",
     "quantise",
@@ -159,6 +160,15 @@ def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -
     """Attention within each view; see `reference.vision_attention`."""
     out = reference.vision_attention(qkv, num_heads)
     return out if scale is None else quantise(out, scale)
+
+
+def guide_velocity(
+    velocity: Tensor, x: Tensor, target: Tensor, weight: Tensor, gain: Tensor, time: float
+) -> Tensor:
+    """The velocity, corrected towards a target; see `reference.guide_velocity`."""
+    if _native(velocity):
+        return guide.guide_velocity(velocity, x, target, weight, gain, time)
+    return reference.guide_velocity(velocity, x, target, weight, gain, time)
 
 
 def embed_tokens(table: Tensor, ids: Tensor, factor: float, out: Tensor) -> Tensor:

@@ -193,6 +193,20 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return F.unfold(images, kernel_size=patch, stride=patch).transpose(1, 2)
 
 
+def guide_velocity(
+    velocity: Tensor, x: Tensor, target: Tensor, weight: Tensor, gain: Tensor, time: float
+) -> Tensor:
+    """The velocity at `time`, corrected towards a target at t = 0 (arXiv:2506.07339 with the identity for the
+    denoiser's Jacobian): v - gain * weight * (target - (x - time * v)).
+
+    velocity, x, target: (rows, action_dim) float32; weight: (rows,) float32; gain: float32 scalar. Rows of
+    weight zero stay as they are, bit for bit, whatever x and the target hold.
+    """
+    rows = weight.unsqueeze(-1)
+    error = (target - (x - time * velocity)) * rows
+    return torch.where(rows != 0, velocity - gain * error, velocity)
+
+
 def euler_step(x: Tensor, velocity: Tensor, dt: float) -> Tensor:
     """x + dt * velocity, in place in x's float32."""
     return x.add_(velocity, alpha=dt)

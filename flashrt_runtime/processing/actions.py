@@ -42,12 +42,28 @@ class ActionTransform:
             raise ObservationError(f"actions: expected shape (horizon, >= {self.dof}), got {actions.shape}")
         physical = self.normalizer.inverse(actions[:, : self.dof])
         if self.delta.size:
-            if state is None:
-                raise ObservationError("this policy predicts differences to the state: pass state=")
-            if state.shape[0] <= self.delta[-1]:
-                raise ObservationError(
-                    f"state: {state.shape[0]} dimensions, but action {int(self.delta[-1])} is a difference "
-                    "to the state"
-                )
-            physical[:, self.delta] += state[self.delta].astype(physical.dtype)
+            physical[:, self.delta] += self._anchor(state).astype(physical.dtype)
         return physical.astype(np.float32)
+
+    def to_model(self, actions: Array, state: Array | None = None) -> NDArray[np.float32]:
+        """The way back, as in training: actions (n, dof) in the robot's units, delta dimensions relative to
+        `state`. Returns (n, dof) float32. Raises as `to_physical`.
+        """
+        if actions.ndim != 2 or actions.shape[1] != self.dof:
+            raise ObservationError(f"actions: expected shape (n, {self.dof}), got {actions.shape}")
+        values = actions.astype(np.float64)
+        if self.delta.size:
+            values[:, self.delta] -= self._anchor(state)
+        return self.normalizer.forward(values).astype(np.float32)
+
+    def _anchor(self, state: Array | None) -> Array:
+        """The state's dimensions that delta actions are differences to."""
+        if state is None:
+            raise ObservationError("this policy predicts differences to the state: pass state=")
+        if state.shape[0] <= self.delta[-1]:
+            raise ObservationError(
+                f"state: {state.shape[0]} dimensions, but action {int(self.delta[-1])} is a difference "
+                "to the state"
+            )
+        anchor: Array = state[self.delta]
+        return anchor

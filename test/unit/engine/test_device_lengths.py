@@ -73,7 +73,7 @@ def test_buckets_hold_every_length() -> None:
 
 def test_staging_is_one_block() -> None:
     generator = torch.Generator().manual_seed(0)
-    staging = Staging(2, 200, 32, 10, 10_000, CPU)
+    staging = Staging(2, 200, 32, (10, 32), torch.zeros(10, 32), 10_000, CPU)
     images = [
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
         for shape in ((20, 30, 3), (7, 11, 3))
@@ -89,3 +89,19 @@ def test_staging_is_one_block() -> None:
     for (offset, height, width), image in zip(staging.views.tolist(), images, strict=True):
         bytes_ = staging.frames[offset : offset + height * width * 3]
         assert torch.equal(bytes_.view(height, width, 3), torch.from_numpy(image))
+
+
+def test_staging_holds_further_inputs_before_the_frames() -> None:
+    """What real-time chunking adds; without it nothing is laid out or copied."""
+    extra = {"weight": (torch.float32, (10,)), "frozen": (torch.bool, (10,))}
+    output = torch.zeros(10, 32)
+    plain, staging = (Staging(1, 8, 32, (10, 32), output, 100, CPU, given) for given in (None, extra))
+    assert plain.extra == {}
+    values = {"weight": torch.rand(10).numpy(), "frozen": (torch.arange(10) < 3).numpy()}
+    image, tokens = torch.zeros(2, 3, 3, dtype=torch.uint8).numpy() + 7, torch.arange(5).numpy()
+    noise = torch.randn(10, 32).numpy()
+    staging.upload(staging.write([image], 9, tokens, None, noise, values))
+    assert torch.equal(staging.noise, torch.from_numpy(noise))
+    assert staging.frames[: image.size].eq(7).all()
+    for name, array in values.items():
+        assert torch.equal(staging.extra[name], torch.from_numpy(array))

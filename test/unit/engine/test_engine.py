@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -46,9 +48,9 @@ def path(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Path:
     return paths[request.param]
 
 
-def load(path: Path, precision: str) -> Policy:
+def load(path: Path, precision: str, rtc: str = "off") -> Policy:
     return flashrt_runtime.load_model(
-        path, config="auto", hardware="any", precision=precision, weight_cache=False, autotune=1
+        path, config="auto", hardware="any", precision=precision, weight_cache=False, autotune=1, rtc=rtc
     )
 
 
@@ -148,3 +150,52 @@ def test_images_larger_than_the_buffer(paths: dict[str, Path]) -> None:
     want = policy._actions.to_physical(policy._eager(policy._model, inputs).cpu().numpy(), STATE)
     np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
     policy.close()
+
+
+def guidance(horizon: int, delay: int, schedule: str = "linear") -> flashrt_runtime.Guidance:
+    plan = np.random.default_rng(delay).normal(scale=0.1, size=(horizon, 7))
+    return flashrt_runtime.Guidance(plan, delay=delay, schedule=schedule)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rtc", ["guided", "trained"])
+def test_guided_graph_follows_guidance_without_another_capture(path: Path, rtc: str) -> None:
+    """Delay, horizon, schedule and plan are read from static buffers; eager is the definition."""
+    folder = path.parent / f"{path.name}_{rtc}"
+    shutil.copytree(path, folder, dirs_exist_ok=True)
+    content = json.loads((folder / "config.json").read_text())
+    content["flashrt"]["rtc_training_max_delay"] = 5
+    (folder / "config.json").write_text(json.dumps(content))
+    policy = load(folder, "fp32", rtc=rtc)
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert model is not None
+    captures = engine.captures
+    results = set()
+    pair = images(0, ((224, 224), (224, 224)))
+    for delay, schedule in ((0, "linear"), (2, "exp"), (5, "ones"), (3, "zeros")):
+        guide = policy._encode_guidance(guidance(policy.spec.horizon, delay, schedule), STATE)
+        inputs = policy._encode(pair, "open the drawer", STATE, seed=1)
+        got = policy._run(model, inputs, guide)
+        want = policy._eager(model, inputs, guide).cpu().numpy()
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-4
+        np.testing.assert_array_equal(got[:delay], guide.target[:delay])
+        results.add(got.tobytes())
+    assert len(results) == 4
+    assert engine.captures == captures
+    policy.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_guided_graph_without_weight_is_the_plain_graph(path: Path, precision: str) -> None:
+    """Bit for bit, with both on the model's own loop over steps."""
+    chunks = []
+    for rtc in ("off", "guided"):
+        policy = load(path, precision, rtc=rtc)
+        assert policy._engine is not None
+        assert policy._model is not None
+        if policy._model.fused_expert is not None:
+            policy._model.fused_expert = None
+            policy._engine.capture()
+        chunks.append(policy.predict(images(0), "open the drawer", STATE, seed=1))
+        policy.close()
+    assert chunks[0].tobytes() == chunks[1].tobytes()
