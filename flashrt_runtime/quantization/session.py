@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CalibrationCancelledError, CalibrationError, OptionError
+from ..errors import ActionTokenError, CalibrationCancelledError, CalibrationError, OptionError
 from ..inputs import ModelInputs
 from .calibration import CalibrationReport, Calibrator, HeldOutError, estimate
 from .estimators import Estimator, resolve_estimator
@@ -109,14 +109,14 @@ def calibrate(
     with runner.exclusive(), calibrator.restoring():
         scales, warnings = estimate(collector, request.estimator, request.percentile)
         calibrator.apply(scales)
-        error = measure(runner, calibrator, held_out, should_stop)
+        error, uncompared = measure(runner, calibrator, held_out, should_stop)
     return CalibrationReport(
         samples=collector.samples,
         estimator=request.estimator,
         percentile=request.percentile,
         scales=scales,
         maxima=collector.maxima,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *uncompared),
         held_out_error=error,
         source=request.source,
     )
@@ -127,18 +127,25 @@ def measure(
     calibrator: Calibrator,
     held_out: Iterable[ModelInputs],
     should_stop: Callable[[], bool] | None = None,
-) -> HeldOutError | None:
-    """fp8 as deployed against unquantised activations, with the same noise; the caller has the model."""
-    pairs = []
-    for inputs in held_out:
+) -> tuple[HeldOutError | None, list[str]]:
+    """fp8 as deployed against unquantised activations, with the same noise; the caller has the model.
+
+    pi0fast: a held-out sample whose tokens are no chunk gives a warning, and no error.
+    """
+    pairs, warnings = [], []
+    for index, inputs in enumerate(held_out):
         _stop_if_asked(should_stop)
-        with calibrator.unquantised():
-            reference = runner.reference(inputs)
-        actions = runner.deployed(inputs)
+        try:
+            with calibrator.unquantised():
+                reference = runner.reference(inputs)
+            actions = runner.deployed(inputs)
+        except ActionTokenError as error:
+            warnings.append(f"held-out sample {index} was not compared: {error}")
+            continue
         if not (np.isfinite(actions).all() and np.isfinite(reference).all()):
             raise CalibrationError("calibration: a held-out sample gives non-finite actions: nothing changed")
         pairs.append((actions[:, : runner.robot_actions], reference[:, : runner.robot_actions]))
-    return HeldOutError.of(pairs)
+    return HeldOutError.of(pairs), warnings
 
 
 def _until(

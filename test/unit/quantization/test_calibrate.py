@@ -12,6 +12,7 @@ import torch
 
 from flashrt_runtime.engine.fused_expert import FusedExpert
 from flashrt_runtime.errors import (
+    ActionTokenError,
     CalibrationCancelledError,
     CalibrationError,
     ClosedError,
@@ -154,6 +155,26 @@ def test_a_failure_leaves_what_was_in_force(load, observations) -> None:
     assert scales_of(policy) == state
     assert policy.calibrated
     assert not any(linear.observing for linear in fp8_linears(policy._model).values())
+
+
+def test_tokens_that_are_no_chunk_are_not_compared(load, observations) -> None:
+    """pi0fast may give none, an untrained one mostly does; the error comes from the samples that do."""
+    policy = load(num_steps=1)
+    decoded, real = 0, policy._decoded
+
+    def sometimes(output: np.ndarray) -> np.ndarray:
+        nonlocal decoded
+        decoded += 1
+        if decoded == 1:
+            raise ActionTokenError("no chunk", [1, 2])
+        return real(output)
+
+    with patch.object(policy, "_decoded", sometimes):
+        report = policy.calibrate(observations(10), held_out=2)
+    assert len(report.held_out_error.per_sample) == 1
+    (warning,) = (text for text in report.warnings if "held-out" in text)
+    assert "held-out sample 0 was not compared: no chunk" in warning
+    assert policy.calibrated
 
 
 def test_non_finite_activations(load, observations) -> None:
