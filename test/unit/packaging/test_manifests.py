@@ -68,7 +68,7 @@ def test_package_xml_check(tmp_path: Path) -> None:
 def test_runtime_imports_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + extras["jax"] + extras["plot"]
+    lines = project["dependencies"] + extras["jax"] + extras["datasets"] + extras["plot"]
     declared = {re.split(r"[<>=!\[ ;]", line)[0].lower() for line in lines}
     # Imported by the parity command only, in an environment of its own.
     modules = imported(ROOT / "flashrt_runtime") - {"lerobot", "transformers", "openpi"}

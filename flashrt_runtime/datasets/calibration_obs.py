@@ -1,0 +1,57 @@
+"""`load_calibration_obs`: observations of a LeRobot dataset for `Policy.calibrate`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..processing.images import resize_with_pad
+from .lerobot import LeRobotDataset
+from .sampling import pick_frames
+
+
+def load_calibration_obs(
+    root: str | Path,
+    n: int = 8,
+    task_filter: str | None = None,
+    exclude: Collection[int] = (),
+    image_size: int | None = None,
+    *,
+    views: Mapping[str, str] | None = None,
+    state_key: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Observations of a LeRobot dataset (v2, v3; LIBERO's too), spread over tasks, episodes and time.
+
+    They are read one at a time, as they are asked for, and are the same ones every time. task_filter: only
+    tasks that hold this text. exclude: episode indices to leave out, those of an evaluation for instance.
+    image_size: images scaled to fit a square of so many pixels, padded with black; None: as recorded, which
+    the policy resizes by its own rule. views: view -> camera (the feature's key without
+    "observation.images."); None: every camera by its own name. state_key: the feature that is the state;
+    None: observation.state or state.
+
+    Each is a mapping of predict's arguments: images (H, W, 3) uint8 RGB by view, prompt, state (n,) float32
+    where there is one, and a seed. Raises DatasetError (files that are not what `meta/` says, nothing left),
+    at once for what can be told without reading frames.
+    """
+    dataset = LeRobotDataset.open(Path(root).expanduser(), state_key)
+    cameras = {name: name for name in dataset.cameras} if views is None else dict(views)
+    picks = pick_frames(dataset.episodes, n, task_filter, exclude)
+
+    def observations() -> Iterator[dict[str, Any]]:
+        for seed, pick in enumerate(picks):
+            observation = dataset.observation(pick.episode, pick.frame, cameras)
+            if image_size is not None:
+                observation["images"] = {
+                    view: _fitted(pixels, image_size) for view, pixels in observation["images"].items()
+                }
+            yield observation | {"seed": seed}
+
+    return observations()
+
+
+def _fitted(pixels: Any, size: int) -> Any:
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)
+    return resize_with_pad(planes, size, "antialias_uint8").permute(1, 2, 0).contiguous().numpy()
