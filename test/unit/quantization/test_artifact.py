@@ -253,6 +253,10 @@ def test_nothing_that_failed_is_left(saved, monkeypatch) -> None:
     assert file.read_bytes() == before
 
 
+# the children write files and nothing else: they take no lock that a thread of pytest's process may hold
+FORKS = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
 def forked(work) -> int:
     """Process id of a child that does `work` and nothing of pytest's."""
     child = os.fork()
@@ -277,6 +281,7 @@ def writes(file: Path, name: str, times: int) -> int:
     return forked(work)
 
 
+@FORKS
 def test_two_processes_at_once_end_with_one_valid_file(saved) -> None:
     policy, file = saved
     mine = policy._calibration.identity
@@ -294,6 +299,7 @@ def test_two_processes_at_once_end_with_one_valid_file(saved) -> None:
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 
+@FORKS
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_while_it_writes(saved, kills: int) -> None:
     policy, file = saved
