@@ -16,6 +16,11 @@ class Reason(IntEnum):
         member.text = text
         return member
 
+    @property
+    def concerns_input(self) -> bool:
+        """Whether it is about streams or what their messages hold, the 100s and 200s."""
+        return 100 <= self < 300
+
     OK = 0, "nothing to report"
 
     # 100s: streams

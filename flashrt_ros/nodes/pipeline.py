@@ -103,7 +103,7 @@ class Pipeline:
         self._started = 0  # [ns, monotonic clock]
         self.runner = PolicyRunner(
             contract, clock, self.synchroniser, self.commander, self.measured, self._report,
-            fallback_decoder, seed,
+            self._on_observation, fallback_decoder, seed,
         )
         self.worker: InferenceWorker[None, Prediction | None] = InferenceWorker(
             lambda _job: self.runner.infer(lambda: self.playing), self._on_result,
@@ -289,6 +289,12 @@ class Pipeline:
             self.worker.offer(None)
 
     # Results, on the worker thread
+
+    def _on_observation(self) -> None:
+        """What stood in the way of an observation does no more; what the policy makes of it will show."""
+        problem = self.problem
+        if problem is not None and problem.reason.concerns_input:
+            self.problem = None
 
     def _on_result(self, result: InferenceResult[None, Prediction | None]) -> None:
         if result.error is not None:

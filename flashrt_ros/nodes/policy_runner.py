@@ -62,10 +62,11 @@ class PolicyRunner:
         commander: Commander,
         measurements: Measurements,
         report: Callable[[Problem], None],
+        observed: Callable[[], None],
         fallback_decoder: FallbackDecoder | None,
         seed: int | None,
     ) -> None:
-        """`report` is told why there is no prediction."""
+        """`report` is told why there is no prediction, `observed` that an observation is complete and good."""
         self.policy: PolicyLike | None = None
         self.prompt = ""  # read at each inference
         self._commander = commander
@@ -76,6 +77,7 @@ class PolicyRunner:
         self._synchroniser = synchroniser
         self._measurements = measurements
         self._report = report
+        self._observed = observed
         self._seed = seed
         self._used: dict[str, int] = {}  # camera stamps of the last observation
         self._jumps = 0  # clock jumps of the streams that have been dealt with
@@ -134,6 +136,7 @@ class PolicyRunner:
         if not self._is_new(selected) or not self.trigger.due(now):
             return None
         observation = self._observe(selected)
+        self._observed()
         begin = time.perf_counter()
         actions = policy.predict(observation.policy_images, prompt, observation.state, seed=self._seed)
         elapsed = time.perf_counter() - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from flashrt_ros.core.reasons import Reason
 from flashrt_ros.srv import Calibrate, SetPrompt
 from flashrt_runtime.errors import PromptTooLongError
 
@@ -32,6 +33,8 @@ def set_prompt(
             code, message = SetPrompt.Response.CODE_PROMPT_TOO_LONG, describe(error)
         except Exception as error:  # the answer must come whatever the runtime does
             code, message = SetPrompt.Response.CODE_INTERNAL, describe(error)
+    if code != SetPrompt.Response.CODE_OK and pipeline is not None:
+        pipeline.measured.problems[Reason.PROMPT_INVALID] += 1  # for /diagnostics: nothing is held up
     response.success, response.code, response.message = code == SetPrompt.Response.CODE_OK, code, message
     return response
 

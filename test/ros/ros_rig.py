@@ -204,6 +204,11 @@ class Rig:
         self._processes.append(process)
         return process
 
+    def forget(self, process: RosProcess) -> None:
+        """Kill a process that is no longer wanted; how it ends is nobody's concern."""
+        process.kill()
+        self._processes.remove(process)
+
     def collect(self, message_type: type, topic: str, qos: QoSProfile | int = 50) -> Collector:
         """Subscribe and keep every message."""
         return Collector(self.node, message_type, topic, qos, self._check_processes)

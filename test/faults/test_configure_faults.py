@@ -1,0 +1,105 @@
+"""Rows 23, 25 and 27: what is found out at configure. The node stays up, commands nothing, and says why.
+
+The real node in this process, which has paid for its imports; parameters, contract and checkpoint are real.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import rclpy
+from fault_table import Outcome
+from rclpy.context import Context
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from ros_rig import Rig
+
+from flashrt_ros.core.reasons import Reason
+from flashrt_ros.nodes import status
+from flashrt_ros.nodes.policy_node import PolicyNode, load_policy
+
+SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+@pytest.fixture
+def node(contract_path: Path, checkpoint: Path):
+    """node(parameter=…, load=…) -> an unconfigured policy node."""
+    rig = Rig()
+    context = Context()
+    rclpy.init(context=context, domain_id=int(rig.env["ROS_DOMAIN_ID"]))
+    made: list[PolicyNode] = []
+
+    def make(load=load_policy, **parameters) -> PolicyNode:
+        values = {"checkpoint": str(checkpoint), "robot": str(contract_path), "prompt": "wave", **parameters}
+        overrides = [Parameter(name, value=value) for name, value in values.items()]
+        made.append(PolicyNode(load, context=context, parameter_overrides=overrides))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.destroy_node()
+    rclpy.shutdown(context=context)
+    rig.close()
+
+
+def refused(node: PolicyNode, reason: Reason, *words: str) -> str:
+    """Configure must fail and leave an unconfigured node with an ERROR of this code in /diagnostics."""
+    assert node.trigger_configure() == FAILURE
+    report = node.report()
+    assert (report.state, report.reason) == (report.STATE_UNCONFIGURED, reason), report.message
+    assert all(word in report.message for word in words), report.message
+    entry = status.diagnostics(None, report, "policy", "").status[0]
+    assert entry.level == entry.ERROR
+    values = {item.key: item.value for item in entry.values}
+    assert values["code"] == reason.name
+    assert node.count_publishers("/arm_controller/joint_trajectory") == 0
+    return values["code"]
+
+
+def works(node: PolicyNode) -> None:
+    assert node.trigger_configure() == SUCCESS, node.report().message
+    assert node.trigger_activate() == SUCCESS
+
+
+def test_23_gpu_out_of_memory_at_configure(node, passed) -> None:
+    """Simulated, as there may be no GPU: the loader raises what torch raises, and then loads."""
+    import torch
+
+    full = [True]
+
+    def load(values, contract):
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.50 GiB")
+        return load_policy(values, contract)
+
+    it = node(load)
+    code = refused(it, Reason.OUT_OF_MEMORY, "7.50 GiB")
+    full.clear()
+    works(it)
+    passed(Outcome(23, "GPU out of memory at configure (simulated)", code, 0.0, "by configuring again"))
+
+
+def test_25_corrupt_checkpoint(node, checkpoint: Path, tmp_path: Path, passed) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    weights = damaged / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    it = node(checkpoint=str(damaged))
+    code = refused(it, Reason.CHECKPOINT_INVALID, str(damaged))
+    weights.write_bytes(whole)
+    works(it)
+    passed(Outcome(25, "corrupt checkpoint", code, 0.0, "by configuring again"))
+
+
+def test_27_corrupt_contract(node, contract_path: Path, tmp_path: Path, passed) -> None:
+    damaged = tmp_path / "robot.yaml"
+    whole = contract_path.read_text()
+    damaged.write_text(whole[: len(whole) // 2] + "\n  {")
+    it = node(robot=str(damaged))
+    code = refused(it, Reason.CONTRACT_INVALID, str(damaged))
+    damaged.write_text(whole)
+    works(it)
+    passed(Outcome(27, "corrupt contract", code, 0.0, "by configuring again"))
