@@ -5,8 +5,9 @@ MAKEFLAGS += --no-print-directory
 
 DURATION ?= 20
 REPORT ?= demo_report
+MINUTES ?= 30
 
-.PHONY: help setup demo test test-all parity-env lint kernels sample-bag clean
+.PHONY: help setup demo test test-all faults soak parity-env lint kernels sample-bag clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +23,12 @@ test: setup  ## style, types, package.xml, kernel compilation and the fast tests
 
 test-all: setup parity-env  ## also the slow tests: soak, fuzz, kill, parity; those for a GPU where there is one
 	@scripts/test.sh all
+
+faults: setup  ## every row of the fault matrix on the simulated robot; rewrites the table of docs/faults.md
+	@FLASHRT_FAULT_TABLE=docs/faults.md scripts/in_env.sh python -m pytest test/faults
+
+soak: setup  ## the node for MINUTES=30 under random faults and prompt changes: deadlines, memory, threads
+	@FLASHRT_SOAK_MINUTES="$(MINUTES)" scripts/in_env.sh python -m pytest -s test/soak
 
 parity-env: setup  ## .venv-parity: LeRobot and openpi, to compare with (about 1.5 GB; torch is shared with .venv)
 	@scripts/parity_env.sh

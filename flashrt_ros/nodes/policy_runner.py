@@ -66,7 +66,7 @@ class PolicyRunner:
         fallback_decoder: FallbackDecoder | None,
         seed: int | None,
     ) -> None:
-        """`report` is told why there is no prediction, `observed` that an observation is complete and good."""
+        """`report` is told why there is no prediction, `observed` that an observation is complete."""
         self.policy: PolicyLike | None = None
         self.prompt = ""  # read at each inference
         self._commander = commander
