@@ -15,7 +15,7 @@ import torch
 from . import models
 from .checkpoints.base import Checkpoint, open_checkpoint
 from .checkpoints.tokenizer import resolve_tokenizer
-from .engine import Engine, fused_expert
+from .engine import Engine, fused_decode, fused_expert
 from .errors import (
     CalibrationNotFoundError,
     CheckpointError,
@@ -213,6 +213,8 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     if target.device.type == "cuda" and (isinstance(model, FlowPolicy) or tokens is not None):
         if isinstance(model, FlowPolicy):
             fused_expert.attach(model, target.device)
+        elif isinstance(model, Pi0Fast):
+            fused_decode.attach(model, target.device)
         whole = settings.decode_cuda_graph
         engine = Engine(model, opened.rules, target.device, settings.autotune, whole, rtc)
         engine.capture()

@@ -1,4 +1,5 @@
-// y = norm(x) W^T for few rows (1-64), with everything around the product fused: the action expert's four GEMMs.
+// y = norm(x) W^T for few rows (1-64), with everything around the product fused: the action expert's four GEMMs, and
+// with x quantised beforehand (kPlain, up to 16 rows) those of a language model that decodes one token.
 //   prologue  kPlain: x is already in the weights' type        kNorm: RMSNorm / adaRMS of bf16 rows, then quantised
 //   epilogue  kStore: bf16 (+ bias)        kResidual: out += gate * y, in place on the bf16 residual
 //             kGeglu: gelu(gate) * up, quantised            kRope: rotary q and k; k, v into the cache, q to `out`
@@ -6,7 +7,8 @@
 // that a block's whole share is one contiguous piece.
 //
 // Bytes moved: N * K * sizeof(weight), each once; activations and outputs are small and stay in L2. Floor on H200 at
-// 4.3 TB/s, fp8: qkv 2560x1024 0.6 us, out 1024x2048 0.5 us, gate+up 8192x1024 2.0 us, down 1024x4096 1.0 us.
+// 4.3 TB/s, fp8: qkv 2560x1024 0.6 us, out 1024x2048 0.5 us, gate+up 8192x1024 2.0 us, down 1024x4096 1.0 us; of
+// Gemma-2B: qkv 2560x2048 1.2 us, out 2048x2048 1.0 us, gate+up 32768x2048 15.6 us, down 2048x16384 7.8 us.
 //
 // How: every block copies its weights into shared memory with the bulk copy engine before it waits for the kernel in
 // front of it (programmatic dependent launch), so the weight stream does not stop at kernel boundaries. The tensor
@@ -398,7 +400,9 @@ cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
   while (units_per_block < kWarps && (layout.units + units_per_block - 1) / units_per_block > limits.multiprocessors)
     units_per_block *= 2;
   int bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
-  while (bytes > limits.shared_bytes && units_per_block > 1) {
+  // a product that needs several waves runs as small blocks: while one adds up, its neighbours' copies go on
+  const int budget = !Norm && bytes > limits.shared_bytes ? limits.shared_bytes / 4 : limits.shared_bytes;
+  while (bytes > budget && units_per_block > 1) {
     units_per_block /= 2;
     bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
   }
@@ -427,6 +431,12 @@ cudaError_t launch_rows(const SkinnyGemm& p, cudaStream_t stream) {
   return launch<Fp8, 4, Norm, E>(p, stream);
 }
 
+template <bool Fp8, SkinnyEpilogue E>
+cudaError_t launch_normed(const SkinnyGemm& p, cudaStream_t stream) {
+  if (p.norm_scale != nullptr) return launch_rows<Fp8, true, E>(p, stream);
+  return p.rows <= 16 ? launch<Fp8, 1, false, E>(p, stream) : cudaErrorInvalidValue;
+}
+
 template <bool Fp8>
 cudaError_t launch_fused(const SkinnyGemm& p, cudaStream_t stream) {
   const bool norm = p.norm_scale != nullptr;
@@ -437,9 +447,9 @@ cudaError_t launch_fused(const SkinnyGemm& p, cudaStream_t stream) {
     case SkinnyEpilogue::kResidual:
       return norm ? cudaErrorInvalidValue : launch_rows<Fp8, false, SkinnyEpilogue::kResidual>(p, stream);
     case SkinnyEpilogue::kGeglu:
-      return norm ? launch_rows<Fp8, true, SkinnyEpilogue::kGeglu>(p, stream) : cudaErrorInvalidValue;
+      return launch_normed<Fp8, SkinnyEpilogue::kGeglu>(p, stream);
     case SkinnyEpilogue::kRope:
-      return norm ? launch_rows<Fp8, true, SkinnyEpilogue::kRope>(p, stream) : cudaErrorInvalidValue;
+      return launch_normed<Fp8, SkinnyEpilogue::kRope>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -106,8 +106,7 @@ def skinny_gemm(
     """out = epilogue(norm(x) @ weight^T) for x: (rows <= 64, k); see native_kernels/expert.h for every field.
 
     norm: (scale, shift) float32 (k,), applied as x_hat * (1 + scale) + shift on bf16 rows; without it x has
-    the
-    weights' type. Returns `out`.
+    the weights' type (GEGLU and ROPE: up to 16 rows). Returns `out`.
     """
     native.load().skinny_gemm(
         linear.fp8,

@@ -220,7 +220,9 @@ def _named(config: Path) -> str:
     return (JsonObject.read(config).text("action_tokenizer_name") or "") if config.is_file() else ""
 
 
-def train_processor(chunks: NDArray[np.floating], directory: Path, scale: float, vocab_size: int) -> None:
+def train_processor(
+    chunks: NDArray[np.floating], directory: Path, scale: float, vocab_size: int, *, words: bool = True
+) -> None:
     """Write a processor fitted to chunks (n, horizon, dim), in the published format: for checkpoints that no
     public processor was made for, and tests.
     """
@@ -231,7 +233,7 @@ def train_processor(chunks: NDArray[np.floating], directory: Path, scale: float,
     low = int(coefficients.min())
     texts = ["".join(map(chr, chunk.reshape(-1) - low)) for chunk in coefficients]
     bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
