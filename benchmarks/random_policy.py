@@ -19,6 +19,7 @@ from flashrt_runtime.checkpoints.base import Checkpoint, FeatureStats, NormStats
 from flashrt_runtime.checkpoints.presets import LIBERO
 from flashrt_runtime.checkpoints.random import SIZES, random_config, storage_dtype, weight_scale
 from flashrt_runtime.checkpoints.rules import openpi_rules
+from flashrt_runtime.checkpoints.scripted import write_processor
 from flashrt_runtime.checkpoints.tokenizer import train_tokenizer
 from flashrt_runtime.config import PolicyConfig
 
@@ -64,13 +65,16 @@ def random_checkpoint(
         FeatureStats(**{name: np.array(values) for name, values in part.items()})
         for part in (preset.state_stats, preset.action_stats)
     )
-    tokenizer = Path(tempfile.mkdtemp()) / "tokenizer.model"
+    folder = Path(tempfile.mkdtemp(prefix=f"random-{size}-{policy}-"))
+    tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(train_tokenizer(SIZES[size].tokenizer_vocab))
+    if policy == "pi0fast":
+        write_processor(folder / "fast", config, seed)
     return Checkpoint(
-        path=Path(f"random-{size}-{policy}"),
+        path=folder,
         layout="openpi-pytorch",
         config=config,
-        rules=openpi_rules(policy, policy == "pi05"),
+        rules=openpi_rules(policy, policy != "pi0"),
         store=store,
         stored_keys={key: key for key in store.known},
         norm_stats=NormStats(*stats),

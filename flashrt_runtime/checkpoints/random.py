@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 from ..config import (
     GEMMA_2B,
     GEMMA_300M,
+    NO_DECODING,
     PALIGEMMA_VOCAB_SIZE,
     PROMPT_CAPACITY,
     SIGLIP_SO400M,
+    DecodeConfig,
     GemmaConfig,
     PolicyConfig,
     PolicyName,
@@ -35,6 +38,7 @@ from ..errors import OptionError
 from .architecture import (
     EMBEDDING_KEY,
     GEMMA_DUMMY,
+    LANGUAGE,
     LM_HEAD_KEY,
     VISION,
     parameter_shapes,
@@ -43,6 +47,7 @@ from .architecture import (
 from .neutral import neutral_actions
 from .presets import Preset, band, preset_named
 from .safetensors_store import WEIGHTS_FILE, SafetensorsWriter
+from .scripted import FAST_VOCABULARY, QUIET, built_head, script_of, states_behind, write_processor
 from .stats import read_json_object
 from .tokenizer import train_tokenizer
 
@@ -165,13 +170,15 @@ def write_weights(
     seed: int,
     query_scale: float = QUERY_SCALE,
     scales: Mapping[str, float] | None = None,
+    heads: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> None:
     """Write every tensor of openpi's layout to `path`, one chunk in memory per thread.
 
-    scales: further factors by canonical key, see `presets.Motion`.
+    scales: further factors by canonical key, see `presets.Motion`. heads: tensors that are not drawn.
     """
+    heads = heads or {}
     shapes = {
-        (LM_HEAD_KEY if key == EMBEDDING_KEY else key): shape
+        (LM_HEAD_KEY if key == EMBEDDING_KEY and LM_HEAD_KEY not in heads else key): shape
         for key, shape in parameter_shapes(config).items()
     }
     shapes |= unused_shapes(config)
@@ -182,6 +189,9 @@ def write_weights(
     def write(key: str) -> None:
         stored, shape = tensors[key]
         offset = 0
+        if key in heads:
+            writer.write(key, torch.from_numpy(heads[key]).to(stored))
+            return
         for values in weight_chunks(key, shape, seed, query_scale):
             values *= np.float32(factors.get(key, 1.0))
             offset = writer.write(key, torch.from_numpy(values).to(stored), offset)
@@ -216,15 +226,19 @@ def random_config(size: str, preset: Preset, policy: PolicyName, num_steps: int 
     if policy not in PROMPT_CAPACITY:
         raise OptionError(f"unknown policy {policy!r}: expected one of {', '.join(PROMPT_CAPACITY)}")
     dims = SIZES[size]
+    fast = policy == "pi0fast"
+    text_and_actions = dims.tokenizer_vocab + FAST_VOCABULARY + DecodeConfig.skip_ids
     return PolicyConfig(
         policy=policy,
         vision=dims.vision,
         prefix=dims.prefix,
-        expert=dims.expert,
-        vocab_size=dims.vocab_size,
+        expert=dims.prefix if fast else dims.expert,
+        vocab_size=max(dims.vocab_size, text_and_actions) if fast else dims.vocab_size,
         horizon=preset.horizon,
         prompt_capacity=PROMPT_CAPACITY[policy],
+        action_dim=len(preset.action_names) if fast else 32,
         num_steps=num_steps,
+        decode=DecodeConfig(tied_head=size == "full") if fast else NO_DECODING,
     )
 
 
@@ -244,8 +258,9 @@ def make_checkpoint(
     dtype: "float32", "bfloat16" (mixed as openpi stores it) or "float16"; default float32, full bfloat16.
     The same arguments give the same bytes.
 
-    Holds model.safetensors, config.json, assets/<preset>/norm_stats.json and tokenizer.model. Raises
-    OptionError, also when `out` holds a checkpoint that was not made by this function.
+    Holds model.safetensors, config.json, assets/<preset>/norm_stats.json and tokenizer.model; for pi0fast
+    also fast/, and `scripted` says what such a policy writes. Raises OptionError, also when `out` holds a
+    checkpoint that was not made by this function.
     """
     robot = preset_named(preset)
     config = random_config(size, robot, policy)
@@ -258,6 +273,12 @@ def make_checkpoint(
     assets = out / "assets" / robot.name
     assets.mkdir(parents=True, exist_ok=True)
     # The full size is for benchmarks: too large to be run here, so it keeps the preset's plain statistics.
+    (out / "tokenizer.model").write_bytes(train_tokenizer(SIZES[size].tokenizer_vocab))
+    _write_json(out / "config.json", config_json(config, robot, size, dtype))
+    _write_json(assets / "norm_stats.json", robot.norm_stats())
+    if policy == "pi0fast":
+        _write_fast(out, config, robot, DTYPES[dtype], seed)
+        return out
     motion = robot.motion if size != "full" else None
     chosen = motion is not None and (size, policy, seed) == ("tiny", "pi05", 0)
     write_weights(
@@ -268,14 +289,27 @@ def make_checkpoint(
         query_scale=motion.query_scale if motion else QUERY_SCALE,
         scales=motion.weight_scales if motion else None,
     )
-    _write_json(out / "config.json", config_json(config, robot, size, dtype))
-    _write_json(assets / "norm_stats.json", robot.norm_stats())
-    (out / "tokenizer.model").write_bytes(train_tokenizer(SIZES[size].tokenizer_vocab))
     if motion:
         travel = motion.chosen_travel if chosen else motion.travel
         centred = _centred(out, robot, motion.output_scale, travel)
         _write_json(assets / "norm_stats.json", robot.norm_stats(centred))
     return out
+
+
+def _write_fast(out: Path, config: PolicyConfig, robot: Preset, dtype: torch.dtype, seed: int) -> None:
+    """pi0-FAST's processor and weights, with an output head that writes chunks; full size: as drawn."""
+    write_processor(out / "fast", config, seed)
+    write = partial(write_weights, out / WEIGHTS_FILE, config, dtype=dtype, seed=seed)
+    if config.decode.tied_head:
+        write()
+        return
+    script, width = script_of(out, config, seed), config.prefix.width
+    embedding = draw_weight(EMBEDDING_KEY, (config.vocab_size, width), seed)
+    norm = draw_weight(f"{LANGUAGE}norm.weight", (width,), seed)
+    head = partial(built_head, script, embedding, norm, seed=seed)
+    write(scales=QUIET, heads={LM_HEAD_KEY: head(states=None)})
+    states = states_behind(out, script, len(robot.views), robot.state_stats["mean"])
+    write(scales=QUIET, heads={LM_HEAD_KEY: head(states=states)})
 
 
 def _centred(

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.json_fields import JsonObject
+from ..config import PolicyConfig
 from ..errors import ActionTokenError, CheckpointError, NoStopError, TokenizerNotFoundError
 
 FOLDER = "fast"
@@ -117,6 +118,26 @@ class ActionTokens:
     horizon: int
     dim: int
 
+    @classmethod
+    def of(cls, processor: FastProcessor, tokenizer: Path, config: PolicyConfig) -> ActionTokens:
+        """tokenizer: a SentencePiece model. Raises CheckpointError when the three do not fit."""
+        import sentencepiece
+
+        text = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        bar = text.encode(STOP_TEXT)
+        if len(bar) != 1:
+            raise CheckpointError(
+                f"{tokenizer}: {STOP_TEXT!r} is {len(bar)} tokens: not PaliGemma's tokenizer"
+            )
+        first = config.vocab_size - 1 - config.decode.skip_ids
+        if first < processor.vocab_size:
+            raise CheckpointError(
+                f"{processor.directory}: {processor.vocab_size} action tokens do not fit below id {first} of "
+                f"the policy's {config.vocab_size}"
+            )
+        lead = tuple(text.encode(ACTION_TEXT))
+        return cls(processor, lead, bar[0], text.eos_id(), first, config.horizon, config.action_dim)
+
     @property
     def stops(self) -> NDArray[np.int64]:
         """Ids that end a chunk."""
@@ -161,22 +182,7 @@ def open_action_tokens(checkpoint: Checkpoint, tokenizer: Path) -> ActionTokens:
 
     Raises TokenizerNotFoundError without a FAST processor, CheckpointError for one that does not fit.
     """
-    import sentencepiece
-
-    processor = FastProcessor(resolve_processor(checkpoint))
-    text = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    bar = text.encode(STOP_TEXT)
-    if len(bar) != 1:
-        raise CheckpointError(f"{tokenizer}: {STOP_TEXT!r} is {len(bar)} tokens: not PaliGemma's tokenizer")
-    config = checkpoint.config
-    first = config.vocab_size - 1 - config.decode.skip_ids
-    if first < processor.vocab_size:
-        raise CheckpointError(
-            f"{processor.directory}: {processor.vocab_size} action tokens do not fit below id {first} of the "
-            f"policy's {config.vocab_size}"
-        )
-    lead = tuple(text.encode(ACTION_TEXT))
-    return ActionTokens(processor, lead, bar[0], text.eos_id(), first, config.horizon, config.action_dim)
+    return ActionTokens.of(FastProcessor(resolve_processor(checkpoint)), tokenizer, checkpoint.config)
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,178 @@
+"""The skinny kernels on one row of Gemma-2B's shapes, and a whole token through them against the layers."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from flashrt_runtime import models
+from flashrt_runtime.checkpoints.architecture import parameter_shapes
+from flashrt_runtime.checkpoints.presets import LIBERO
+from flashrt_runtime.checkpoints.random import SIZES, random_config, weight_scale
+from flashrt_runtime.config import GEMMA_2B, PolicyConfig
+from flashrt_runtime.engine import fused_decode
+from flashrt_runtime.layers.rope import rope_tables
+from flashrt_runtime.models.pi0_fast import Pi0Fast
+from flashrt_runtime.models.weights import load_weights
+from flashrt_runtime.ops import expert, reference
+from flashrt_runtime.ops.expert import Epilogue, PackedLinear
+from flashrt_runtime.quantization.fp8 import fp8_linears, swap_linears
+
+pytestmark = pytest.mark.gpu
+
+WIDTH, MLP, HEADS, HEAD_DIM = GEMMA_2B.width, GEMMA_2B.mlp_dim, 8, 256
+ROWS = (1, 7, 16)
+INPUT = 5.0 / expert.E4M3_MAX
+
+
+def quantise(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.float() / scale).clamp(-expert.E4M3_MAX, expert.E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+class Product:
+    """One e4m3 product: its packed weights, and inputs and weights as the tensor cores see them."""
+
+    def __init__(self, n: int, k: int, rows: int, order: torch.Tensor | None = None) -> None:
+        weight = torch.randn(n, k, device="cuda") / k**0.5
+        scale = weight.abs().max() / expert.E4M3_MAX
+        stored = quantise(weight, scale)
+        self.weight = stored.float() * scale
+        self.input_scale = torch.tensor(INPUT, device="cuda")
+        data = expert.pack_tiles(stored, None if order is None else order.cuda())
+        self.linear = PackedLinear(data, n, k, scale.reshape(()), self.input_scale)
+        self.x = quantise(torch.randn(rows, k, device="cuda"), self.input_scale)
+        self.exact = (self.x.float() * self.input_scale) @ self.weight.T
+
+
+def close(out: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    error = (out.float() - want).norm() / want.norm()
+    assert torch.isfinite(out.float()).all()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("k", [WIDTH, MLP])
+def test_residual(rows: int, k: int) -> None:
+    product = Product(WIDTH, k, rows)
+    residual = torch.randn(rows, WIDTH, device="cuda").bfloat16()
+    want = residual.float() + product.exact
+    close(expert.skinny_gemm(product.x, product.linear, Epilogue.RESIDUAL, residual), want, 4e-3)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_geglu(rows: int) -> None:
+    product = Product(2 * MLP, WIDTH, rows, expert.geglu_order(MLP))
+    scale = torch.tensor(8.0 / expert.E4M3_MAX, device="cuda")
+    out = torch.empty(rows, MLP, device="cuda", dtype=torch.float8_e4m3fn)
+    out.view(torch.uint8).fill_(0x7F)
+    expert.skinny_gemm(product.x, product.linear, Epilogue.GEGLU, out, out_scale=scale)
+    close(out.float() * scale, reference.geglu(product.exact).clamp(-8, 8), 3e-2)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("start", [1, 560, 1000])
+def test_rope(rows: int, start: int) -> None:
+    product = Product((HEADS + 2) * HEAD_DIM, WIDTH, rows, expert.rope_order(HEADS + 2, HEAD_DIM))
+    cos, sin = rope_tables(1100, HEAD_DIM, torch.device("cuda"))
+    k, v = (torch.full((1100, 1, HEAD_DIM), float("nan"), device="cuda").bfloat16() for _ in range(2))
+    q = torch.full((rows, HEADS, HEAD_DIM), float("nan"), device="cuda").bfloat16()
+    expert.skinny_gemm(
+        product.x, product.linear, Epilogue.ROPE, q, rope=(cos, sin),
+        prefix_length=torch.tensor(start, dtype=torch.int32, device="cuda"), k_cache=k, v_cache=v,
+        heads=HEADS, kv_heads=1, head_dim=HEAD_DIM,
+    )  # fmt: skip
+    angles = cos[start : start + rows], sin[start : start + rows]
+    heads = product.exact.view(rows, HEADS + 2, HEAD_DIM)
+    close(q, reference.apply_rope(heads[:, :HEADS], *angles), 6e-3)
+    close(k[start : start + rows], reference.apply_rope(heads[:, HEADS : HEADS + 1], *angles), 6e-3)
+    close(v[start : start + rows], heads[:, HEADS + 1 :], 6e-3)
+    assert torch.cat((k[:start], k[start + rows :], v[:start], v[start + rows :])).isnan().all()
+
+
+def test_seventeen_rows_without_a_norm_are_refused() -> None:
+    product = Product(2 * MLP, WIDTH, 17, expert.geglu_order(MLP))
+    out = torch.empty(17, MLP, device="cuda", dtype=torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        expert.skinny_gemm(product.x, product.linear, Epilogue.GEGLU, out, out_scale=product.input_scale)
+
+
+class Drawn:
+    """Weights drawn on the GPU when they are asked for."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.shapes = parameter_shapes(config)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        offset, scale = weight_scale(key, self.shapes[key], query_scale=4.0)
+        generator = torch.Generator("cuda").manual_seed(zlib.crc32(key.encode()))
+        return torch.randn(self.shapes[key], generator=generator, device="cuda") * float(scale) + offset
+
+
+@pytest.fixture(scope="module")
+def model() -> Pi0Fast:
+    """Gemma-2B's widths in four layers, a small vision tower and vocabulary, in fp8."""
+    stack, vision = replace(GEMMA_2B, depth=4), SIZES["tiny"].vision
+    config = random_config("full", LIBERO, "pi0fast")
+    config = replace(config, vision=vision, prefix=stack, expert=stack, vocab_size=4096)
+    built = models.build(config, 2, torch.bfloat16)
+    assert isinstance(built, Pi0Fast)
+    swap_linears(built)
+    load_weights(built, config, Drawn(config), torch.device("cuda"))
+    built.eval()
+    built.prepare(torch.device("cuda"))
+    for linear in fp8_linears(built).values():
+        linear.calibrated = True
+        linear.activation_scale.fill_(INPUT)
+    return built
+
+
+def prefilled(model: Pi0Fast) -> None:
+    generator = torch.Generator("cuda").manual_seed(5)
+    images = torch.rand(2, 3, 224, 224, generator=generator, device="cuda") * 2 - 1
+    tokens = torch.randint(3, 4096, (40,), generator=generator, device="cuda")
+    with torch.inference_mode():
+        model.prefill(images, tokens)
+        model.token.copy_(tokens[-1:])
+        model.slot.copy_(model.prefix_length - 1)
+        model.bound = model.prefix_bound - 1
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+def test_a_token_through_the_kernels_equals_the_layers(model: Pi0Fast, gap: int) -> None:
+    assert fused_decode.refusal(model, torch.device("cuda")) is None
+    fused_decode.attach(model, torch.device("cuda"))
+    fused, found = model.fused, {}
+    assert fused is not None
+    assert fused.ready()
+    for name, kernel in (("layers", None), ("kernels", fused)):
+        model.fused = kernel
+        prefilled(model)
+        with torch.inference_mode():
+            states = []
+            for token in (7, 900, 7):
+                states.append(model.hidden(gap).clone())
+                model.token.fill_(token)
+                model.slot += 1
+                model.bound += 1
+            rows = model.cache.k[:, : int(model.slot)].clone(), model.cache.v[:, : int(model.slot)].clone()
+        found[name] = [*states, *rows]
+    for mine, want in zip(found["kernels"], found["layers"], strict=True):
+        close(mine, want.float(), 3e-2)
+    changed = (found["kernels"][0].float() - found["kernels"][1].float()).norm()
+    assert changed > 0.1 * found["kernels"][0].float().norm(), "another token, the same state: nothing tested"
+
+
+def test_an_observing_model_decodes_by_its_layers(model: Pi0Fast) -> None:
+    fused_decode.attach(model, torch.device("cuda"))
+    assert model.fused is not None
+    linear = next(iter(fp8_linears(model.paligemma.stack).values()))
+    linear.calibrated = False
+    try:
+        assert not model.fused.ready()
+    finally:
+        linear.calibrated = True
+    assert np.isfinite(float(model.fused.hidden(torch.ones(1, WIDTH, device="cuda").bfloat16(), 0).sum()))
