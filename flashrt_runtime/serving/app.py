@@ -1,0 +1,228 @@
+"""The HTTP interface: POST /predict, GET /health, /healthz, /metrics, and the OpenAPI page at /docs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
+
+from .. import __version__
+from . import metrics, wire
+from .body import BodyBudget
+from .layouts import check_layout
+from .multipart import media_type
+from .openpi import add_openpi_route
+from .refusals import Refusal
+from .requests import ErrorResponse, PredictRequest, PredictResponse
+from .service import Service
+from .settings import ServerSettings
+from .worker import ModelWorker, Prediction
+
+DESCRIPTION = """Actions of a vision-language-action policy. One observation is computed at a time.
+The same port speaks openpi's websocket policy protocol at `/`."""
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The body cannot be read", "model": ErrorResponse},
+    401: {"description": "The token is missing or wrong", "model": ErrorResponse},
+    403: {"description": "A web page of another site", "model": ErrorResponse},
+    408: {"description": "The body came too slowly", "model": ErrorResponse},
+    413: {"description": "The body is too large", "model": ErrorResponse},
+    415: {"description": "The body's content-type is none of those below", "model": ErrorResponse},
+    422: {"description": "The observation does not fit the policy", "model": ErrorResponse},
+    429: {"description": "Too many observations wait: try again", "model": ErrorResponse},
+    500: {"description": "The inference failed", "model": ErrorResponse},
+    503: {"description": "The server is shutting down", "model": ErrorResponse},
+    504: {"description": "No actions within the deadline", "model": ErrorResponse},
+}
+
+
+def create_app(worker: ModelWorker, settings: ServerSettings, checkpoint_digest: str) -> FastAPI:
+    """The application around a worker, which it closes when it ends.
+
+    Raises OptionError for a layout that does not fit the policy.
+    """
+    check_layout(settings.layout, worker.spec, settings.cameras)
+    service = Service(worker, settings, checkpoint_digest)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="flashrt", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+    )
+    app.state.service = service
+    _add_predict(app, service)
+    _add_status(app, service)
+    add_openpi_route(app, service)
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        service.refused("http", _client(request), refusal)
+        return _answer(refusal)
+
+    return app
+
+
+def _client(request: Request) -> str:
+    return f"{request.client.host}:{request.client.port}" if request.client else "unknown"
+
+
+def _answer(refusal: Refusal) -> Response:
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = f"{refusal.retry_after_s:.0f}"
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refusal.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    return JSONResponse(refusal.as_json(), refusal.status, headers)
+
+
+def _add_predict(app: FastAPI, service: Service) -> None:
+    budget = BodyBudget(service.settings)
+
+    @app.post(
+        "/predict",
+        response_model=PredictResponse,
+        responses=REFUSALS,
+        openapi_extra={"requestBody": _request_body(service), "security": _security(service)},
+        summary="Actions for one observation",
+    )
+    async def predict(request: Request) -> Response:
+        started = time.monotonic()
+        service.authorise(request.headers)
+        service.check_origin(request.headers)
+        content_type = request.headers.get("content-type", "")
+        try:
+            async with budget.read(request) as body:
+                answer = service.predict("http", started, lambda: service.reader.read(content_type, body))
+                prediction = await _unless_disconnected(request, answer)
+        except ClientDisconnect:
+            refusal = Refusal(499, "disconnected", "the client left before its answer")
+            service.refused("http", _client(request), refusal)
+            return _answer(refusal)
+        return _response(service, prediction, request.headers.get("accept", ""))
+
+    if service.settings.token is not None:
+        _declare_token(app)
+
+
+async def _unless_disconnected(request: Request, answer: Awaitable[Prediction]) -> Prediction:
+    """The answer; ClientDisconnect when the client leaves first, and then its observation is not computed."""
+    task = asyncio.ensure_future(answer)
+    left = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, left):
+            pending.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _response(service: Service, prediction: Prediction, accept: str) -> Response:
+    spec = service.worker.spec
+    content: dict[str, Any] = {
+        "actions": prediction.actions,
+        "shape": list(prediction.actions.shape),
+        "action_names": list(spec.action_names) if spec.action_names else None,
+        "rate_hz": spec.action_rate_hz,
+        "latency_ms": prediction.infer_s * 1e3,
+        "queue_ms": prediction.queue_s * 1e3,
+        "seed": prediction.seed,
+        "checkpoint": service.digest,
+    }
+    if media_type(accept)[0] == "application/msgpack":
+        return Response(wire.pack(content), media_type="application/msgpack")
+    content["actions"] = prediction.actions.astype(float).tolist()
+    return Response(json.dumps(content, allow_nan=False), media_type="application/json")
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    @app.get("/health", summary="Whether actions can be expected, and of which policy")
+    async def health() -> JSONResponse:
+        problem = service.problem()
+        content = {
+            "status": "ok" if problem is None else "failing",
+            "problem": problem,
+            "uptime_s": time.time() - service.started,
+            "waiting": service.worker.waiting,
+            "queue_size": service.worker.queue_size,
+            **service.describe(),
+        }
+        return JSONResponse(content, 200 if problem is None else 503)
+
+    @app.get("/healthz", summary="The same as one word, as openpi's server answers")
+    async def healthz() -> PlainTextResponse:
+        problem = service.problem()
+        return (
+            PlainTextResponse("OK\n") if problem is None else PlainTextResponse(f"failing: {problem}\n", 503)
+        )
+
+    @app.get("/metrics", summary="Prometheus metrics", responses={401: REFUSALS[401]})
+    async def prometheus(request: Request) -> Response:
+        service.authorise(request.headers)
+        return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+
+def _request_body(service: Service) -> dict[str, Any]:
+    """The schema of /predict's body, which is read by hand, off the event loop."""
+    file = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "properties": {
+            "prompt": {"type": "string"},
+            "state": {"type": "string", "description": "JSON list of numbers"},
+            "seed": {"type": "string", "description": "JSON whole number"},
+            "deadline_ms": {"type": "string", "description": "JSON number"},
+            **dict.fromkeys(service.worker.spec.views, file),
+        },
+        "required": list(service.worker.spec.views),
+    }
+    return {
+        "required": True,
+        "content": {
+            "application/json": {"schema": PredictRequest.model_json_schema()},
+            "multipart/form-data": {"schema": form},
+            "application/msgpack": {
+                "schema": {
+                    **file,
+                    "description": "A map with the keys of the JSON body, images as NumPy arrays packed as "
+                    "openpi-client does, or an openpi observation",
+                }
+            },
+        },
+    }
+
+
+def _security(service: Service) -> list[dict[str, list[str]]]:
+    return [{"bearer": []}] if service.settings.token is not None else []
+
+
+def _declare_token(app: FastAPI) -> None:
+    """Adds the Authorize button of the OpenAPI page."""
+    generated = app.openapi
+
+    def with_token() -> dict[str, Any]:
+        schema = generated()
+        schemes = schema.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["bearer"] = {"type": "http", "scheme": "bearer"}
+        return schema
+
+    app.openapi = with_token  # type: ignore[method-assign]

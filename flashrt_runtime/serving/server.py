@@ -1,0 +1,106 @@
+"""uvicorn with the limits it lacks: a time for a request's head, sockets of a bounded number."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import OptionError
+from .settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 5
+MAX_HEAD_BYTES = 32 * 1024
+
+
+class TimedProtocol(H11Protocol):
+    """Closes a connection whose request line and headers are not complete in time.
+
+    uvicorn's own timer runs between requests only, so that a client could hold a socket for ever by sending
+    its headers one byte at a time.
+    """
+
+    head_timeout_s = 10.0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        between_requests = self.timeout_keep_alive_task is not None
+        super().data_received(data)
+        if between_requests and self.timeout_keep_alive_task is None:
+            self._await_head()
+        self._head_may_be_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(self.head_timeout_s, self._too_slow)
+
+    def _head_may_be_complete(self) -> None:
+        # a cycle that is not complete is a request under way; a websocket has taken the transport over
+        if (self.cycle is not None and not self.cycle.response_complete) or (
+            self.transport.get_protocol() is not self
+        ):
+            self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_slow(self) -> None:
+        if not self.transport.is_closing() and self.transport.get_protocol() is self:
+            address = f"{self.client[0]}:{self.client[1]}" if self.client else "unknown"
+            logger.warning("%s: no complete request within %g s: closed", address, self.head_timeout_s)
+            self.transport.close()
+
+
+def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uvicorn.Config:
+    """Configuration of the server for `app`; options: uvicorn's own, such as host, port and TLS files."""
+    protocol = type("Protocol", (TimedProtocol,), {"head_timeout_s": settings.receive_timeout_s})
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=protocol,
+        ws="websockets-sansio",
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=GRACE_S,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        **options,
+    )
+
+
+def serve(app: FastAPI, settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve until SIGINT or SIGTERM. Raises OptionError when the address cannot be had."""
+    if host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
+        logger.warning("%s can be reached from other machines and no token is set: anyone may ask", host)
+    config = uvicorn_config(app, settings, host=host, port=port)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OptionError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}): is another server running?"
+        ) from error
+    logger.info("listening on %s:%d", host, sock.getsockname()[1])
+    with sock:
+        uvicorn.Server(config).run(sockets=[sock])
