@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .cache import cache_directory, content_digest
 from .checkpoints.base import Checkpoint
 from .checkpoints.tokenizer import BOS_ID
 from .engine import Engine
@@ -94,6 +95,11 @@ class Policy:
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._target.device
+
+    @property
+    def checkpoint_digest(self) -> str:
+        """SHA-256 over every byte of the weight files, which calibrations are bound to; read once."""
+        return content_digest(self._checkpoint.store.files, cache_directory() / "digests.json")
 
     def set_prompt(self, prompt: str) -> None:
         """Use `prompt` from the next predict on.

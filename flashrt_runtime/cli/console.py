@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 OUTPUT = Console()
 ERRORS = Console(stderr=True)
@@ -12,4 +15,16 @@ ERRORS = Console(stderr=True)
 
 def print_json(content: object) -> None:
     """A result for programs: one JSON document on stdout, never wrapped or coloured."""
-    print(json.dumps(content, indent=2))
+    print(json.dumps(content, indent=2), flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, gone when the block is left; the function given advances it by one or by its argument.
+
+    total: None for a length that is not known. Nothing is drawn where stderr is no terminal.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count=1: bar.advance(task, count)

@@ -15,7 +15,7 @@ from ..checkpoints import Checkpoint, FeatureStats, open_checkpoint, resolve_tok
 from ..checkpoints.architecture import parameter_count
 from ..checkpoints.rules import parse_rules
 from ..errors import TokenizerNotFoundError
-from .console import ERRORS, OUTPUT, print_json
+from .console import OUTPUT, print_json, progress
 
 
 def info_command(
@@ -30,7 +30,7 @@ def info_command(
 ) -> None:
     """Show layout, dimensions, rules, normalisation, tokenizer and size of a checkpoint."""
     with (
-        ERRORS.status("reading"),
+        progress("reading", None),
         open_checkpoint(
             checkpoint,
             framework,

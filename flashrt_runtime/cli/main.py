@@ -10,19 +10,21 @@ import typer
 from rich.logging import RichHandler
 
 from ..errors import FlashRTError
+from .bench import bench_command
 from .console import ERRORS
+from .doctor import doctor_command
 from .download_tokenizer import download_tokenizer_command
 from .info import info_command
 from .make_checkpoint import make_checkpoint_command
 from .parity import parity_command
 from .plugins import add_plugins
 from .predict import predict_command
+from .serve import serve_command
 
 app = typer.Typer(
     name="flashrt",
     help="Vision-language-action policies on the robot's own computer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -31,6 +33,9 @@ app.command("predict")(predict_command)
 app.command("make-checkpoint")(make_checkpoint_command)
 app.command("download-tokenizer")(download_tokenizer_command)
 app.command("parity")(parity_command)
+app.command("serve")(serve_command)
+app.command("bench")(bench_command)
+app.command("doctor")(doctor_command)
 add_plugins(app)
 
 

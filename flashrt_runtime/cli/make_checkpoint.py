@@ -11,7 +11,7 @@ import typer
 from ..checkpoints.presets import PRESETS
 from ..checkpoints.random import DTYPES, SIZES, make_checkpoint
 from ..config import PROMPT_CAPACITY, PolicyName
-from .console import ERRORS, OUTPUT, print_json
+from .console import OUTPUT, print_json, progress
 
 
 def make_checkpoint_command(
@@ -29,7 +29,7 @@ def make_checkpoint_command(
 ) -> None:
     """Write a random, untrained checkpoint in openpi's layout, with statistics and a tokenizer."""
     started = time.perf_counter()
-    with ERRORS.status(f"drawing {size} weights"):
+    with progress(f"drawing {size} weights", None):
         path = make_checkpoint(
             out, size=size, preset=preset, policy=cast(PolicyName, policy), seed=seed, dtype=dtype
         )

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ..errors import OptionError
-from .console import ERRORS, OUTPUT, print_json
+from .console import OUTPUT, print_json, progress
 
 if TYPE_CHECKING:
     from ..parity.report import Report
@@ -37,7 +37,7 @@ def parity_command(
     if against not in ("lerobot", "reference"):
         raise OptionError(f"--against is {against!r}: expected lerobot or reference")
     target = resolve_target(hardware, precision)
-    with ERRORS.status(f"running {against} and our model"):
+    with progress(f"running {against} and our model", None):
         report = drift_report(
             checkpoint,
             cast(Literal["lerobot", "reference"], against),

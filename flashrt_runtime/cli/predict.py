@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ObservationError, OptionError
-from .console import ERRORS, OUTPUT, print_json
+from .console import OUTPUT, print_json, progress
 
 BARS = "▁▂▃▄▅▆▇█"
 PLOT_COLUMNS = 25
@@ -40,7 +40,7 @@ def predict_command(
 
     images = read_images(image)
     values = None if state is None else parse_state(state)
-    with ERRORS.status("loading"):
+    with progress("loading", None):
         policy = load_model(
             checkpoint,
             framework=framework,

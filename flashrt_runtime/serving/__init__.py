@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .app import create_app
-from .server import serve
+from .server import listen, serve
 from .settings import ServerSettings
 from .worker import ModelWorker, Prediction
 
-__all__ = ["ModelWorker", "Prediction", "ServerSettings", "create_app", "serve"]
+__all__ = ["ModelWorker", "Prediction", "ServerSettings", "create_app", "listen", "serve"]

@@ -20,7 +20,8 @@ from .layouts import check_layout
 from .multipart import media_type
 from .openpi import add_openpi_route
 from .refusals import Refusal
-from .requests import ErrorResponse, PredictRequest, PredictResponse
+from .requests import ErrorResponse, PredictResponse
+from .schema import request_body
 from .service import Service
 from .settings import ServerSettings
 from .worker import ModelWorker, Prediction
@@ -94,13 +95,14 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         "/predict",
         response_model=PredictResponse,
         responses=REFUSALS,
-        openapi_extra={"requestBody": _request_body(service), "security": _security(service)},
+        openapi_extra={"requestBody": request_body(service), "security": _security(service)},
         summary="Actions for one observation",
     )
     async def predict(request: Request) -> Response:
         started = time.monotonic()
         service.authorise(request.headers)
         service.check_origin(request.headers)
+        service.worker.check_room()
         content_type = request.headers.get("content-type", "")
         try:
             async with budget.read(request) as body:
@@ -179,36 +181,6 @@ def _add_status(app: FastAPI, service: Service) -> None:
     async def prometheus(request: Request) -> Response:
         service.authorise(request.headers)
         return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
-
-
-def _request_body(service: Service) -> dict[str, Any]:
-    """The schema of /predict's body, which is read by hand, off the event loop."""
-    file = {"type": "string", "format": "binary"}
-    form = {
-        "type": "object",
-        "properties": {
-            "prompt": {"type": "string"},
-            "state": {"type": "string", "description": "JSON list of numbers"},
-            "seed": {"type": "string", "description": "JSON whole number"},
-            "deadline_ms": {"type": "string", "description": "JSON number"},
-            **dict.fromkeys(service.worker.spec.views, file),
-        },
-        "required": list(service.worker.spec.views),
-    }
-    return {
-        "required": True,
-        "content": {
-            "application/json": {"schema": PredictRequest.model_json_schema()},
-            "multipart/form-data": {"schema": form},
-            "application/msgpack": {
-                "schema": {
-                    **file,
-                    "description": "A map with the keys of the JSON body, images as NumPy arrays packed as "
-                    "openpi-client does, or an openpi observation",
-                }
-            },
-        },
-    }
 
 
 def _security(service: Service) -> list[dict[str, list[str]]]:

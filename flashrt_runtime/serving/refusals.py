@@ -10,6 +10,7 @@ from ..errors import ActionError, FlashRTError
 
 logger = logging.getLogger(__name__)
 
+MAX_MESSAGE = 500
 # The runtime's errors that tell what was wrong with an observation; every other one is the server's fault.
 CLIENT_ERRORS = ("ObservationError", "PromptError", "PromptTooLongError", "OptionError")
 
@@ -22,8 +23,11 @@ class Refusal(Exception):
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+        # a client's words may be part of it: one line of the log, and not a long one
+        line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(message.split()))
+        self.message = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"
+        super().__init__(self.message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
 
     def as_json(self) -> dict[str, str]:
         """The body of the answer."""
@@ -55,6 +59,11 @@ class Reporter:
         self._lock = threading.Lock()
         self._last: dict[str, float] = {}
         self._held: dict[str, int] = {}
+
+    def forget(self) -> None:
+        """Let the next line of every kind through."""
+        with self._lock:
+            self._last.clear()
 
     def report(self, client: str, refusal: Refusal) -> None:
         """One line: who, which status, why."""

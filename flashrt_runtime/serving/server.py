@@ -79,7 +79,7 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uv
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        limit_concurrency=settings.max_connections,
+        limit_concurrency=2 * settings.max_connections,  # of both kinds: room for /health when one is full
         timeout_graceful_shutdown=GRACE_S,
         access_log=False,
         log_config=None,
@@ -89,11 +89,8 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uv
     )
 
 
-def serve(app: FastAPI, settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGINT or SIGTERM. Raises OptionError when the address cannot be had."""
-    if host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
-        logger.warning("%s can be reached from other machines and no token is set: anyone may ask", host)
-    config = uvicorn_config(app, settings, host=host, port=port)
+def listen(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises OptionError when the address cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family)
@@ -101,6 +98,14 @@ def serve(app: FastAPI, settings: ServerSettings, host: str = "127.0.0.1", port:
         raise OptionError(
             f"{host}:{port} cannot be listened on ({error.strerror or error}): is another server running?"
         ) from error
-    logger.info("listening on %s:%d", host, sock.getsockname()[1])
-    with sock:
-        uvicorn.Server(config).run(sockets=[sock])
+    # asyncio sets it on sockets that it opened itself; without, an answer's second packet waits 40 ms
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def serve(app: FastAPI, settings: ServerSettings, sock: socket.socket) -> None:
+    """Serve on a socket of `listen` until SIGINT or SIGTERM; the app's worker is closed at the end."""
+    host = sock.getsockname()[0]
+    if host not in ("127.0.0.1", "::1") and settings.token is None:
+        logger.warning("%s can be reached from other machines and no token is set: anyone may ask", host)
+    uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[sock])

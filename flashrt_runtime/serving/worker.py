@@ -106,19 +106,15 @@ class ModelWorker:
         """
         job = _Job(observation, deadline)
         with self._changed:
-            if self._closing:
-                raise Refusal(503, "shutting_down", "the server is shutting down")
-            if self._drop_cancelled() >= self.queue_size:
-                raise Refusal(
-                    429,
-                    "queue_full",
-                    f"{self.queue_size} observations are waiting for the model already: ask less often, or "
-                    "run more replicas",
-                    retry_after_s=1.0,
-                )
+            self._check_room()
             self._waiting.append(job)
             self._changed.notify()
         return job.future
+
+    def check_room(self) -> None:
+        """Refusal when an observation could not be queued now: asked before its body is read and decoded."""
+        with self._changed:
+            self._check_room()
 
     @property
     def waiting(self) -> int:
@@ -143,6 +139,18 @@ class ModelWorker:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
+
+    def _check_room(self) -> None:
+        if self._closing:
+            raise Refusal(503, "shutting_down", "the server is shutting down")
+        if self._drop_cancelled() >= self.queue_size:
+            raise Refusal(
+                429,
+                "queue_full",
+                f"{self.queue_size} observations are waiting for the model already: ask less often, or run "
+                "more replicas",
+                retry_after_s=1.0,
+            )
 
     def _drop_cancelled(self) -> int:
         if any(job.future.cancelled() for job in self._waiting):

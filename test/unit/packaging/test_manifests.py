@@ -17,7 +17,13 @@ import flashrt_runtime
 ROOT = Path(__file__).resolve().parents[3]
 
 # Import name -> PyPI name, where they differ.
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "cv2": "opencv-python-headless",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
+}
 
 
 def imported(folder: Path) -> set[str]:
@@ -68,7 +74,8 @@ def test_package_xml_check(tmp_path: Path) -> None:
 def test_runtime_imports_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + extras["jax"] + extras["datasets"] + extras["plot"]
+    optional = (line for name in ("jax", "datasets", "plot", "server") for line in extras[name])
+    lines = [*project["dependencies"], *optional]
     declared = {re.split(r"[<>=!\[ ;]", line)[0].lower() for line in lines}
     # Imported by the parity command only, in an environment of its own.
     modules = imported(ROOT / "flashrt_runtime") - {"lerobot", "transformers", "openpi"}
@@ -106,7 +113,7 @@ def test_requirements_are_pinned() -> None:
     for line in (folder / "constraints.txt").read_text().splitlines():
         if "==" in line:
             pins.add(re.sub(r"[-_.]+", "-", line.split("==")[0]).lower())
-    for name in ("build", "dev", "ros", "runtime", "torch"):
+    for name in ("build", "dev", "openpi_client", "ros", "runtime", "torch"):
         for line in (folder / f"{name}.txt").read_text().splitlines():
             requirement = line.split("#")[0].strip()
             if requirement and "==" not in requirement:

@@ -1,0 +1,81 @@
+"""A hundred clients at once: no 5xx, a bounded queue, a prompt /health and flat memory."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serving_support import HOME, VIEWS, encoded, picture, text
+
+CLIENTS = 100
+MAX_HEALTH_P99_MS = 50.0
+MAX_GROWTH_BYTES = 24 << 20
+QUEUE = 16
+
+
+def body() -> bytes:
+    """Two camera frames as JPEG, about 30 KB."""
+    smooth = np.kron(picture(0, (28, 28)), np.ones((8, 8, 1), np.uint8))
+    images = {view: text(encoded(smooth, "JPEG")) for view in VIEWS}
+    return json.dumps({"images": images, "state": HOME, "prompt": "pick up the block"}).encode()
+
+
+def load(server, tmp_path: Path, seconds: float) -> dict:
+    """Load the server and probe it meanwhile; gives answers by status, health times and memory samples."""
+    file = tmp_path / "body.json"
+    file.write_bytes(body())
+    script = Path(__file__).with_name("load_client.py")
+    arguments = [server.host, server.port, CLIENTS, seconds, file]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    probe = http.client.HTTPConnection(server.host, server.port, timeout=30)
+    health, waiting, memory = [], [], []
+    while process.poll() is None:
+        began = time.perf_counter()
+        probe.request("GET", "/health")
+        answer = probe.getresponse()
+        content = json.loads(answer.read())
+        health.append((time.perf_counter() - began) * 1e3)
+        assert answer.status == 200, content
+        waiting.append(content["waiting"])
+        memory.append(int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096)
+        time.sleep(0.02)
+    probe.close()
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(output) | {"health_ms": health, "waiting": waiting, "memory": memory}
+
+
+def check(server, tmp_path, seconds: float) -> None:
+    load(server, tmp_path, 1.0)  # allocators and thread pools reach their size
+    result = load(server, tmp_path, seconds)
+    statuses = {int(status): count for status, count in result["statuses"].items()}
+    p99 = float(np.percentile(result["health_ms"], 99))
+    growth = np.mean(result["memory"][-5:]) - np.mean(result["memory"][:5])
+    summary = f"{statuses}, /health p99 {p99:.1f} ms, longest queue {max(result['waiting'])}, {growth=:.0f} B"
+    print(summary, f"request p50 {np.median(result['times_ms']):.0f} ms")
+    assert set(statuses) <= {200, 429}, summary
+    assert statuses[200] > seconds, summary
+    assert max(result["waiting"]) <= QUEUE, summary
+    assert growth < MAX_GROWTH_BYTES, summary
+    assert p99 <= MAX_HEALTH_P99_MS, summary
+    assert server.metric("flashrt_queue_length") <= QUEUE
+
+
+def test_a_hundred_clients(command_server, tmp_path):
+    check(command_server, tmp_path, 5.0)
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_for_a_minute(command_server, tmp_path):
+    check(command_server, tmp_path, 60.0)
