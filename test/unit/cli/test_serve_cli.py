@@ -178,4 +178,6 @@ def test_every_command_speaks_json():
     import inspect
 
     for command in app.registered_commands:
+        if command.context_settings and "allow_extra_args" in command.context_settings:
+            continue  # stands for a command whose package is not installed
         assert "as_json" in inspect.signature(command.callback).parameters, command.name
