@@ -203,7 +203,8 @@ def resolve_processor(checkpoint: Checkpoint) -> Path:
             f"{ENVIRONMENT_VARIABLE}={override}: no {CONFIG_FILE} there; correct it or unset it"
         )
     named = _named(checkpoint.path / "config.json")
-    places = [checkpoint.path / FOLDER, *([Path(override)] if override else []), Path(named), cache_folder()]
+    others = [Path(name) for name in (override, named) if name]
+    places = [checkpoint.path / FOLDER, *others, cache_folder()]
     found = next((place for place in places if (place / CONFIG_FILE).is_file()), None)
     if found is not None:
         return found
@@ -215,7 +216,7 @@ def resolve_processor(checkpoint: Checkpoint) -> Path:
             return Path(hub.snapshot_download(wanted, allow_patterns=["*.json"]))
         except Exception as error:  # the hub's own types, of many versions
             reason = f", nor on the hub ({(str(error) or type(error).__name__).splitlines()[0]})"
-    looked = ", ".join(str(place) for place in places if str(place) != ".")
+    looked = ", ".join(map(str, places))
     raise TokenizerNotFoundError(
         f"no FAST processor ({BPE_FILE}, {CONFIG_FILE}) in {looked}{reason}. Put the files of {wanted} into "
         f"{cache_folder()}, or name their directory in {ENVIRONMENT_VARIABLE}"
