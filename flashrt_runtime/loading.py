@@ -85,7 +85,8 @@ def load_model(
     captured per prompt bucket, of which the fastest is kept; True is 3, False, 0 and 1 capture once.
     weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
     to this checkpoint, configuration, precision and views; None or "auto": the one in the cache, if there is
-    one (see `Policy.save_calibration`). recalibrate: ignore what the cache holds, weights and calibration.
+    one (see `Policy.save_calibration`); "none": no scales. recalibrate: ignore what the cache holds, weights
+    and calibration.
 
     rtc: real-time chunking, "off", "guided" (predict(rtc=...) pulls a chunk towards what is being played), or
     "trained", for checkpoints that declare rtc_training_max_delay; see docs/rtc.md.
@@ -125,7 +126,8 @@ def load_model(
     policy_name = resolve_config(config)
     wanted = requested_precision(precision, use_fp8, use_fp16, use_fp4)
     target = resolve_target(hardware, wanted, allow_fp8=use_fp8 is not False)
-    scales = None if calibration in (None, "auto") else Path(calibration).expanduser()
+    from_cache = calibration in (None, "auto")
+    scales = None if from_cache or calibration == "none" else Path(str(calibration)).expanduser()
     if scales is not None and target.precision != "fp8":
         raise OptionError(f"calibration={str(scales)!r} is for fp8, and precision is {target.precision!r}")
     if scales is not None and recalibrate:
@@ -138,6 +140,7 @@ def load_model(
         recalibrate,
         weight_cache,
         scales,
+        from_cache,
         decode_cuda_graph,
         decode_graph_steps,
         rtc,
@@ -164,6 +167,7 @@ class Settings:
     recalibrate: bool
     weight_cache: bool
     calibration: Path | None = None
+    cached_calibration: bool = True
     decode_cuda_graph: bool = False
     decode_graph_steps: int = 80
     rtc: str = "off"
@@ -248,7 +252,7 @@ def _load_scales(policy: Policy, opened: Checkpoint, settings: Settings) -> None
     """The calibration that was named, or the cache's where it has one."""
     if settings.calibration is not None:
         policy.load_calibration(settings.calibration)
-    elif not settings.recalibrate and opened.store.files:
+    elif settings.cached_calibration and not settings.recalibrate and opened.store.files:
         with contextlib.suppress(CalibrationNotFoundError):
             policy.load_calibration()
 

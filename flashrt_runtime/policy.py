@@ -311,8 +311,8 @@ class Policy:
         sample and denoise step are pooled, and its scale comes from them by an estimator: "mse" (default)
         clips where rounding and clipping to e4m3 together cost least; "percentile" clips above that share
         of the magnitudes; "max" clips nothing. percentile alone chooses the estimator: below 100
-        "percentile", 100 "max". All but "max" leave out a sample whose largest magnitude is an outlier
-        among at least four (an octave above the median or more, see
+        "percentile", 100 "max". All but "max" leave out a sample whose largest or rms magnitude is an
+        outlier among at least four (an octave above the median or more, see
         `quantization.statistics.outlying_samples`): the report names it.
 
         max_samples: calibrate on at most this many. held_out: so many observations more are set aside, one

@@ -15,7 +15,7 @@ from ..checkpoints import Checkpoint, FeatureStats, open_checkpoint, resolve_tok
 from ..checkpoints.architecture import parameter_count
 from ..checkpoints.rules import parse_rules
 from ..errors import TokenizerNotFoundError
-from .console import OUTPUT, print_json, progress
+from .console import ERRORS, OUTPUT, print_json, progress
 
 
 def info_command(
@@ -26,9 +26,13 @@ def info_command(
     asset_id: Annotated[str | None, typer.Option(help="Which statistics of assets/, if several.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="Override a rule: name=value; repeatable.")] = None,
     verify: Annotated[bool, typer.Option(help="Read every weight and refuse non-finite ones.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="Does this file belong to it? 0 or 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show layout, dimensions, rules, normalisation, tokenizer and size of a checkpoint."""
+    """Show layout, dimensions, rules, normalisation, tokenizer and size of a checkpoint.
+
+    With --calibration: exit code 1 when the file was made for another policy.
+    """
     with (
         progress("reading", None),
         open_checkpoint(
@@ -42,11 +46,19 @@ def info_command(
         ) as opened,
     ):
         content = describe(opened)
+        if calibration is not None:
+            from .calibration_check import check_calibration
+
+            content["calibration"] = check_calibration(opened, calibration.expanduser())
     if as_json:
         print_json(content)
-        return
-    for title, table in _tables(content):
-        OUTPUT.print(f"[bold]{title}[/bold]", table)
+    else:
+        for title, table in _tables(content):
+            OUTPUT.print(f"[bold]{title}[/bold]", table)
+    if calibration is not None and not content["calibration"]["belongs"]:
+        for difference in content["calibration"]["differences"]:
+            ERRORS.print(f"does not belong: {difference}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -112,8 +124,10 @@ def _stats(stats: FeatureStats | None) -> dict[str, list[float]] | None:
 
 
 def _tables(content: dict[str, Any]) -> list[tuple[str, Table]]:
-    tables = []
-    for title in ("checkpoint", "interface", "dimensions", "rules", "normalisation"):
+    tables: list[tuple[str, Table]] = []
+    for title in ("checkpoint", "interface", "dimensions", "rules", "normalisation", "calibration"):
+        if title not in content:
+            continue
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")

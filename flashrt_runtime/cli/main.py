@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from ..errors import FlashRTError
 from .bench import bench_command
+from .calibrate import calibrate_command
 from .console import ERRORS
 from .doctor import doctor_command
 from .download_tokenizer import download_tokenizer_command
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command("info")(info_command)
 app.command("predict")(predict_command)
+app.command("calibrate")(calibrate_command)
 app.command("make-checkpoint")(make_checkpoint_command)
 app.command("download-tokenizer")(download_tokenizer_command)
 app.command("parity")(parity_command)

@@ -55,7 +55,8 @@ class CalibrationReport:
     samples: observations the scales are from. scales: by projection. maxima: (samples, projections) largest
     magnitudes, projections in the order of `scales`. warnings: outliers and scales above the ceiling, with
     projection and samples (indices count the calibrated observations from 0). held_out_error: None when none
-    was held out.
+    was held out. held_out: which observations of the stream were, counted from 0. outliers: (samples,
+    projections), what was left out; None where the estimator takes everything.
     """
 
     samples: int
@@ -63,6 +64,8 @@ class CalibrationReport:
     percentile: float | None
     scales: Mapping[str, float]
     maxima: NDArray[np.float32] = field(repr=False)
+    held_out: tuple[int, ...] = ()
+    outliers: NDArray[np.bool_] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     held_out_error: HeldOutError | None = None
     source: str = ""

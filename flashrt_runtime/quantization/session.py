@@ -86,7 +86,7 @@ def calibrate(
     are spread over the stream.
     """
     collector = calibrator.collector()
-    held_out: list[ModelInputs] = []
+    held_out: dict[int, ModelInputs] = {}
     position = 0
     for observation in _until(observations, should_stop):
         with runner.exclusive():  # not around the caller's iterator, which may be slow or call us
@@ -95,7 +95,7 @@ def calibrate(
             enough = request.max_samples is not None and collector.samples >= request.max_samples
             due = enough or position % request.held_out_every == 0
             if due and len(held_out) < request.held_out:
-                held_out.append(_own(inputs))
+                held_out[position - 1] = _own(inputs)
             else:
                 with collector.observe():
                     runner.eager(inputs)
@@ -109,13 +109,15 @@ def calibrate(
     with runner.exclusive(), calibrator.restoring():
         scales, warnings = estimate(collector, request.estimator, request.percentile)
         calibrator.apply(scales)
-        error, uncompared = measure(runner, calibrator, held_out, should_stop)
+        error, uncompared = measure(runner, calibrator, held_out.values(), should_stop)
     return CalibrationReport(
         samples=collector.samples,
         estimator=request.estimator,
         percentile=request.percentile,
         scales=scales,
         maxima=collector.maxima,
+        held_out=tuple(held_out),
+        outliers=None if request.estimator == "max" else collector.outliers(),
         warnings=(*warnings, *uncompared),
         held_out_error=error,
         source=request.source,

@@ -28,7 +28,7 @@ _FIRST = (127 + LOWEST_EXPONENT) * PER_OCTAVE  # the upper 16 bits of float32 2*
 
 GROUPS_PER_OCTAVE = 2
 FEWEST_FOR_OUTLIERS = 4  # a majority needs company
-OUTLIER_OCTAVES = 1.0, 0.5  # of a sample's largest magnitude, and of its rms, which varies less
+OUTLIER_OCTAVES = 1.0
 OUTLIER_DEVIATIONS = 4.0
 OUTLIER_SHARE = 0.25  # more than this is how the data are, and no outlier
 
@@ -53,19 +53,20 @@ def bin_magnitudes(device: torch.device | None = None) -> Tensor:
 def outlying_samples(maxima: NDArray[np.float32], rms: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Which samples of one tensor are outliers, by their largest and their rms magnitudes, (samples,) each.
 
-    With four samples or more: one whose maximum lies an octave above the median sample's, or its rms half an
-    octave, or either by four standard deviations (from the median absolute deviation of the logarithms)
-    where that is more; rounded up to half octaves. None at all when that were more than a quarter of them.
+    With four samples or more: one whose maximum or rms lies an octave above the median sample's, or four
+    standard deviations (from the median absolute deviation of the logarithms) where that is more; in half
+    octaves, so that three times the median is found wherever it lies, and less than twice never. None at all
+    when that were more than a quarter of them.
     """
     none = np.zeros(len(maxima), bool)
     if len(maxima) < FEWEST_FOR_OUTLIERS:
         return none
     outlying = none.copy()
-    for values, octaves in zip((maxima, rms), OUTLIER_OCTAVES, strict=True):
+    for values in (maxima, rms):
         logs = np.log2(np.maximum(values.astype(np.float64), 2.0**LOWEST_EXPONENT))
         median = float(np.median(logs))
         deviation = 1.4826 * float(np.median(np.abs(logs - median)))
-        limit = median + max(octaves, OUTLIER_DEVIATIONS * deviation)
+        limit = median + max(OUTLIER_OCTAVES, OUTLIER_DEVIATIONS * deviation)
         outlying |= np.floor(logs * GROUPS_PER_OCTAVE) > math.floor(limit * GROUPS_PER_OCTAVE)
     return outlying if outlying.sum() <= OUTLIER_SHARE * len(maxima) else none
 

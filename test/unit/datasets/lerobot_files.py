@@ -29,7 +29,8 @@ def picture(episode: int, frame: int, camera: int) -> np.ndarray:
 
 
 def state(episode: int, frame: int) -> list[float]:
-    return [float(episode), float(frame), 0.5]
+    """As wide as LIBERO's."""
+    return [float(episode), float(frame), 0.5, *[0.0] * 5]
 
 
 def rows(episode: int, index: int) -> list[dict[str, object]]:
@@ -76,7 +77,7 @@ def info(
 ) -> dict[str, object]:
     camera = {"dtype": dtype, "shape": [*SIZE, 3], "names": ["height", "width", "channel"]}
     features: dict[str, object] = dict.fromkeys(images, camera)
-    features |= {state_key: {"dtype": "float32", "shape": [3]}, "action": {"dtype": "float32", "shape": [3]}}
+    features |= {state_key: {"dtype": "float32", "shape": [8]}, "action": {"dtype": "float32", "shape": [3]}}
     return {"codebase_version": version, "fps": FPS, "features": features, **more}
 
 

@@ -109,6 +109,7 @@ def test_options_of_load_model(saved, load, tmp_path) -> None:
         load(num_steps=1, calibration=elsewhere, precision="bf16")
     elsewhere.rename(file)
     assert load(num_steps=1, calibration="auto").calibrated
+    assert not load(num_steps=1, calibration="none").calibrated
     assert not load(num_steps=1, recalibrate=True).calibrated
     assert load(num_steps=1, precision="fp32").calibrated, "fp32 lacks no scales"
     policy.recalibrate()

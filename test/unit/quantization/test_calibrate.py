@@ -84,6 +84,7 @@ def test_held_out_error_is_that_of_fp8_actions(load, observations) -> None:
     policy = load()
     every = list(observations(5))
     report = policy.calibrate(iter(every), held_out=1)
+    assert report.held_out == (4,)
     held_out = every[4]
     calibrated = policy.calibrate(iter(every[:4]))
     assert report.scales == calibrated.scales, "a held-out observation was calibrated on"
