@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from rich.text import Text
 from ..checkpoints import open_checkpoint
 from ..checkpoints.rules import parse_rules
 from .calibration_sources import Source, SourceOptions, open_source
-from .console import OUTPUT, print_json, progress
+from .console import ERRORS, OUTPUT, print_json, progress
 
 if TYPE_CHECKING:
     from ..policy import Policy
@@ -92,6 +91,8 @@ def calibrate_command(
         print_json(result)
         return
     _print(result, error, true_error)
+    for warning in source.warnings:  # the policy has logged its own
+        ERRORS.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -117,8 +118,6 @@ def _calibrate(
             thumbnails.append(thumbnail(observation["images"]))
             yield observation
 
-    # what the policy would log is part of the result
-    logging.getLogger("flashrt_runtime.quantization.in_force").setLevel(logging.ERROR)
     done = 0
     with progress("calibrating", samples) as advance:
 
@@ -218,8 +217,6 @@ def _print(result: dict[str, Any], error: HeldOutError | None, true_error: HeldO
         if value is not None:
             table.add_row(name, Text(str(value)))
     OUTPUT.print(table)
-    for warning in result["warnings"]:
-        OUTPUT.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _described(error: HeldOutError | None, what: str) -> str:
