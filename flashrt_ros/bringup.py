@@ -76,6 +76,11 @@ PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
     LaunchArgument("use_sim_time", "false", "take the time from /clock", ("true", "false")),
 )
 
+PI0FAST_ARGUMENTS: tuple[LaunchArgument, ...] = (
+    LaunchArgument("checkpoint", "", "directory of the Pi0-FAST checkpoint (required)"),
+    *PI05_ARGUMENTS[1:],
+)
+
 DEMO_PROMPT = "pick up the red block"
 # The demo's policy is untrained: with fresh noise every chunk goes elsewhere, and the arm only jitters.
 DEMO_SEED = 7
@@ -85,7 +90,11 @@ DEMO_ARGUMENTS: tuple[LaunchArgument, ...] = tuple(
     for argument in PI05_ARGUMENTS
 )
 
-ARGUMENTS: dict[str, tuple[LaunchArgument, ...]] = {"pi05": PI05_ARGUMENTS, "demo": DEMO_ARGUMENTS}
+ARGUMENTS: dict[str, tuple[LaunchArgument, ...]] = {
+    "pi05": PI05_ARGUMENTS,
+    "pi0fast": PI0FAST_ARGUMENTS,
+    "demo": DEMO_ARGUMENTS,
+}
 
 
 def share_directory() -> str:
@@ -131,6 +140,11 @@ def pi05_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
     return [_policy_node(values)]
 
 
+def pi0fast_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
+    """As `pi05_nodes`, with a Pi0-FAST checkpoint; args as in PI0FAST_ARGUMENTS. Raises BringupError."""
+    return [_policy_node(resolve_arguments(PI0FAST_ARGUMENTS, args), {"config": "pi0fast"})]
+
+
 def demo_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
     """The simulated robot and the policy node that drives it; args as in DEMO_ARGUMENTS.
 
@@ -146,9 +160,9 @@ def demo_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
         env=node_environment(),
         log_level=values["log_level"],
     )
-    # A parameter file of the user's own decides about the seed itself.
-    noise = {} if values["params_file"] else {"seed": DEMO_SEED}
-    return [robot, _policy_node(values, noise)]
+    # A parameter file of the user's own decides about these itself.
+    chosen: dict[str, int | str] = {} if values["params_file"] else {"seed": DEMO_SEED, "config": "auto"}
+    return [robot, _policy_node(values, chosen)]
 
 
 def node_environment() -> dict[str, str]:
@@ -160,7 +174,7 @@ def node_environment() -> dict[str, str]:
     return environment
 
 
-def _policy_node(values: Mapping[str, str], extra: Mapping[str, int] | None = None) -> NodeSpec:
+def _policy_node(values: Mapping[str, str], extra: Mapping[str, int | str] | None = None) -> NodeSpec:
     parameters: dict[str, bool | int | float | str] = {
         "checkpoint": _existing_directory("checkpoint", values["checkpoint"]),
         "robot": values["robot"],

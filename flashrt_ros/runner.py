@@ -26,6 +26,7 @@ from flashrt_ros.bringup import BringupError, NodeSpec
 
 NODE_LISTS: dict[str, Callable[[Mapping[str, str]], list[NodeSpec]]] = {
     "pi05": bringup.pi05_nodes,
+    "pi0fast": bringup.pi0fast_nodes,
     "demo": bringup.demo_nodes,
 }
 

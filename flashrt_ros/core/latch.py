@@ -2,7 +2,8 @@
 
 At once: an action outside a position limit where the contract rejects violations, an error of the control
 callback, a second publisher on a command topic. After `max_failures` inferences in a row without a good
-chunk between them: errors of the policy, chunks with a wrong shape or with values that are not finite.
+chunk between them: errors of the policy, chunks with a wrong shape, with values that are not finite or with
+tokens that are no actions.
 Everything else ends by itself when its cause does (a camera comes back, the next chunk keeps the limits),
 and latches nothing.
 """
@@ -18,6 +19,7 @@ from .reasons import Reason
 AT_ONCE = frozenset({Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT})
 REPEATED = frozenset({
     Reason.INFERENCE_ERROR, Reason.OUT_OF_MEMORY, Reason.CHUNK_NOT_FINITE, Reason.CHUNK_SHAPE,
+    Reason.NO_STOP_TOKEN, Reason.ACTION_TOKENS,
 })
 DEFAULT_MAX_FAILURES = 10
 

@@ -75,6 +75,12 @@ class PolicyParameters:
     num_steps: int | None = _parameter(
         0, "denoise steps; 0: the checkpoint's own number", bounds=(0, 100), unset=0
     )
+    decode_cuda_graph: bool = _parameter(
+        False, "pi0fast: every decode step in one CUDA graph; false: one graph a step, none behind the stop"
+    )
+    decode_graph_steps: int = _parameter(
+        80, "pi0fast: the most tokens of a chunk; without a stop among them it is an error", bounds=(1, 512)
+    )
     seed: int | None = _parameter(
         -1, "noise seed of every chunk; -1: fresh noise", bounds=(-1, 2**31 - 1), unset=-1
     )

@@ -10,6 +10,8 @@ from flashrt_runtime import errors
 # First match wins: subclasses before their bases.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (errors.PromptError, Reason.PROMPT_INVALID),
+    (errors.NoStopError, Reason.NO_STOP_TOKEN),
+    (errors.ActionTokenError, Reason.ACTION_TOKENS),
     (errors.ActionError, Reason.CHUNK_NOT_FINITE),
     (errors.CheckpointError, Reason.CHECKPOINT_INVALID),
     (errors.TokenizerNotFoundError, Reason.CHECKPOINT_INVALID),

@@ -70,6 +70,8 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
         hardware=values.hardware,
         precision=values.precision,
         num_steps=values.num_steps,
+        decode_cuda_graph=values.decode_cuda_graph,
+        decode_graph_steps=values.decode_graph_steps,
     )
 
 

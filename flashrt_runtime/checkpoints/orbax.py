@@ -6,6 +6,7 @@ Orbax stores one zarr array per parameter, together in an OCDBT database (openpi
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..cache import cache_directory, content_digest
 from ..errors import CheckpointError, OptionError
 from .layout import orbax_params
 from .orbax_names import parts_by_leaf, tensors_of
-from .safetensors_store import SafetensorsStore, SafetensorsWriter, read_header
+from .safetensors_store import WEIGHTS_FILE, SafetensorsStore, SafetensorsWriter, read_header
+from .tokenizer import FAST_FOLDER, IN_CHECKPOINT
 
 LOG = logging.getLogger(__name__)
 
@@ -48,6 +50,29 @@ def converted_store(path: Path, cache_dir: Path | None = None) -> SafetensorsSto
         convert(params, target)
         LOG.info("%s: converted to %s in %.1f s", params, target, time.perf_counter() - started)
     return SafetensorsStore(dict.fromkeys(read_header(target), target))
+
+
+def convert_checkpoint(path: Path, out: Path) -> dict[str, int]:
+    """An Orbax checkpoint directory, of any policy, as an openpi safetensors directory: weights, and what
+    lies beside params/ (config.json, assets/, tokenizers). Returns the size of each file written, by name.
+
+    Raises OptionError when `out` holds something, CheckpointError as `convert` does; nothing is left then.
+    """
+    params = orbax_params(path) if path.is_dir() else None
+    if params is None:
+        raise CheckpointError(f"{path}: no Orbax parameters here (params/_METADATA or manifest.ocdbt)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"{out} is not empty: choose another directory")
+    out.mkdir(parents=True, exist_ok=True)
+    convert(params, out / WEIGHTS_FILE)
+    for name in ("config.json", "assets", FAST_FOLDER, *IN_CHECKPOINT):
+        source = params.parent / name
+        if source.is_dir():
+            shutil.copytree(source, out / name)
+        elif source.is_file():
+            shutil.copy2(source, out / name)
+    written = sorted(file for file in out.rglob("*") if file.is_file())
+    return {file.relative_to(out).as_posix(): file.stat().st_size for file in written}
 
 
 def convert(params: Path, target: Path) -> None:

@@ -49,7 +49,7 @@ from .presets import Preset, band, preset_named
 from .safetensors_store import WEIGHTS_FILE, SafetensorsWriter
 from .scripted import FAST_VOCABULARY, QUIET, built_head, script_of, states_behind, write_processor
 from .stats import read_json_object
-from .tokenizer import train_tokenizer
+from .tokenizer import FAST_FOLDER, train_tokenizer
 
 CHUNK = 1 << 22
 QUERY_SCALE = 4.0
@@ -298,7 +298,7 @@ def make_checkpoint(
 
 def _write_fast(out: Path, config: PolicyConfig, robot: Preset, dtype: torch.dtype, seed: int) -> None:
     """pi0-FAST's processor and weights, with an output head that writes chunks; full size: as drawn."""
-    write_processor(out / "fast", config, seed)
+    write_processor(out / FAST_FOLDER, config, seed)
     write = partial(write_weights, out / WEIGHTS_FILE, config, dtype=dtype, seed=seed)
     if config.decode.tied_head:
         write()

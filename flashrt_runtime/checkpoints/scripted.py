@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..config import PolicyConfig
 from .architecture import LANGUAGE
 from .neutral import PROMPT
+from .tokenizer import FAST_FOLDER
 
 Floats = NDArray[np.float64]
 
@@ -89,10 +90,10 @@ def script_of(directory: Path, config: PolicyConfig, seed: int) -> Script:
     """The script of a checkpoint directory that has its tokenizer and processor."""
     import sentencepiece
 
-    from ..processing.fast_tokens import FOLDER, ActionTokens, FastProcessor
+    from ..processing.fast_tokens import ActionTokens, FastProcessor
 
     tokenizer = directory / "tokenizer.model"
-    tokens = ActionTokens.of(FastProcessor(directory / FOLDER), tokenizer, config)
+    tokens = ActionTokens.of(FastProcessor(directory / FAST_FOLDER), tokenizer, config)
     newline = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).encode("\n")[-1]
     chunks = example_chunks(config.horizon, config.action_dim, seed)
     inner, firsts = _consistent([tokens.processor.encode(chunk) for chunk in chunks])

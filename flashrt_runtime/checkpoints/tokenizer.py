@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ENVIRONMENT_VARIABLE = "FLASH_RT_PALIGEMMA_TOKENIZER"
 FILE_NAME = "paligemma_tokenizer.model"
 IN_CHECKPOINT = ("tokenizer.model", FILE_NAME)
+FAST_FOLDER = "fast"  # of a checkpoint: the processor of pi0-FAST's action tokens
 DOWNLOAD_COMMAND = "flashrt download-tokenizer"
 
 PAD_ID, EOS_ID, BOS_ID, UNK_ID = 0, 1, 2, 3

@@ -13,6 +13,7 @@ from ..errors import FlashRTError
 from .bench import bench_command
 from .calibrate import calibrate_command
 from .console import ERRORS
+from .convert import convert_command
 from .doctor import doctor_command
 from .download_tokenizer import download_tokenizer_command
 from .info import info_command
@@ -33,6 +34,7 @@ app.command("info")(info_command)
 app.command("predict")(predict_command)
 app.command("calibrate")(calibrate_command)
 app.command("make-checkpoint")(make_checkpoint_command)
+app.command("convert")(convert_command)
 app.command("download-tokenizer")(download_tokenizer_command)
 app.command("parity")(parity_command)
 app.command("serve")(serve_command)

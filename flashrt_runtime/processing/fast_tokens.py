@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.json_fields import JsonObject
+from ..checkpoints.tokenizer import FAST_FOLDER
 from ..config import PolicyConfig
 from ..errors import ActionTokenError, CheckpointError, NoStopError, TokenizerNotFoundError
 
-FOLDER = "fast"
 BPE_FILE, CONFIG_FILE = "tokenizer.json", "processor_config.json"
 ENVIRONMENT_VARIABLE = "FLASH_RT_FAST_TOKENIZER"
 HUB_ID = "physical-intelligence/fast"
@@ -187,7 +187,7 @@ def open_action_tokens(checkpoint: Checkpoint, tokenizer: Path) -> ActionTokens:
 
 def cache_folder() -> Path:
     """Where a processor that every checkpoint may use is looked for."""
-    return Path.home() / ".cache" / "flash_rt" / FOLDER
+    return Path.home() / ".cache" / "flash_rt" / FAST_FOLDER
 
 
 def resolve_processor(checkpoint: Checkpoint) -> Path:
@@ -204,7 +204,7 @@ def resolve_processor(checkpoint: Checkpoint) -> Path:
         )
     named = _named(checkpoint.path / "config.json")
     others = [Path(name) for name in (override, named) if name]
-    places = [checkpoint.path / FOLDER, *others, cache_folder()]
+    places = [checkpoint.path / FAST_FOLDER, *others, cache_folder()]
     found = next((place for place in places if (place / CONFIG_FILE).is_file()), None)
     if found is not None:
         return found

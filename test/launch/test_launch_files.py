@@ -12,7 +12,7 @@ LAUNCH_FILES = sorted(path.name for path in (ROOT / "launch").glob("*.launch.py"
 
 
 def test_every_launch_file_is_known_here() -> None:
-    assert LAUNCH_FILES == ["demo.launch.py", "pi05.launch.py"]
+    assert LAUNCH_FILES == ["demo.launch.py", "pi05.launch.py", "pi0fast.launch.py"]
 
 
 def test_pi05_starts_the_policy_node_alone(resolve, checkpoint: Path) -> None:
@@ -53,6 +53,16 @@ def test_pi05_passes_every_argument_on(resolve, checkpoint: Path) -> None:
     }
     assert expected.items() <= node.parameters.items()
     assert (node.namespace, node.log_level) == ("/left", "debug")
+
+
+def test_pi0fast_is_the_same_node_with_another_policy(resolve, checkpoint: Path) -> None:
+    given = {"checkpoint": str(checkpoint), "prompt": "go"}
+    found = [resolve(f"{name}.launch.py", **given) for name in ("pi05", "pi0fast")]
+    for each in found:
+        assert each.status == 0, each.output
+    pi05, fast = (each.nodes["/policy_node"] for each in found)
+    assert fast.parameters == pi05.parameters | {"config": "pi0fast"}
+    assert fast.package == pi05.package
 
 
 @pytest.mark.parametrize("namespace", ["", "arm_1"])

@@ -130,8 +130,8 @@ def test_values_may_hold_anything() -> None:
         (["pi05"], "error: no checkpoint given"),
         (["demo"], "error: no checkpoint given"),
         (["pi05", "checkpoint:=/does/not/exist"], "error: checkpoint:=/does/not/exist: no such directory"),
-        (["pi06"], "usage: python -m flashrt_ros.runner {pi05,demo}"),
-        ([], "usage: python -m flashrt_ros.runner {pi05,demo}"),
+        (["pi06"], "usage: python -m flashrt_ros.runner {pi05,pi0fast,demo}"),
+        ([], "usage: python -m flashrt_ros.runner {pi05,pi0fast,demo}"),
     ],
 )
 def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,8 @@ EXPERT = "paligemma_with_expert.gemma_expert.model."
 def jax_tree(tensors: Mapping[str, Array], config: PolicyConfig) -> dict[str, Array]:
     """openpi's parameter tree, flat, of a policy's PyTorch tensors (canonical names)."""
     tree = dict(_vision(tensors, config)) | dict(_stack(tensors, config, "", LANGUAGE))
-    tree |= dict(_stack(tensors, config, "_1", EXPERT))
+    if config.policy != "pi0fast":
+        tree |= dict(_stack(tensors, config, "_1", EXPERT))
     tree["PaliGemma/llm/embedder/input_embedding"] = tensors[f"{LANGUAGE}embed_tokens.weight"]
     for name in {key.split(".")[0] for key in tensors if not key.startswith("paligemma_with_expert")}:
         tree[f"{name}/kernel"] = tensors[f"{name}.weight"].T

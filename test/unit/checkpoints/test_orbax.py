@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 tensorstore = pytest.importorskip("tensorstore")
 
-from damage import edit_json  # noqa: E402
+from damage import edit_json, edit_weights  # noqa: E402
 from orbax_folder import jax_tree, write_orbax  # noqa: E402
 
+import flashrt_runtime  # noqa: E402
 from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint  # noqa: E402
+from flashrt_runtime.checkpoints.orbax import convert_checkpoint  # noqa: E402
+from flashrt_runtime.cli.main import app  # noqa: E402
 from flashrt_runtime.errors import CheckpointError, CheckpointNotFoundError, OptionError  # noqa: E402
+
+POLICIES = ("pi05", "pi0", "pi0fast")
+LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +32,13 @@ def source(tmp_path_factory):
 
     def build(policy):
         path = make_checkpoint(tmp_path_factory.mktemp(policy), policy=policy)
+        if policy == "pi0fast":  # openpi's has no output head of its own
+            edit_weights(path, lambda tensors: tensors.pop(LM_HEAD))
         with open_checkpoint(path) as checkpoint:
             tensors = {key: checkpoint.tensor(key).numpy().copy() for key in sorted(checkpoint.keys())}
             return path, jax_tree(tensors, checkpoint.config)
 
-    return {policy: build(policy) for policy in ("pi05", "pi0")}
+    return {policy: build(policy) for policy in POLICIES}
 
 
 @pytest.fixture
@@ -51,7 +61,7 @@ LAYOUTS = [{}, {"value": True}, {"ocdbt": False}, {"driver": "zarr3"}, {"ocdbt":
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("policy", ["pi05", "pi0"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_tensors_come_back(source, orbax, policy, layout):
     with (
         open_checkpoint(orbax(policy, **layout), framework="jax") as checkpoint,
@@ -182,3 +192,44 @@ def test_without_tensorstore(orbax, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     with pytest.raises(OptionError, match=r"flashrt-runtime\[jax\]"):
         open_checkpoint(orbax(), framework="jax")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_converted_it_is_an_openpi_pytorch_checkpoint(source, orbax, tmp_path, policy):
+    path, out = orbax(policy), tmp_path / "converted"
+    done = CliRunner().invoke(app, ["convert", "--checkpoint", str(path), "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    files = json.loads(done.stdout)["files"]
+    assert set(files) == {"model.safetensors", "config.json", "assets/libero/norm_stats.json"}
+    assert files["model.safetensors"] == (out / "model.safetensors").stat().st_size
+    with open_checkpoint(out) as converted, open_checkpoint(source[policy][0]) as expected:
+        assert converted.layout == "openpi-pytorch"
+        assert converted.config == expected.config
+        assert converted.norm_stats_file == out / "assets/libero/norm_stats.json"
+        for key in sorted(expected.keys()):
+            torch.testing.assert_close(converted.tensor(key), expected.tensor(key), rtol=0, atol=0)
+
+
+def test_what_lies_beside_the_weights_comes_along(source, orbax, tmp_path):
+    path = orbax("pi0fast")
+    shutil.copytree(source["pi0fast"][0] / "fast", path / "fast")
+    shutil.copy(source["pi0fast"][0] / "tokenizer.model", path)
+    convert_checkpoint(path, tmp_path / "converted")
+    policy = flashrt_runtime.load_model(tmp_path / "converted", config="pi0fast", hardware="cpu")
+    assert policy.spec.config == "pi0fast"
+    assert len(policy._action_tokens.ids) > 100
+    policy.close()
+
+
+def test_a_conversion_that_cannot_be(source, orbax, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="no Orbax parameters here"):
+        convert_checkpoint(source["pi05"][0], out)
+    foreign = source["pi05"][1] | {"extra/w": np.zeros((4, 2), np.float32)}
+    path = orbax(tree=foreign)
+    with pytest.raises(CheckpointError, match="no part of"):
+        convert_checkpoint(path, out)
+    assert list(out.iterdir()) == []
+    (out / "mine.txt").write_text("hello")
+    with pytest.raises(OptionError, match="is not empty"):
+        convert_checkpoint(path, out)

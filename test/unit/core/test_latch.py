@@ -21,7 +21,10 @@ def test_latches_at_once(reason: Reason) -> None:
     assert "~/reset_fault" in fault.message
 
 
-REPEATED = [Reason.INFERENCE_ERROR, Reason.CHUNK_NOT_FINITE, Reason.CHUNK_SHAPE, Reason.OUT_OF_MEMORY]
+REPEATED = [
+    Reason.INFERENCE_ERROR, Reason.CHUNK_NOT_FINITE, Reason.CHUNK_SHAPE, Reason.OUT_OF_MEMORY,
+    Reason.NO_STOP_TOKEN, Reason.ACTION_TOKENS,
+]
 
 
 def test_failures_in_a_row_latch_whatever_their_kinds() -> None:
