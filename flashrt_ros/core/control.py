@@ -28,7 +28,9 @@ class ControlThread:
         on_error: Callable[[Exception], None] | None = None,
         name: str = "control",
         window: int = 1000,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_start` runs first, on the thread itself (scheduling)."""
         if period_ns <= 0:
             raise ValueError(f"period must be above 0 ns, got {period_ns}")
         self.period_ns = period_ns
@@ -41,6 +43,7 @@ class ControlThread:
         self.longest_gap_ns = 0
         self._callback = callback
         self._on_error = on_error
+        self._on_start = on_start
         self._stop = threading.Event()
         self._next_deadline = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
@@ -71,6 +74,7 @@ class ControlThread:
         return self._next_deadline
 
     def _run(self) -> None:
+        self._on_start()
         previous: int | None = None
         while self._wait(self._next_deadline):
             began = time.monotonic_ns()

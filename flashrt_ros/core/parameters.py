@@ -92,6 +92,9 @@ class PolicyParameters:
     max_policy_failures: int = _parameter(
         DEFAULT_MAX_FAILURES, "failed inferences in a row that latch a fault", bounds=(1, 10000), dynamic=True
     )
+    wait_for_frame: bool = _parameter(
+        True, "begin inferences with a fresh camera frame, not at once with an older one", dynamic=True
+    )
     on_violation: str | None = _parameter(
         "", "what happens to a command beyond a limit; empty: the contract's", name="limits.on_violation",
         choices=("", "clamp", "reject"), unset="", dynamic=True, contract=("limits", "on_violation"),

@@ -33,6 +33,7 @@ from flashrt_ros.core.worker import InferenceResult, InferenceWorker
 
 from .failures import describe, reason_of
 from .policy_runner import PolicyLike, PolicyRunner, Prediction
+from .scheduling import prefer_this_thread
 
 SENDING_PATIENCE = 1.0  # how long the last command may wait for one that is being sent [s]
 
@@ -173,7 +174,9 @@ class Pipeline:
         self._seams.reset()
         self._next_due = self._clock.now().nanoseconds + self.contract.rates.control_period
         on_error = guarded(self._on_control_error)
-        self.control = ControlThread(self.contract.rates.control_period, self._tick, on_error)
+        self.control = ControlThread(
+            self.contract.rates.control_period, self._tick, on_error, on_start=prefer_this_thread
+        )
         self._started = time.monotonic_ns()
         self._active = True
         self.control.start()

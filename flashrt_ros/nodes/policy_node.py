@@ -7,9 +7,7 @@ control thread (see pipeline.py).
 from __future__ import annotations
 
 import gc
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +38,7 @@ from .outputs import CommandPublisher, chunk_message
 from .pipeline import Pipeline, PlacedChunk
 from .policy_runner import PolicyLike
 from .running import run
+from .scheduling import yield_this_thread
 
 STATUS_PERIOD = 0.5  # [s]
 DIAGNOSTICS_PERIOD = 1.0  # also of ~/metrics [s]
@@ -47,7 +46,6 @@ WAKE_PERIOD = 0.05  # how soon a stream that fell silent is noticed [s]
 GUARD_PERIOD = 0.1  # how soon a second publisher of commands is noticed once it is discovered [s]
 LOG_PERIOD = 2.0  # between two warnings of the same reason and stream [s]
 FIRST_MESSAGE = 1.0  # a stream may take this long after activation before the log asks where it is [s]
-WORKER_NICENESS = 5
 
 PolicyLoader = Callable[[PolicyParameters, RobotContract], PolicyLike]
 
@@ -60,8 +58,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
 
     # More threads than one make the latency of everything else in this process unpredictable.
     torch.set_num_threads(1)
-    # This is the worker's own thread: on a CPU that both need, the control thread goes first.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICENESS)
+    yield_this_thread()  # this is the worker's own
     return flashrt_runtime.load_model(
         values.checkpoint,
         framework=values.framework,
@@ -136,6 +133,7 @@ class PolicyNode(LifecycleNode):
             return
         values = self._values.changed(given)
         self._pipeline.adopt_limits(recontracted(self._pipeline.contract, values), values.max_policy_failures)
+        self._pipeline.runner.wait_for_frame = values.wait_for_frame
         self._values = values
 
     # Life cycle
@@ -227,6 +225,7 @@ class PolicyNode(LifecycleNode):
             max_failures=values.max_policy_failures,
         )
         self._pipeline, self._values = pipeline, values
+        pipeline.runner.wait_for_frame = values.wait_for_frame
         pipeline.load(lambda: self._load(values, contract), values.prompt, lambda: not self._stopping())
         self._commands = CommandPublisher(self, contract)
         self._stream_subscriptions = streams.subscribe(

@@ -13,6 +13,7 @@ from rclpy.clock import Clock
 
 from flashrt_ros.core.commander import Commander
 from flashrt_ros.core.contract import RatesSpec, RobotContract
+from flashrt_ros.core.freshness import next_frame_is_better
 from flashrt_ros.core.images import FallbackDecoder
 from flashrt_ros.core.ingest import Ingest
 from flashrt_ros.core.measurements import Measurements
@@ -21,7 +22,7 @@ from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.sync import NotReady, Snapshot, Synchroniser
 from flashrt_ros.core.timeline import ObservationMark
-from flashrt_ros.core.timing import to_s
+from flashrt_ros.core.timing import NS_PER_S, to_ns, to_s
 from flashrt_ros.core.trigger import InferenceTrigger
 
 FloatArray = NDArray[np.float64]
@@ -80,6 +81,8 @@ class PolicyRunner:
         self._observed = observed
         self._seed = seed
         self._used: dict[str, int] = {}  # camera stamps of the last observation
+        self.wait_for_frame = True  # see core.freshness
+        self._last_inference = 0  # [ns]
         self._jumps = 0  # clock jumps of the streams that have been dealt with
 
     def adopt(self, policy: PolicyLike, prompt: str) -> None:
@@ -133,13 +136,14 @@ class PolicyRunner:
         if not prompt:
             self._report(Problem(Reason.PROMPT_INVALID, "", "no prompt yet: call ~/set_prompt"))
             return None
-        if not self._is_new(selected) or not self.trigger.due(now):
+        if not self._is_new(selected) or self._awaits_frame(selected, now) or not self.trigger.due(now):
             return None
         observation = self._observe(selected)
         self._observed()
         begin = time.perf_counter()
         actions = policy.predict(observation.policy_images, prompt, observation.state, seed=self._seed)
         elapsed = time.perf_counter() - begin
+        self._last_inference = to_ns(elapsed)
         return Prediction(self._contract.actions_to_robot(actions), mark, observation, prompt, elapsed)
 
     def fence_clock_jumps(self) -> None:
@@ -180,3 +184,15 @@ class PolicyRunner:
         if all(stamp > self._used[name] for name, stamp in stamps.items()):
             return True
         return max(stamps.values()) > max(self._used.values()) + self._contract.sync.max_skew
+
+    def _awaits_frame(self, snapshot: Snapshot, now: int) -> bool:
+        """Whether the next frame is worth waiting for."""
+        cameras = self._camera_stamps(snapshot)
+        if not self.wait_for_frame or not cameras:
+            return False
+        rates = self._synchroniser.rates(now)
+        slowest = min(rates[name] for name in cameras)
+        newest = max(snapshot.messages[name].receipt for name in cameras)
+        period = int(NS_PER_S / slowest) if slowest else NS_PER_S
+        remaining = self._commander.timeline.remaining
+        return next_frame_is_better(now - newest, period, remaining, self._last_inference)
