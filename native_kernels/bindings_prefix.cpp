@@ -36,6 +36,13 @@ void qkv_rope(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t slots, int6
         "qkv_rope");
 }
 
+void prefix_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t valid, uintptr_t scale, uintptr_t out,
+                      int64_t rows, int64_t keys, uintptr_t stream) {
+  check(flashrt::prefix_attention(pointer(q), pointer(k), pointer(v), pointer<int>(valid), pointer<float>(scale),
+                                  pointer(out), rows, keys, stream_of(stream)),
+        "prefix_attention");
+}
+
 void camera_patches(uintptr_t frames, uintptr_t views, uintptr_t out, int count, int size, int patch, bool antialias,
                     uintptr_t stream) {
   check(flashrt::camera_patches(pointer<uint8_t>(frames), pointer<int64_t>(views), pointer<float>(out), count, size,
@@ -56,6 +63,7 @@ void bind_prefix(py::module_& module) {
   module.def("row_norm", &row_norm);
   module.def("activation", &activation);
   module.def("qkv_rope", &qkv_rope);
+  module.def("prefix_attention", &prefix_attention);
   module.def("camera_patches", &camera_patches);
   module.def("embed_tokens", &embed_tokens);
 }

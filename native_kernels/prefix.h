@@ -25,6 +25,10 @@ cudaError_t qkv_rope(const void* qkv, const float* cos, const float* sin, const 
                      void* k_cache, void* v_cache, int64_t capacity, int64_t tokens, int heads, int kv_heads,
                      int head_dim, DType dtype, cudaStream_t stream);
 
+// prefix_attention.cu, compute capability 9.0 only; `valid` may be null
+cudaError_t prefix_attention(const void* q, const void* k, const void* v, const int* valid, const float* scale,
+                             void* out, int64_t rows, int64_t keys, cudaStream_t stream);
+
 // camera_patches.cu
 cudaError_t camera_patches(const uint8_t* frames, const int64_t* views, float* out, int count, int size, int patch,
                            bool antialias, cudaStream_t stream);

@@ -37,6 +37,25 @@ __device__ __forceinline__ float inverse_scale_of(const float* scale) {
   }
 }
 
+// N values at once: a pair of them is one e4m3 conversion.
+template <typename Out, int N>
+__device__ __forceinline__ Vector<Out, N> store_all(const float (&values)[N], float inverse_scale) {
+  Vector<Out, N> result;
+  if constexpr (std::is_same_v<Out, E4M3> && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const float2 pair = make_float2(values[i] * inverse_scale, values[i + 1] * inverse_scale);
+      const __nv_fp8x2_storage_t bits = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+      result.element[i].bits = static_cast<uint8_t>(bits);
+      result.element[i + 1].bits = static_cast<uint8_t>(bits >> 8);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.element[i] = store_as<Out>(values[i], inverse_scale);
+  }
+  return result;
+}
+
 template <typename T>
 struct Type {
   using type = T;

@@ -12,6 +12,8 @@
 // One block a row, which stays in registers between the passes (up to kMaxVectors 16-byte vectors a thread). LayerNorm
 // takes the variance around the mean in a second reduction, as the definition does: no cancellation. Rows that are not
 // whole aligned vectors take the scalar kernel, which reads its own total again.
+#include "dependent_launch.h"
+#include "hopper.cuh"
 #include "prefix.h"
 #include "quantise.cuh"
 
@@ -46,6 +48,15 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_vector_kernel(Rows rows)
   const Row* x = static_cast<const Row*>(rows.x) + row;
   const Row* residual = static_cast<const Row*>(rows.residual) + row;
 
+  // constants, ahead of the wait for the kernel in front; those of later vectors when they are needed
+  Weight first_weight, first_bias;
+  if (static_cast<int>(threadIdx.x) < width / N) {
+    first_weight = reinterpret_cast<const Weight*>(rows.weight)[threadIdx.x];
+    if constexpr (kLayer) first_bias = reinterpret_cast<const Weight*>(rows.bias)[threadIdx.x];
+  }
+  dependency_wait();
+  dependency_release();
+  const float inverse_scale = inverse_scale_of<Out>(rows.scale);
   Row total[Vectors];
   float sum = 0.0f;
 #pragma unroll
@@ -85,28 +96,28 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_vector_kernel(Rows rows)
     variance = block_sum(squares, scratch[1]) / width;
   }
   const float factor = rsqrtf(variance + rows.eps);
-  const float inverse_scale = inverse_scale_of<Out>(rows.scale);
 #pragma unroll
   for (int v = 0; v < Vectors; ++v) {
     const int index = v * blockDim.x + threadIdx.x;
     if (index >= width / N) break;
-    const Weight weight = reinterpret_cast<const Weight*>(rows.weight)[index];
+    const Weight weight = v == 0 ? first_weight : reinterpret_cast<const Weight*>(rows.weight)[index];
     Weight bias;
-    if constexpr (kLayer) bias = reinterpret_cast<const Weight*>(rows.bias)[index];
-    Result result;
+    if constexpr (kLayer) bias = v == 0 ? first_bias : reinterpret_cast<const Weight*>(rows.bias)[index];
+    float values[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float normed = (to_float(total[v].element[i]) - mean) * factor;
-      const float value = kLayer ? normed * weight.element[i] + bias.element[i] : normed * (1.0f + weight.element[i]);
-      result.element[i] = store_as<Out>(value, inverse_scale);
+      values[i] = kLayer ? normed * weight.element[i] + bias.element[i] : normed * (1.0f + weight.element[i]);
     }
-    static_cast<Result*>(rows.out)[row + index] = result;
+    static_cast<Result*>(rows.out)[row + index] = store_all<Out>(values, inverse_scale);
   }
 }
 
 template <typename T, typename Out, bool kLayer>
 __global__ void __launch_bounds__(kMaxThreads) row_norm_scalar_kernel(Rows rows) {
   __shared__ float scratch[2][kMaxWarpsPerBlock];
+  dependency_wait();
+  dependency_release();
   const int width = rows.width;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
   const T* x = static_cast<const T*>(rows.x) + row;
@@ -154,14 +165,11 @@ cudaError_t launch(const Rows& rows, int64_t count, cudaStream_t stream) {
   const bool whole_vectors = rows.width % N == 0 && aligned_to_16_bytes(rows.x) && aligned_to_16_bytes(rows.residual) &&
                              aligned_to_16_bytes(rows.weight) && aligned_to_16_bytes(rows.bias) &&
                              aligned_to_16_bytes(rows.out) && aligned_to_16_bytes(rows.total);
-  if (!whole_vectors || vectors_per_thread > kMaxVectors) {
-    row_norm_scalar_kernel<T, Out, kLayer><<<grid, block_threads(rows.width), 0, stream>>>(rows);
-  } else if (vectors_per_thread == 1) {
-    row_norm_vector_kernel<T, Out, kLayer, 1><<<grid, threads, 0, stream>>>(rows);
-  } else {
-    row_norm_vector_kernel<T, Out, kLayer, kMaxVectors><<<grid, threads, 0, stream>>>(rows);
-  }
-  return cudaGetLastError();
+  if (!whole_vectors || vectors_per_thread > kMaxVectors)
+    return launch_dependent(row_norm_scalar_kernel<T, Out, kLayer>, grid, block_threads(rows.width), 0, stream, rows);
+  if (vectors_per_thread == 1)
+    return launch_dependent(row_norm_vector_kernel<T, Out, kLayer, 1>, grid, threads, 0, stream, rows);
+  return launch_dependent(row_norm_vector_kernel<T, Out, kLayer, kMaxVectors>, grid, threads, 0, stream, rows);
 }
 
 }  // namespace

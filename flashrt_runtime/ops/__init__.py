@@ -144,8 +144,11 @@ def attention(
     """Attention of every query over all unmasked keys; see `reference.attention`.
 
     lengths: cumulative lengths (2,) int32 on the device of queries and of unmasked keys, when the mask is a
-    prefix. Without a bias to read, the library's variable-length kernel takes half the masked one's time.
+    prefix. Our kernel serves Gemma's heads on Hopper; elsewhere the library's variable-length kernel, with no
+    bias to read, takes half the masked one's time.
     """
+    if _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k):
+        return prefix.attention(q, k, v, None if lengths is None else lengths[1][1], scale)
     if lengths is None or not q.is_cuda or q.dtype == torch.float32:
         out = reference.attention(q, k, v, key_mask)
     else:

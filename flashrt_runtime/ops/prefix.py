@@ -14,6 +14,7 @@ from .reference import E4M3
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 IDENTITY, GELU, GEGLU = range(3)
+ATTENTION_DIM = 256
 
 
 def norm(
@@ -115,6 +116,47 @@ def split_qkv_rope(
         _stream(qkv),
     )
     return q
+
+
+def attention_supported(q: Tensor, k: Tensor) -> bool:
+    """Whether `attention` serves these shapes on this GPU: Gemma's heads in bfloat16, on Hopper."""
+    return (
+        q.dtype == k.dtype == torch.bfloat16
+        and q.shape[2] == ATTENTION_DIM
+        and k.shape[1] == 1
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: Tensor | None) -> Tensor:
+    """See `reference.attention`, where the first `valid` keys (int32 scalar on the device) are unmasked."""
+    queries, heads, head_dim = q.shape
+    q = q.contiguous()
+    _check_attention(q, k, v)
+    out = torch.empty(queries, heads * head_dim, dtype=q.dtype if scale is None else E4M3, device=q.device)
+    native.load().prefix_attention(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        _address(valid),
+        _address(scale),
+        out.data_ptr(),
+        queries * heads,
+        k.shape[0],
+        _stream(q),
+    )
+    return out
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape != v.shape or k.shape[1:] != (1, q.shape[2]) or q.shape[2] != ATTENTION_DIM:
+        raise ValueError(
+            f"attention: expected q (queries, heads, {ATTENTION_DIM}) and k, v (keys, 1, {ATTENTION_DIM}), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != torch.bfloat16 or tensor.device != q.device or not tensor.is_contiguous():
+            raise ValueError(f"attention: {name} must be contiguous bfloat16 on {q.device}, got {tensor.dtype}")
 
 
 def camera_patches(frames: Tensor, views: Tensor, size: int, patch: int, antialias: bool) -> Tensor:

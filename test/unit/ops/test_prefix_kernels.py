@@ -167,6 +167,30 @@ def test_scaled_linear_against_definition() -> None:
         assert (got - want).norm() / want.norm() < 5e-3
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize(("keys", "valid"), [(1, None), (64, None), (65, 65), (200, 129), (560, 530), (824, 17)])
+@pytest.mark.parametrize("tokens", [1, 10, 77, 560])
+def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -> None:
+    if not prefix.attention_supported(*(torch.empty(1, 1, 256, device="cuda", dtype=torch.bfloat16),) * 2):
+        pytest.skip("compiled for compute capability 9.0 only")
+    q = (torch.randn(tokens, 8, 256, device="cuda") * 2).bfloat16()
+    k, v = torch.randn(2, keys, 1, 256, device="cuda").bfloat16()
+    if valid is not None:  # what is not attended may be anything
+        k[valid:], v[valid:] = float("nan"), float("nan")
+    attended = slice(valid)
+    want = reference.attention(q.float(), k[attended].float(), v[attended].float())
+    scale = scale_for(want) if quantised else None
+    length = None if valid is None else torch.tensor(valid, dtype=torch.int32, device="cuda")
+    got = prefix.attention(q, k, v, length, scale)
+    assert torch.equal(got.float(), prefix.attention(q, k, v, length, scale).float()), "not the same twice"
+    assert torch.isfinite(got.float()).all()
+    plain = got.float() if scale is None else got.float() * scale
+    # probabilities and the result are rounded to bfloat16, or the result to e4m3
+    bound = 0.07 if quantised else 1e-2
+    assert ((plain - want).abs() <= bound * want.abs() + 0.01 * want.abs().amax()).all()
+    assert (plain - want).norm() / want.norm() < (4e-2 if quantised else 6e-3)
+
+
 def test_refuses_what_does_not_fit() -> None:
     x, weight = torch.randn(4, 64, device="cuda"), torch.randn(64, device="cuda")
     for bad in (x.cpu(), x.double(), x.t()):

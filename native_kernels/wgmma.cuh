@@ -1,0 +1,87 @@
+// Hopper's asynchronous matrix instructions on bf16: descriptors, ordering, and the shapes that are used.
+//
+// Operands in shared memory are panels of 128-byte rows (64 bf16) in the 128-byte swizzle: the 16-byte piece c of row r
+// lies at piece c ^ (r % 8). A panel starts on a multiple of 1024 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "hopper.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLASHRT_DEVICE_HAS_WGMMA 1
+#else
+#define FLASHRT_DEVICE_HAS_WGMMA 0
+#endif
+
+namespace flashrt {
+namespace wgmma {
+
+// Rows along the reduction (K-major): 8-row groups lie 1024 bytes apart, a step of 16 elements is 32 bytes further.
+// Rows across it (transposed operand): `panel_bytes` from one 64 columns to the next, a step of 16 rows is 2048 bytes.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+  return kSwizzle128 | (uint64_t(1024 >> 4) << 32) | (uint64_t(panel_bytes >> 4) << 16) | ((address & 0x3ffff) >> 4);
+}
+
+__device__ __forceinline__ void fence() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits for every product that was committed.
+__device__ __forceinline__ void wait() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+
+// What this thread's stores or asynchronous copies left in shared memory, for the matrix unit to read.
+__device__ __forceinline__ void operand_fence() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#define FLASHRT_F4(d, i) "+f"((d)[i]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3])
+#define FLASHRT_F16(d, i) FLASHRT_F4(d, i), FLASHRT_F4(d, (i) + 4), FLASHRT_F4(d, (i) + 8), FLASHRT_F4(d, (i) + 12)
+
+// D (64 x 64) = [D +] A (64 x 16) B (64 x 16)^T, both from shared memory, rows along the reduction.
+__device__ __forceinline__ void multiply_64x64(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+      : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+#endif
+}
+
+// D (64 x 128) += A (64 x 16) B (16 x 128): A in registers, B from shared memory with rows across the reduction.
+__device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+      : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+
+#undef FLASHRT_F16
+#undef FLASHRT_F4
+
+}  // namespace wgmma
+}  // namespace flashrt
