@@ -84,10 +84,19 @@ def transfers(engine: Engine, example: Example) -> dict[str, float]:
     noise = np.zeros((config.horizon, config.action_dim), np.float32)
     tokens = np.ones(40, np.int64)
     images = example.images()
-    count = staging.write(images, 552, tokens, None, noise)
-    write = timing.wall_times(lambda: staging.write(images, 552, tokens, None, noise), 100)
+    count = staging.write_images(images)
+
+    def write_all() -> None:
+        staging.write_images(images)
+        staging.write(552, tokens, None, noise)
+
+    def upload_all() -> None:
+        staging.upload_images(count)
+        staging.upload()
+
+    write = timing.wall_times(write_all, 100)
     with torch.cuda.stream(engine.stream):
-        up = timing.replay_times(lambda: staging.upload(count), 100)
+        up = timing.replay_times(upload_all, 100)
         down = timing.replay_times(lambda: staging.actions.copy_(engine.actions, non_blocking=True), 100)
     names = ("staging", "h2d", "d2h")
     return {name: timing.summary(times)["p50"] for name, times in zip(names, (write, up, down), strict=True)}

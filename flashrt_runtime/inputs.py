@@ -86,12 +86,17 @@ class ObservationEncoder:
         seed: int | None = None,
         *,
         keep_prompt: bool = False,
+        on_views: Callable[[list[NDArray[np.uint8]]], None] | None = None,
     ) -> ModelInputs:
         """`Policy.predict`'s arguments in model space, raising as it does.
 
-        keep_prompt: `prompt` is in force from now on; otherwise it serves this observation alone.
+        keep_prompt: `prompt` is in force from now on; otherwise it serves this observation alone. on_views:
+        called with the ordered views as soon as they are checked, before all else.
         """
-        views, start = self.ordered_views(images), self._start_noise(noise, seed)
+        views = self.ordered_views(images)
+        if on_views is not None:
+            on_views(views)
+        start = self._start_noise(noise, seed)
         normalized = self.normalized_state(state)
         tokens = self._tokens(prompt, normalized, keep_prompt)
         return ModelInputs(views, tokens, self._padded(normalized), start)

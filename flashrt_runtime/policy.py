@@ -141,7 +141,9 @@ class Policy:
                     f"{self.spec.checkpoint}: no action statistics (norm_stats), so no actions in the "
                     "robot's units; use sample_actions for model space"
                 )
-            inputs = self._encode(images, prompt, state, noise, seed, keep_prompt=True)
+            inputs = self._encode(
+                images, prompt, state, noise, seed, keep_prompt=True, on_views=self._begin
+            )
             if isinstance(model, Pi0Fast) and self._action_tokens is None:
                 raise TokenizerNotFoundError(
                     f"{self.spec.checkpoint}: the tokenizers of its action tokens were not found when it was "
@@ -391,6 +393,8 @@ class Policy:
         with self._lock:
             if self._model is not None:
                 self._model.release()
+            if self._engine is not None:
+                self._engine.close()
             self._model = None
             self._engine = None
             self._calibration = None
@@ -414,6 +418,11 @@ class Policy:
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
         output = self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy(), guide)
         return self._decoded(output)
+
+    def _begin(self, views: list[NDArray[np.uint8]]) -> None:
+        """Let the images go to the GPU while the prompt is encoded."""
+        if self._engine is not None and len(views) == len(self.spec.views):
+            self._engine.begin(views)
 
     def _eager(
         self, model: PrefixPolicy, inputs: ModelInputs, guide: GuideArrays | None = None

@@ -43,6 +43,11 @@ void prefix_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t valid, ui
         "prefix_attention");
 }
 
+void vision_attention(uintptr_t qkv, uintptr_t scale, uintptr_t out, int64_t views, int64_t heads, uintptr_t stream) {
+  check(flashrt::vision_attention(pointer(qkv), pointer<float>(scale), pointer(out), views, heads, stream_of(stream)),
+        "vision_attention");
+}
+
 void camera_patches(uintptr_t frames, uintptr_t views, uintptr_t out, int count, int size, int patch, bool antialias,
                     uintptr_t stream) {
   check(flashrt::camera_patches(pointer<uint8_t>(frames), pointer<int64_t>(views), pointer<float>(out), count, size,
@@ -64,6 +69,7 @@ void bind_prefix(py::module_& module) {
   module.def("activation", &activation);
   module.def("qkv_rope", &qkv_rope);
   module.def("prefix_attention", &prefix_attention);
+  module.def("vision_attention", &vision_attention);
   module.def("camera_patches", &camera_patches);
   module.def("embed_tokens", &embed_tokens);
 }

@@ -29,6 +29,10 @@ cudaError_t qkv_rope(const void* qkv, const float* cos, const float* sin, const 
 cudaError_t prefix_attention(const void* q, const void* k, const void* v, const int* valid, const float* scale,
                              void* out, int64_t rows, int64_t keys, cudaStream_t stream);
 
+// vision_attention.cu, compute capability 9.0 only
+cudaError_t vision_attention(const void* qkv, const float* scale, void* out, int64_t views, int64_t heads,
+                             cudaStream_t stream);
+
 // camera_patches.cu
 cudaError_t camera_patches(const uint8_t* frames, const int64_t* views, float* out, int count, int size, int patch,
                            bool antialias, cudaStream_t stream);

@@ -66,6 +66,40 @@ __device__ __forceinline__ void multiply_64x64(float (&d)[32], uint64_t a, uint6
 #endif
 }
 
+// D (64 x 256) = [D +] A (64 x 16) B (256 x 16)^T, both from shared memory, rows along the reduction.
+__device__ __forceinline__ void multiply_64x256(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, 0, 0;\n}"
+      : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F16(d, 64),
+        FLASHRT_F16(d, 80), FLASHRT_F16(d, 96), FLASHRT_F16(d, 112)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+#endif
+}
+
+// D (64 x 72) = [D +] A (64 x 16) B (16 x 72): A in registers, B from shared memory with rows across the reduction.
+__device__ __forceinline__ void multiply_64x72(float (&d)[36], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35}, {%36,%37,%38,%39}, %40, p, 1, 1, 1;\n}"
+      : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F4(d, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));
+#endif
+}
+
 // D (64 x 128) += A (64 x 16) B (16 x 128): A in registers, B from shared memory with rows across the reduction.
 __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
 #if FLASHRT_DEVICE_HAS_WGMMA

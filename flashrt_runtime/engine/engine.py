@@ -11,6 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import ops
 from ..config import PATCH_SIZE, FamilyRules
 from ..guidance import GuideArrays, RtcMode
 from ..models import FlowPolicy, PrefixPolicy
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 BUCKETS = (48, 64, 96, 128)
 TIMED_REPLAYS = 5
+# of an expected replay that the waiting thread sleeps; the rest it polls, without the GIL
+SLEPT_SHARE = 0.7
+SHORTEST_SLEEP_S = 2e-3
 
 
 def prompt_buckets(capacity: int) -> tuple[int, ...]:
@@ -70,13 +75,17 @@ class Engine:
         self.resize_rule = rules.resize
         self.on_device_resize = native.available()
         self.stream = torch.cuda.Stream(device)
-        self.done = torch.cuda.Event(blocking=True)
+        self.done = torch.cuda.Event()
         self.started, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         config = model.config
         self.buckets = prompt_buckets(config.prompt_capacity)
         self.image_tokens = model.num_views * config.vision.tokens
         self.captures = 0
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graph_ms: dict[int, float] = {}
+        self.before = torch.cuda.Event()
+        self.copier = ThreadPoolExecutor(1, thread_name_prefix="flashrt-images")
+        self.begun: tuple[Sequence[NDArray[np.uint8]], Future[None]] | None = None
         self.actions = model.new_output(device)  # action tokens, where the model generates those
         self.whole = whole
         self.repeats: Repeats | None = None
@@ -112,7 +121,7 @@ class Engine:
     def forward(self, bucket: int) -> None:
         """The work that is captured: staged observation in, `actions` out, up to what the model repeats."""
         model, staging = self.model, self.staging
-        model.prefix_length.copy_(staging.prefix_length)
+        ops.assign(model.prefix_length, staging.prefix_length)
         model.prefill_padded(self.images(), staging.tokens[:bucket])
         with guided(model, self.guide):
             model.generate(staging.state, staging.noise, self.actions)
@@ -147,7 +156,8 @@ class Engine:
                 self.forward(bucket)
             self.captures += 1
             candidates.append((self._replay_time(graph), len(candidates), graph))
-        return min(candidates)[2]
+        self.graph_ms[bucket], _, fastest = min(candidates)
+        return fastest
 
     def _replay_time(self, graph: torch.cuda.CUDAGraph) -> float:
         times: list[float] = []
@@ -179,15 +189,42 @@ class Engine:
         noise: NDArray[np.float32],
         guide: GuideArrays | None = None,
     ) -> None:
-        length = self.image_tokens + len(tokens)
+        self._join(images)
+        extra = None
+        if self.rtc != "off":
+            extra = (GuideArrays.none(self.model.config) if guide is None else guide).arrays()
+        self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
+        self.staging.upload()
+
+    def begin(self, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Start to stage and upload the images of the next `run` on another thread, while the caller prepares
+        the rest of it. Images that do not fit are left to `run`.
+        """
+        if self.begun is not None:  # of an observation that came to nothing
+            self.begun[1].result()
+            self.begun = None
+        if self._fits(images):
+            self.begun = images, self.copier.submit(self._upload_images, images)
+
+    def _join(self, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Have the images uploaded: those that were begun, or others now."""
+        begun, self.begun = self.begun, None
+        if begun is not None:
+            begun[1].result()
+        if begun is None or begun[0] is not images:
+            self._upload_images(images)
+
+    def _upload_images(self, images: Sequence[NDArray[np.uint8]]) -> None:
         if not self.on_device_resize:
             size, rule = self.model.config.vision.image_size, self.resize_rule
             pixels = [prepare_image(image, size, rule).numpy() for image in images]
             images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
-        extra = None
-        if self.rtc != "off":
-            extra = (GuideArrays.none(self.model.config) if guide is None else guide).arrays()
-        self.staging.upload(self.staging.write(images, length, tokens, state, noise, extra))
+        count = self.staging.write_images(images)
+        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            self.staging.upload_images(count)
+
+    def _fits(self, images: Sequence[NDArray[np.uint8]]) -> bool:
+        return not self.on_device_resize or sum(image.size for image in images) <= self.staging.frame_bytes
 
     def bucket_of(self, tokens: int) -> int:
         """The smallest bucket that holds a prompt of `tokens`."""
@@ -209,8 +246,8 @@ class Engine:
         Returns the model's output: (horizon, action_dim) float32 in model space, or (max_tokens,) int64.
         Waits without holding the GIL.
         """
-        needed = sum(image.size for image in images)
-        if self.on_device_resize and needed > self.staging.frame_bytes:
+        if not self._fits(images):
+            needed = sum(image.size for image in images)
             logger.warning(
                 "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
             )
@@ -222,14 +259,26 @@ class Engine:
                 self.staging, self.graphs, self.repeats = before
                 raise
         # a calibration on the caller's stream writes scales and cache that the graph reads and writes
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.before.record(torch.cuda.current_stream(self.device))
+        self.stream.wait_event(self.before)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self._upload(images, tokens, state, noise, guide)
-            self.graphs[self.bucket_of(len(tokens))].replay()
+            bucket = self.bucket_of(len(tokens))
+            self.graphs[bucket].replay()
             if self.repeats is not None:
                 self.repeats.run()
             self.staging.actions.copy_(self.actions, non_blocking=True)
             self.done.record(self.stream)
-        self.done.synchronize()
+        self._wait(self.graph_ms[bucket] / 1e3)
         result: NDArray[np.generic] = self.staging.actions.numpy().copy()
         return result
+
+    def _wait(self, expected_s: float) -> None:
+        """Sleep through most of a replay, then poll: waking up from a blocking wait takes longer."""
+        if expected_s > SHORTEST_SLEEP_S:
+            time.sleep(expected_s * SLEPT_SHARE)
+        self.done.synchronize()
+
+    def close(self) -> None:
+        """End the thread that copies images; nothing may be run afterwards."""
+        self.copier.shutdown()

@@ -21,7 +21,7 @@ from ..models import FlowPolicy, Pi05
 from ..ops import expert_steps as steps_op
 from ..ops import native
 from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
-from ..quantization.fp8 import Fp8Linear
+from ..quantization.fp8 import Fp8Linear, fp8_linears
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,9 @@ def attach(model: FlowPolicy, device: torch.device) -> None:
             model.fused_expert = fused
     if reason is not None:
         logger.warning("expert by the model's own, slower loop: for the fused kernel, %s", reason)
+        for linear in fp8_linears(model).values():
+            if not linear.static:
+                linear.widen()
 
 
 def _linear(layer: GemmaLayer, name: str) -> Linear:

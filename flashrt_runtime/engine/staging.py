@@ -1,4 +1,6 @@
-"""One observation in one block of pinned memory and its twin on the device: one copy there, one copy back."""
+"""One observation in one block of pinned memory and its twin on the device: its images in one copy, which may start
+early, all else in another, and one copy back.
+"""
 
 from __future__ import annotations
 
@@ -71,21 +73,25 @@ class Staging:
         """Room for the images of one observation."""
         return self.frames.numel()
 
-    def write(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        prefix_length: int,
-        tokens: NDArray[np.int64],
-        state: NDArray[np.float32] | None,
-        noise: NDArray[np.float32],
-        extra: Mapping[str, NDArray[np.generic]] | None = None,
-    ) -> int:
-        """Write one observation into the pinned block. Returns how many of its bytes are to be copied."""
+    def write_images(self, images: Sequence[NDArray[np.uint8]]) -> int:
+        """Write the images (H, W, 3) uint8 into the pinned block. Returns how many bytes they take."""
         parts, offset = self.host_parts, 0
         for index, image in enumerate(images):
             parts["views"][index] = (offset, image.shape[0], image.shape[1])
             parts["frames"][offset : offset + image.size] = image.reshape(-1)
             offset += image.size
+        return offset
+
+    def write(
+        self,
+        prefix_length: int,
+        tokens: NDArray[np.int64],
+        state: NDArray[np.float32] | None,
+        noise: NDArray[np.float32],
+        extra: Mapping[str, NDArray[np.generic]] | None = None,
+    ) -> None:
+        """Write all else of one observation into the pinned block."""
+        parts = self.host_parts
         parts["prefix_length"][...] = prefix_length
         parts["tokens"][: len(tokens)] = tokens
         parts["tokens"][len(tokens) :] = 0
@@ -94,8 +100,12 @@ class Staging:
         parts["noise"][:] = noise
         for name, values in (extra or {}).items():
             parts[name][...] = values
-        return self.frames_offset + offset
 
-    def upload(self, count: int) -> None:
-        """Start the copy of the block's first `count` bytes on the current stream."""
-        self.device[:count].copy_(self.host[:count], non_blocking=True)
+    def upload_images(self, count: int) -> None:
+        """Start the copy of `count` bytes of images on the current stream."""
+        start, end = self.frames_offset, self.frames_offset + count
+        self.device[start:end].copy_(self.host[start:end], non_blocking=True)
+
+    def upload(self) -> None:
+        """Start the copy of all else, where each image lies among it, on the current stream."""
+        self.device[: self.frames_offset].copy_(self.host[: self.frames_offset], non_blocking=True)

@@ -42,7 +42,7 @@ class PaliGemma(nn.Module):
         """
         image_tokens = self.vision(images).flatten(0, 1)
         x: Tensor = image_tokens.new_empty(image_tokens.shape[0] + tokens.shape[0], self.width)
-        x[: image_tokens.shape[0]] = image_tokens
+        ops.assign(x[: image_tokens.shape[0]], image_tokens)
         self.embed_text(tokens, x[image_tokens.shape[0] :])
         return x
 

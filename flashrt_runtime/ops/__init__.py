@@ -15,6 +15,7 @@ from .reference import (
     E4M3_MAX,
     ada_rms_norm,
     apply_rope,
+    assign,
     euler_step,
     gated_add_ada_rms_norm,
     patchify,
@@ -28,6 +29,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
+    "assign",
     "attention",
     "embed_tokens",
     "euler_step",
@@ -161,6 +163,8 @@ def attention(
 
 def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -> Tensor:
     """Attention within each view; see `reference.vision_attention`."""
+    if _native(qkv) and prefix.vision_attention_supported(qkv, num_heads):
+        return prefix.vision_attention(qkv, num_heads, scale)
     out = reference.vision_attention(qkv, num_heads)
     return out if scale is None else quantise(out, scale)
 

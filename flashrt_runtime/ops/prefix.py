@@ -15,6 +15,7 @@ from .reference import E4M3
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 IDENTITY, GELU, GEGLU = range(3)
 ATTENTION_DIM = 256
+VISION_DIM, VISION_TOKENS = 72, 256
 
 
 def norm(
@@ -148,15 +149,43 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: Tens
     return out
 
 
+def vision_attention_supported(qkv: Tensor, num_heads: int) -> bool:
+    """Whether `vision_attention` serves these shapes on this GPU: SigLIP's in bfloat16, on Hopper."""
+    return (
+        qkv.dtype == torch.bfloat16
+        and qkv.shape[1:] == (VISION_TOKENS, 3 * num_heads * VISION_DIM)
+        and torch.cuda.get_device_capability(qkv.device) == (9, 0)
+    )
+
+
+def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None) -> Tensor:
+    """See `reference.vision_attention`; qkv: (views, 256, 3 * num_heads * 72) bfloat16."""
+    qkv = qkv.contiguous()
+    _check("vision_attention", qkv, scale=scale)
+    if not vision_attention_supported(qkv, num_heads):
+        raise ValueError(
+            f"vision_attention: {num_heads} heads of {tuple(qkv.shape)} {qkv.dtype} are not served"
+        )
+    views, tokens, triple = qkv.shape
+    dtype = qkv.dtype if scale is None else E4M3
+    out = torch.empty(views, tokens, triple // 3, dtype=dtype, device=qkv.device)
+    native.load().vision_attention(
+        qkv.data_ptr(), _address(scale), out.data_ptr(), views, num_heads, _stream(qkv)
+    )
+    return out
+
+
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != v.shape or k.shape[1:] != (1, q.shape[2]) or q.shape[2] != ATTENTION_DIM:
         raise ValueError(
-            f"attention: expected q (queries, heads, {ATTENTION_DIM}) and k, v (keys, 1, {ATTENTION_DIM}), got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            f"attention: expected q (queries, heads, {ATTENTION_DIM}) and k, v (keys, 1, {ATTENTION_DIM}), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.bfloat16 or tensor.device != q.device or not tensor.is_contiguous():
-            raise ValueError(f"attention: {name} must be contiguous bfloat16 on {q.device}, got {tensor.dtype}")
+            raise ValueError(
+                f"attention: {name} must be contiguous bfloat16 on {q.device}, got {tensor.dtype}"
+            )
 
 
 def camera_patches(frames: Tensor, views: Tensor, size: int, patch: int, antialias: bool) -> Tensor:

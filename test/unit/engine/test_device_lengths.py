@@ -80,8 +80,10 @@ def test_staging_is_one_block() -> None:
     ]
     tokens = torch.arange(5).numpy()
     state, noise = torch.randn(32).numpy(), torch.randn(10, 32).numpy()
-    staging.write(images, 999, torch.full((200,), 9).numpy(), state, noise)
-    staging.upload(staging.write(images, 517, tokens, state, noise))
+    staging.write(999, torch.full((200,), 9).numpy(), state, noise)
+    staging.upload_images(staging.write_images(images))
+    staging.write(517, tokens, state, noise)
+    staging.upload()
     assert int(staging.prefix_length) == 517
     assert staging.tokens.tolist() == [0, 1, 2, 3, 4, *[0] * 195]
     assert torch.equal(staging.noise, torch.from_numpy(noise))
@@ -100,7 +102,9 @@ def test_staging_holds_further_inputs_before_the_frames() -> None:
     values = {"weight": torch.rand(10).numpy(), "frozen": (torch.arange(10) < 3).numpy()}
     image, tokens = torch.zeros(2, 3, 3, dtype=torch.uint8).numpy() + 7, torch.arange(5).numpy()
     noise = torch.randn(10, 32).numpy()
-    staging.upload(staging.write([image], 9, tokens, None, noise, values))
+    staging.write(9, tokens, None, noise, values)
+    staging.upload_images(staging.write_images([image]))
+    staging.upload()
     assert torch.equal(staging.noise, torch.from_numpy(noise))
     assert staging.frames[: image.size].eq(7).all()
     for name, array in values.items():

@@ -168,7 +168,9 @@ def test_scaled_linear_against_definition() -> None:
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize(("keys", "valid"), [(1, None), (64, None), (65, 65), (200, 129), (560, 530), (824, 17)])
+@pytest.mark.parametrize(
+    ("keys", "valid"), [(1, None), (64, None), (65, 65), (200, 129), (560, 530), (824, 17)]
+)
 @pytest.mark.parametrize("tokens", [1, 10, 77, 560])
 def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -> None:
     if not prefix.attention_supported(*(torch.empty(1, 1, 256, device="cuda", dtype=torch.bfloat16),) * 2):
@@ -186,6 +188,25 @@ def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -
     assert torch.isfinite(got.float()).all()
     plain = got.float() if scale is None else got.float() * scale
     # probabilities and the result are rounded to bfloat16, or the result to e4m3
+    bound = 0.07 if quantised else 1e-2
+    assert ((plain - want).abs() <= bound * want.abs() + 0.01 * want.abs().amax()).all()
+    assert (plain - want).norm() / want.norm() < (4e-2 if quantised else 6e-3)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_vision_attention(views: int, heads: int, quantised: bool) -> None:
+    qkv = torch.randn(views, 256, 3 * heads * 72, device="cuda").bfloat16()
+    if not prefix.vision_attention_supported(qkv, heads):
+        pytest.skip("compiled for compute capability 9.0 only")
+    qkv[..., : heads * 72] *= 2
+    want = reference.vision_attention(qkv.float(), heads)
+    scale = scale_for(want) if quantised else None
+    got = prefix.vision_attention(qkv, heads, scale)
+    assert torch.equal(got.float(), prefix.vision_attention(qkv, heads, scale).float()), "not the same twice"
+    assert torch.isfinite(got.float()).all()
+    plain = got.float() if scale is None else got.float() * scale
     bound = 0.07 if quantised else 1e-2
     assert ((plain - want).abs() <= bound * want.abs() + 0.01 * want.abs().amax()).all()
     assert (plain - want).norm() / want.norm() < (4e-2 if quantised else 6e-3)
