@@ -1,5 +1,6 @@
-"""One observation in one block of pinned memory and its twin on the device: its images in one copy, which may start
-early, all else in another, and one copy back.
+"""One observation in one block of pinned memory and its twin on the device.
+
+Its images go there in one copy, which may start early, all else in another; the result comes back in one.
 """
 
 from __future__ import annotations
