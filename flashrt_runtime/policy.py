@@ -393,8 +393,6 @@ class Policy:
         with self._lock:
             if self._model is not None:
                 self._model.release()
-            if self._engine is not None:
-                self._engine.close()
             self._model = None
             self._engine = None
             self._calibration = None

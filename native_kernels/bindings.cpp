@@ -175,9 +175,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"),
              py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"),
              py::arg("stream"));
-  module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"),
-             py::arg("weight"), py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"),
-             py::arg("stream"));
+  module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"), py::arg("weight"),
+             py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"), py::arg("stream"));
   module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"),
              py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),
              py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"),

@@ -14,34 +14,20 @@ inline bool dependent_launch_supported() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
 }
 
-// A grid of `blocks` in clusters of `cluster` (0: none).
 template <typename... Parameters>
-cudaError_t launch_dependent_clusters(void (*kernel)(Parameters...), dim3 grid, unsigned cluster, dim3 block,
-                                      size_t shared_bytes, cudaStream_t stream, Parameters... parameters) {
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (dependent_launch_supported()) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster > 0) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {cluster, 1, 1};
-  }
+cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                             cudaStream_t stream, Parameters... parameters) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = dependent_launch_supported() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, parameters...);
-}
-
-template <typename... Parameters>
-cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                             cudaStream_t stream, Parameters... parameters) {
-  return launch_dependent_clusters(kernel, grid, 0, block, shared_bytes, stream, parameters...);
 }
 
 }  // namespace flashrt

@@ -6,13 +6,12 @@
 // of different heads see the same keys, so a head is nothing but more rows.
 //
 // Bytes moved: q, k, v, out once: 560 tokens x 8 heads are 4.1 MB with e4m3 out, 1 us at 4.3 TB/s; 2.6 GFLOP, 3.3 us at
-// 790 TFLOP/s. What bounds it is K and V from L2 into every block: 573 KB for 128 rows.
+// 790 TFLOP/s. What bounds it is K and V from L2 into every multiprocessor that works: 573 KB, 5 us at 64 B a clock.
 //
-// A cluster of up to 8 blocks has 128 rows and shares the tiles of 64 keys out in turn; a block is two warpgroups of 64
-// rows on the same tiles, the next of which is copied meanwhile. In the end each block merges its part of the rows from
-// the others' shared memory. fp32 softmax in base 2; probabilities are rounded to bf16 for the product.
-#include <cooperative_groups.h>
-
+// A block is 64 rows and two warpgroups that take the tiles of 64 keys in turn, each with its own softmax; one
+// multiplies while the other exponentiates. The next K is copied while P V runs, the next V while q k^T runs. In the
+// end each warpgroup merges half of the columns. fp32 softmax in base 2; probabilities are rounded to bf16 for the
+// product.
 #include "dependent_launch.h"
 #include "prefix.h"
 #include "quantise.cuh"
@@ -24,19 +23,12 @@
 namespace flashrt {
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kDim = 256, kRows = 128, kKeys = 64, kMaxSplits = 8;
-constexpr int kGroupThreads = 128, kThreads = 2 * kGroupThreads, kGroupRows = kRows / 2;
-constexpr int kRowVectors = kDim * 2 / 16;   // 16-byte pieces of a row
-constexpr int kPanelBytes = 64 * 128;        // 64 rows x 64 columns
-constexpr int kTileBytes = 4 * kPanelBytes;  // 64 x 256
-constexpr int kPartStride = kDim + 8;        // floats of a row of partial results
-constexpr int kStages = 2;
-constexpr int kTiles = 2 + 2 * kStages;                   // q of both warpgroups, then K and V of each stage
-constexpr int kSharedBytes = kTiles * kTileBytes + 1024;  // alignment
-static_assert(kRows * kPartStride * sizeof(float) <= kTiles * kTileBytes);
-constexpr float kFactor = 0.0625f * 1.4426950408889634f;  // 1 / sqrt(256), to base 2
+constexpr int kDim = 256, kRows = 64, kKeys = 64, kGroups = 2;
+constexpr int kGroupThreads = 128, kThreads = kGroups * kGroupThreads;
+constexpr int kRowVectors = kDim * 2 / 16;                           // 16-byte pieces of a row
+constexpr int kPanelBytes = 64 * 128, kTileBytes = 4 * kPanelBytes;  // 64 rows x 64 columns; 64 x 256
+constexpr int kSharedBytes = kTileBytes * (1 + 2 * kGroups) + 1024;  // q, then K and V of each group; alignment
+constexpr int kHalf = 64;                                            // of the columns' accumulators of a thread
 
 struct Problem {
   const __nv_bfloat16* q;
@@ -48,10 +40,15 @@ struct Problem {
   int rows, keys;
 };
 
+__device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
 // Start the copy of rows [first, first + 64) into swizzled panels; rows from `end` on become zero.
-__device__ __forceinline__ void load_tile(uint32_t shared, const __nv_bfloat16* rows, int first, int end) {
-#pragma unroll
-  for (int i = threadIdx.x; i < 64 * kRowVectors; i += kThreads) {
+template <int Threads>
+__device__ __forceinline__ void load_tile(uint32_t shared, const __nv_bfloat16* rows, int first, int end, int thread) {
+#pragma unroll 4
+  for (int i = thread; i < 64 * kRowVectors; i += Threads) {
     const int row = i / kRowVectors, piece = i % kRowVectors;
     const bool inside = first + row < end;
     copy_or_zero(swizzled(shared, row, piece, kPanelBytes),
@@ -62,11 +59,17 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const __nv_bfloat16* 
 // One warpgroup's running softmax: a thread has rows lane / 4 and 8 further of its warp's 16. `sum` is of this thread's
 // columns only until the end.
 struct State {
-  float low[64] = {}, high[64] = {};  // columns 0-127 and 128-255
+  float low[kHalf] = {}, high[kHalf] = {};  // columns 0-127 and 128-255
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) low[i] *= factor[i / 2 % 2], high[i] *= factor[i / 2 % 2];
+  }
 
   // Scores of 64 keys, of which those from `left` on do not count, become probabilities.
   __device__ __forceinline__ void absorb(float (&score)[32], int left, uint32_t (&probability)[4][4]) {
+    constexpr float kFactor = 0.0625f * 1.4426950408889634f;  // 1 / sqrt(256), to base 2
     const int column = threadIdx.x % 4 * 2;
     if (left < kKeys) {
 #pragma unroll
@@ -94,8 +97,7 @@ struct State {
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < 64; ++i) low[i] *= factor[i / 2 % 2], high[i] *= factor[i / 2 % 2];
+    rescale(factor);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -103,78 +105,72 @@ struct State {
   }
 };
 
-// One tile: K and V of this stage are in shared memory.
-__device__ __forceinline__ void attend(uint32_t q, uint32_t k, uint32_t v, int left, State& state) {
-  float score[32];
-  wgmma::fence();
+// This group's tiles: 64 * group, then every second one.
+__device__ __forceinline__ void attend(const Problem& p, int keys, int group, uint32_t q, uint32_t k, uint32_t v,
+                                       State& state) {
+  const int thread = threadIdx.x % kGroupThreads;
+  for (int first = group * kKeys; first < keys; first += kGroups * kKeys) {
+    const int next = first + kGroups * kKeys;
+    wait_copies<1>();  // K, and q before it; V may be on its way
+    wgmma::operand_fence();
+    group_barrier(group);
+    float score[32];
+    wgmma::fence();
 #pragma unroll
-  for (int d = 0; d < kDim / 16; ++d) {
-    const uint32_t at = d / 4 * kPanelBytes + d % 4 * 32;
-    wgmma::multiply_64x64(score, wgmma::descriptor(q + at, 16), wgmma::descriptor(k + at, 16), d > 0);
-  }
-  wgmma::commit();
-  wgmma::wait();
-  uint32_t probability[4][4];
-  state.absorb(score, left, probability);
-  wgmma::fence();
+    for (int d = 0; d < kDim / 16; ++d) {
+      const uint32_t at = d / 4 * kPanelBytes + d % 4 * 32;
+      wgmma::multiply_64x64(score, wgmma::descriptor(q + at, 16), wgmma::descriptor(k + at, 16), d > 0);
+    }
+    wgmma::commit();
+    wgmma::wait();
+    group_barrier(group);  // every warp is done with K
+    if (next < keys) load_tile<kGroupThreads>(k, p.k, next, keys, thread);
+    commit_copies();
+    uint32_t probability[4][4];
+    state.absorb(score, keys - first, probability);
+    wait_copies<1>();  // V; the next K may be on its way
+    wgmma::operand_fence();
+    group_barrier(group);
+    wgmma::fence();
 #pragma unroll
-  for (int step = 0; step < kKeys / 16; ++step) {
-    const uint32_t at = v + step * 16 * 128;
-    wgmma::multiply_64x128(state.low, probability[step], wgmma::descriptor(at, kPanelBytes));
-    wgmma::multiply_64x128(state.high, probability[step], wgmma::descriptor(at + 2 * kPanelBytes, kPanelBytes));
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const uint32_t at = v + step * 16 * 128;
+      wgmma::multiply_64x128(state.low, probability[step], wgmma::descriptor(at, kPanelBytes));
+      wgmma::multiply_64x128(state.high, probability[step], wgmma::descriptor(at + 2 * kPanelBytes, kPanelBytes));
+    }
+    wgmma::commit();
+    wgmma::wait();
+    group_barrier(group);
+    if (next < keys) load_tile<kGroupThreads>(v, p.v, next, keys, thread);
+    commit_copies();
   }
-  wgmma::commit();
-  wgmma::wait();
 }
 
-// A warpgroup's results so far, unnormalised, into rows of kPartStride floats.
-__device__ __forceinline__ void leave(const State& state, float* part, float2* softmax) {
-  const int thread = threadIdx.x % kGroupThreads, lane = thread % 32;
+// A group's half of the columns from both groups' states, as `Out` into rows of 256 in shared memory.
+template <typename Out>
+__device__ __forceinline__ void merge(const float (&own)[kHalf], const float* other, const float2* mine,
+                                      const float2* theirs, int group, float inverse_scale, Out* staged) {
+  const int thread = threadIdx.x % kGroupThreads, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = threadIdx.x / kGroupThreads * kGroupRows + thread / 32 * 16 + lane / 4 + r * 8;
-    const float sum = quad_sum(state.sum[r]);
-    if (lane % 4 == 0) softmax[row] = make_float2(state.maximum[r], sum);
-    float* target = part + row * kPartStride + lane % 4 * 2;
+    const int row = warp * 16 + lane / 4 + r * 8;
+    const float2 a = mine[row], b = theirs[row];  // maximum and sum
+    const float largest = fmaxf(a.x, b.x);
+    constexpr float kFactor = 0.0625f * 1.4426950408889634f;
+    const float of_a = a.y > 0.0f ? exp2f((a.x - largest) * kFactor) : 0.0f;
+    const float of_b = b.y > 0.0f ? exp2f((b.x - largest) * kFactor) : 0.0f;
+    const float total = a.y * of_a + b.y * of_b, inverse = total > 0.0f ? 1.0f / total : 0.0f;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int at = 4 * i + 2 * r;
-      *reinterpret_cast<float2*>(target + i * 8) = make_float2(state.low[at], state.low[at + 1]);
-      *reinterpret_cast<float2*>(target + 128 + i * 8) = make_float2(state.high[at], state.high[at + 1]);
-    }
-  }
-}
-
-// This block's share of the rows from every block's results; a thread has 16 columns of a row.
-template <typename Out, typename Cluster>
-__device__ __forceinline__ void merge(const Cluster& cluster, float* part, float2* softmax, const Problem& p,
-                                      int first_row) {
-  const int splits = cluster.num_blocks(), rank = cluster.block_rank();
-  const int begin = kRows * rank / splits, end = kRows * (rank + 1) / splits;
-  const float inverse_scale = inverse_scale_of<Out>(p.scale);
-  for (int i = begin * 16 + static_cast<int>(threadIdx.x); i < end * 16; i += kThreads) {
-    const int row = i / 16, column = i % 16 * 16;
-    if (first_row + row >= p.rows) break;
-    float largest = -INFINITY, total = 0.0f, values[16] = {};
-    for (int s = 0; s < splits; ++s) largest = fmaxf(largest, cluster.map_shared_rank(softmax, s)[row].x);
-    for (int s = 0; s < splits; ++s) {
-      const float2 of_split = cluster.map_shared_rank(softmax, s)[row];
-      const float factor = of_split.y > 0.0f ? exp2f((of_split.x - largest) * kFactor) : 0.0f;
-      total += of_split.y * factor;
-      const float4* source =
-          reinterpret_cast<const float4*>(cluster.map_shared_rank(part, s) + row * kPartStride + column);
+    for (int i = 0; i < kHalf / 4; ++i) {
+      float pair[2];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float4 four = source[j];
-        values[4 * j] += four.x * factor, values[4 * j + 1] += four.y * factor;
-        values[4 * j + 2] += four.z * factor, values[4 * j + 3] += four.w * factor;
+      for (int j = 0; j < 2; ++j) {
+        const int at = 4 * i + 2 * r + j;
+        pair[j] = (own[at] * of_a + other[at * kGroupThreads + thread] * of_b) * inverse;
       }
+      *reinterpret_cast<Vector<Out, 2>*>(staged + row * kDim + group * 128 + i * 8 + lane % 4 * 2) =
+          store_all<Out>(pair, inverse_scale);
     }
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) values[j] *= inverse;
-    *reinterpret_cast<Vector<Out, 16>*>(static_cast<Out*>(p.out) + int64_t(first_row + row) * kDim + column) =
-        store_all<Out>(values, inverse_scale);
   }
 }
 
@@ -182,67 +178,60 @@ template <typename Out>
 __global__ void __launch_bounds__(kThreads, 1) prefix_attention_kernel(const Problem p) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   extern __shared__ unsigned char raw[];
-  __shared__ float2 softmax[kRows];
-  const cg::cluster_group cluster = cg::this_cluster();
-  const int splits = cluster.num_blocks(), rank = cluster.block_rank();
+  __shared__ float2 softmax[kGroups][kRows];
   unsigned char* tiles = raw + (1024 - shared_address(raw) % 1024) % 1024;
-  const uint32_t q = shared_address(tiles), stages = q + 2 * kTileBytes;
-  const int first_row = blockIdx.x / splits * kRows;
+  const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads;
+  const uint32_t q = shared_address(tiles), k = q + kTileBytes * (1 + 2 * group), v = k + kTileBytes;
+  const int first_row = blockIdx.x * kRows;
   dependency_wait();
-  dependency_release();
   const int keys = p.valid == nullptr ? p.keys : max(0, min(p.keys, *p.valid));
 
-  load_tile(q, p.q, first_row, p.rows);
-  load_tile(q + kTileBytes, p.q, first_row + kGroupRows, p.rows);
-  int first = rank * kKeys, stage = 0;
-  if (first < keys) {
-    load_tile(stages, p.k, first, keys);
-    load_tile(stages + kTileBytes, p.v, first, keys);
-  }
+  load_tile<kThreads>(q, p.q, first_row, p.rows, threadIdx.x);
+  load_tile<kGroupThreads>(k, p.k, group * kKeys, keys, thread);
   commit_copies();
+  load_tile<kGroupThreads>(v, p.v, group * kKeys, keys, thread);
+  commit_copies();
+  wait_copies<1>();
+  wgmma::operand_fence();
+  __syncthreads();  // q was copied by both groups
   State state;
-  for (; first < keys; first += splits * kKeys, stage ^= 1) {
-    wait_copies<0>();
-    wgmma::operand_fence();
-    __syncthreads();  // this stage is there, and both warpgroups are done with the other
-    const int next = first + splits * kKeys;
-    const uint32_t k = stages + stage * 2 * kTileBytes, other = stages + (stage ^ 1) * 2 * kTileBytes;
-    if (next < keys) {
-      load_tile(other, p.k, next, keys);
-      load_tile(other + kTileBytes, p.v, next, keys);
-      commit_copies();
-    }
-    attend(q + threadIdx.x / kGroupThreads * kTileBytes, k, k + kTileBytes, keys - first, state);
-  }
+  attend(p, keys, group, q, k, v, state);
   wait_copies<0>();
-  __syncthreads();  // the operands make room
-  float* part = reinterpret_cast<float*>(tiles);
-  leave(state, part, softmax);
-  cluster.sync();
-  merge<Out>(cluster, part, softmax, p, first_row);
-  cluster.sync();  // nobody leaves while others read
-#endif
-}
+  dependency_release();
 
-// Blocks that share 128 rows: as many as the multiprocessors and the tiles of keys allow.
-int splits_of(int blocks, int keys) {
-  int device = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 1;
-  const int tiles = (keys + kKeys - 1) / kKeys;
-  int splits = multiprocessors / blocks < tiles ? multiprocessors / blocks : tiles;
-  if (splits > kMaxSplits) splits = kMaxSplits;
-  return splits < 1 ? 1 : splits;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = quad_sum(state.sum[r]);
+    if (thread % 4 == 0)
+      softmax[group][thread / 32 * 16 + thread % 32 / 4 + r * 8] = make_float2(state.maximum[r], sum);
+  }
+  // each group hands over the half that it does not merge, in its own K
+  float* given = reinterpret_cast<float*>(tiles + kTileBytes * (1 + 2 * group));
+  const float* taken = reinterpret_cast<const float*>(tiles + kTileBytes * (1 + 2 * (1 - group)));
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) given[i * kGroupThreads + thread] = group == 0 ? state.high[i] : state.low[i];
+  __syncthreads();
+  Out* staged = reinterpret_cast<Out*>(tiles);  // q has been read
+  const float inverse_scale = inverse_scale_of<Out>(p.scale);
+  if (group == 0) {
+    merge<Out>(state.low, taken, softmax[0], softmax[1], 0, inverse_scale, staged);
+  } else {
+    merge<Out>(state.high, taken, softmax[1], softmax[0], 1, inverse_scale, staged);
+  }
+  __syncthreads();
+  constexpr int Vectors = kDim * sizeof(Out) / 16;
+  for (int i = threadIdx.x; i < kRows * Vectors && first_row + i / Vectors < p.rows; i += kThreads)
+    reinterpret_cast<uint4*>(p.out)[int64_t(first_row) * Vectors + i] = reinterpret_cast<const uint4*>(staged)[i];
+#endif
 }
 
 template <typename Out>
 cudaError_t launch(const Problem& problem, cudaStream_t stream) {
-  const auto kernel = prefix_attention_kernel<Out>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const cudaError_t status =
+      cudaFuncSetAttribute(prefix_attention_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  const int blocks = (problem.rows + kRows - 1) / kRows, splits = splits_of(blocks, problem.keys);
-  return launch_dependent_clusters(kernel, blocks * splits, splits, kThreads, kSharedBytes, stream, problem);
+  const dim3 grid(static_cast<unsigned>((problem.rows + kRows - 1) / kRows));
+  return launch_dependent(prefix_attention_kernel<Out>, grid, kThreads, kSharedBytes, stream, problem);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -84,8 +83,7 @@ class Engine:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.graph_ms: dict[int, float] = {}
         self.before = torch.cuda.Event()
-        self.copier = ThreadPoolExecutor(1, thread_name_prefix="flashrt-images")
-        self.begun: tuple[Sequence[NDArray[np.uint8]], Future[None]] | None = None
+        self.begun: Sequence[NDArray[np.uint8]] | None = None
         self.actions = model.new_output(device)  # action tokens, where the model generates those
         self.whole = whole
         self.repeats: Repeats | None = None
@@ -189,7 +187,9 @@ class Engine:
         noise: NDArray[np.float32],
         guide: GuideArrays | None = None,
     ) -> None:
-        self._join(images)
+        if self.begun is not images:
+            self._upload_images(images)
+        self.begun = None
         extra = None
         if self.rtc != "off":
             extra = (GuideArrays.none(self.model.config) if guide is None else guide).arrays()
@@ -197,22 +197,14 @@ class Engine:
         self.staging.upload()
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> None:
-        """Start to stage and upload the images of the next `run` on another thread, while the caller prepares
-        the rest of it. Images that do not fit are left to `run`.
-        """
-        if self.begun is not None:  # of an observation that came to nothing
-            self.begun[1].result()
-            self.begun = None
-        if self._fits(images):
-            self.begun = images, self.copier.submit(self._upload_images, images)
+        """Start the upload of the next `run`'s images: it goes on while the caller prepares the rest.
 
-    def _join(self, images: Sequence[NDArray[np.uint8]]) -> None:
-        """Have the images uploaded: those that were begun, or others now."""
-        begun, self.begun = self.begun, None
-        if begun is not None:
-            begun[1].result()
-        if begun is None or begun[0] is not images:
+        Images that do not fit are left to `run`.
+        """
+        self.begun = None
+        if self._fits(images):
             self._upload_images(images)
+            self.begun = images
 
     def _upload_images(self, images: Sequence[NDArray[np.uint8]]) -> None:
         if not self.on_device_resize:
@@ -278,7 +270,3 @@ class Engine:
         if expected_s > SHORTEST_SLEEP_S:
             time.sleep(expected_s * SLEPT_SHARE)
         self.done.synchronize()
-
-    def close(self) -> None:
-        """End the thread that copies images; nothing may be run afterwards."""
-        self.copier.shutdown()
