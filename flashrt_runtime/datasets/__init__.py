@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .calibration_obs import load_calibration_obs
+from .calibration_obs import dataset_observations, load_calibration_obs
 from .folder import load_folder_obs
 from .sampling import Episode, Pick, pick_frames, stratified_sample
 
 __all__ = [
     "Episode",
     "Pick",
+    "dataset_observations",
     "load_calibration_obs",
     "load_folder_obs",
     "pick_frames",

@@ -1,16 +1,19 @@
-"""`load_calibration_obs`: observations of a LeRobot dataset for `Policy.calibrate`."""
+"""Observations for `Policy.calibrate`: of a LeRobot dataset, or of whatever a path holds."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import DatasetError, OptionError
 from ..processing.images import resize_with_pad
+from .folder import load_folder_obs
 from .lerobot import LeRobotDataset
 from .sampling import pick_frames
+from .views import match_views
 
 
 def load_calibration_obs(
@@ -55,3 +58,31 @@ def load_calibration_obs(
 def _fitted(pixels: Any, size: int) -> Any:
     planes = torch.from_numpy(pixels).permute(2, 0, 1)
     return resize_with_pad(planes, size, "antialias_uint8").permute(1, 2, 0).contiguous().numpy()
+
+
+def dataset_observations(
+    root: str | Path,
+    n: int,
+    views: Sequence[str],
+    task_filter: str | None = None,
+    exclude: Collection[int] = (),
+) -> Iterator[dict[str, Any]]:
+    """Observations for a policy of these views, of whatever there is: a LeRobot dataset, or a directory of
+    images (`load_folder_obs`).
+
+    Cameras are matched to views by name (`views.match_views`). Raises DatasetError, and OptionError for a
+    task_filter or exclude where there are no tasks and episodes.
+    """
+    folder = Path(root).expanduser()
+    if (folder / "meta" / "info.json").is_file():
+        cameras = match_views(LeRobotDataset.open(folder).cameras, views)
+        return load_calibration_obs(folder, n, task_filter, exclude, views=cameras)
+    if not folder.is_dir() or not any(folder.glob("*.json")):
+        raise DatasetError(
+            f"{folder}: no dataset: expected meta/info.json (LeRobot), or images with an observations.json"
+        )
+    if task_filter or exclude:
+        raise OptionError(f"{folder}: a directory of images has no tasks or episodes to choose from")
+    first = next(load_folder_obs(folder, 1))["images"]
+    names = match_views(first, views) if isinstance(first, Mapping) else None
+    return load_folder_obs(folder, n, views=names)

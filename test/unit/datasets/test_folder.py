@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from flashrt_runtime.datasets import load_folder_obs
+from flashrt_runtime.datasets import dataset_observations, load_folder_obs
 from flashrt_runtime.datasets.views import match_views, parse_views
 from flashrt_runtime.errors import DatasetError, OptionError
 
@@ -96,6 +96,24 @@ def test_no_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(DatasetError, match="not readable"):
         load_folder_obs(tmp_path)
+
+
+def test_whatever_a_path_holds(folder: Path, datasets: dict[str, Path], tmp_path: Path) -> None:
+    """LeRobot or images, for the views of a policy."""
+    of_images = list(dataset_observations(folder, 4, VIEWS))
+    assert [list(each["images"]) for each in of_images] == [list(VIEWS)] * 4
+    of_dataset = list(dataset_observations(datasets["v2 images"], 4, VIEWS, "drawer", exclude=[1]))
+    assert [list(each["images"]) for each in of_dataset] == [list(VIEWS)] * 4
+    assert {each["prompt"] for each in of_dataset} == {"open the drawer"}
+    with pytest.raises(OptionError, match="no tasks or episodes"):
+        dataset_observations(folder, 4, VIEWS, "drawer")
+    with pytest.raises(DatasetError, match="no camera for the views"):
+        dataset_observations(datasets["v3"], 4, VIEWS)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (empty, tmp_path / "nowhere"):
+        with pytest.raises(DatasetError, match=r"no dataset: expected meta/info\.json"):
+            dataset_observations(path, 4, VIEWS)
 
 
 def test_match_views() -> None:
