@@ -82,7 +82,9 @@ class Rig:
     def plain(self, dtype: torch.dtype) -> FlowPolicy:
         """The same policy unquantised: the definition, no graphs."""
         opened = self.open()
-        model = models.build(opened.config, 2, dtype, opened.rules.rope_bf16)
+        model = models.build(
+            opened.config, 2, dtype, opened.rules.rope_bf16, opened.rules.accumulate_time
+        )
         load_weights(model, opened.config, opened, self.device)
         model.eval()
         model.prepare(self.device)

@@ -88,6 +88,7 @@ class FamilyRules:
 
     quantile_eps is added to q99 - q01; std_eps to std going in, std_eps_inverse coming back;
     zero_range_eps replaces a range that is exactly zero. absent_view_fill is in model space [-1, 1].
+    accumulate_time: the flow's time is 1 - 1/N - 1/N ... in float32, in place of 1 - k/N rounded once.
     pi0-FAST only: lowercase the prompt; end_with_bos appends a BOS to it; skip_position leaves one position
     free between the prompt and what is generated, all but the first token of it.
     """
@@ -104,6 +105,7 @@ class FamilyRules:
     state_in_prompt: bool
     absent_view_fill: float
     rope_bf16: bool = False
+    accumulate_time: bool = False
     lowercase: bool = False
     end_with_bos: bool = False
     skip_position: bool = False

@@ -200,7 +200,13 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     rtc = check_mode(settings.rtc, opened.config.policy, opened.rtc_training_max_delay, str(opened.path))
     config = opened.config.with_steps(settings.num_steps)
     opened.config = config
-    model = models.build(config, settings.num_views, target.dtype, opened.rules.rope_bf16)
+    model = models.build(
+        config,
+        settings.num_views,
+        target.dtype,
+        opened.rules.rope_bf16,
+        opened.rules.accumulate_time,
+    )
     if isinstance(model, Pi0Fast):
         model.decode_as(settings.decode_graph_steps, opened.rules.skip_position)
     elif settings.decode_cuda_graph or settings.decode_graph_steps != 80:

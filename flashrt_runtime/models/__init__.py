@@ -18,10 +18,20 @@ POLICIES: dict[str, type[FlowPolicy] | type[Pi0Fast]] = {"pi05": Pi05, "pi0": Pi
 
 
 def build(
-    config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool = False
+    config: PolicyConfig,
+    num_views: int,
+    dtype: torch.dtype,
+    rope_bf16: bool = False,
+    accumulate_time: bool = False,
 ) -> PrefixPolicy:
-    """The policy named by `config.policy`, its parameters on the meta device until the loader fills them."""
+    """The policy named by `config.policy`, its parameters on the meta device until the loader fills them.
+
+    rope_bf16, accumulate_time: the rules of the checkpoint's family, see `FamilyRules`.
+    """
     if config.policy not in POLICIES:
         raise OptionError(f"unknown policy {config.policy!r}: expected one of {sorted(POLICIES)}")
     with torch.device("meta"):
-        return POLICIES[config.policy](config, num_views, dtype, rope_bf16)
+        model = POLICIES[config.policy](config, num_views, dtype, rope_bf16)
+    if isinstance(model, FlowPolicy):
+        model.accumulate_time = accumulate_time
+    return model

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,7 @@ class FlowPolicy(PrefixPolicy):
     def __init__(self, config: PolicyConfig, num_views: int, dtype: torch.dtype, rope_bf16: bool) -> None:
         super().__init__(config, num_views, dtype, rope_bf16)
         self.fused_expert: ExpertKernel | None = None
+        self.accumulate_time = False
         self.guide: Guide | None = None  # what an integration has to go on from; see `guided`
         width = config.expert.width
         self.action_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
@@ -87,6 +89,14 @@ class FlowPolicy(PrefixPolicy):
         """As `PrefixPolicy.prepare`, and the conditioning of every denoise step."""
         super().prepare(device)
         self.prepare_conditioning(device)
+
+    def times(self) -> list[float]:
+        """The flow's time at each denoise step: 1, 1 - 1/N, ..., 1/N."""
+        steps = self.config.num_steps
+        if self.accumulate_time:
+            added: list[float] = np.cumsum([1.0] + [-1.0 / steps] * (steps - 1), dtype=np.float32).tolist()
+            return added
+        return [1.0 - step / steps for step in range(steps)]
 
     @abstractmethod
     def prepare_conditioning(self, device: torch.device) -> None:
@@ -118,7 +128,7 @@ class FlowPolicy(PrefixPolicy):
     def generate(self, state: Tensor | None, noise: Tensor, out: Tensor) -> None:
         """Actions from noise, both (horizon, action_dim) float32; see `PrefixPolicy.generate`."""
         self.extend_prefix(state)
-        out.copy_(noise)
+        ops.assign(out, noise)
         self.integrate(out)
 
     def release(self) -> None:

@@ -36,10 +36,10 @@ class Pi0(FlowPolicy):
         """concat(action, time) @ W = action @ W_a + time @ W_t: the time half is computed here for every
         step.
         """
-        width, steps = self.config.expert.width, self.config.num_steps
+        width = self.config.expert.width
         self.action_half = self.action_time_in.weight[:, :width].contiguous()
         time_half, bias = self.action_time_in.weight[:, width:], self.action_time_in.bias
-        embedded = torch.stack([time_embedding(1.0 - step / steps, width) for step in range(steps)])
+        embedded = torch.stack([time_embedding(time, width) for time in self.times()])
         self.time_bias = F.linear(embedded.to(device), time_half, bias)
         self.clean_bias = F.linear(time_embedding(0.0, width).to(device), time_half, bias)
 

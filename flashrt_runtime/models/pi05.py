@@ -47,9 +47,8 @@ class Pi05(FlowPolicy):
     @torch.inference_mode()
     def prepare_conditioning(self, device: torch.device) -> None:
         """The schedule is fixed, so all styles are computed here and their weights (0.4 GB) freed."""
-        steps = self.config.num_steps
         assert self.conditioning is not None
-        styles = torch.stack([self.conditioning(1.0 - step / steps) for step in range(steps)])
+        styles = torch.stack([self.conditioning(time) for time in self.times()])
         self.styles = styles.to(device)
         self.clean_style = self.conditioning(0.0).to(device)
         self.conditioning = None

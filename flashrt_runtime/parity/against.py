@@ -31,7 +31,13 @@ INSTALL = f"run `make parity-env` in the source tree, or set {ENVIRONMENT} to a 
 def our_stages(checkpoint: Checkpoint, inputs: Inputs, target: Target) -> Stages:
     """Our model's stages at the given device and precision; its memory is free again afterwards."""
     config = checkpoint.config
-    model = models.build(config, len(inputs.images), target.dtype, checkpoint.rules.rope_bf16)
+    model = models.build(
+        config,
+        len(inputs.images),
+        target.dtype,
+        checkpoint.rules.rope_bf16,
+        checkpoint.rules.accumulate_time,
+    )
     load_weights(model, config, checkpoint, target.device)
     if not isinstance(model, models.FlowPolicy):
         raise ParityError(f"a drift report is of a flow's stages, and {config.policy} has none")
@@ -51,7 +57,11 @@ def reference_stages(checkpoint: Checkpoint, inputs: Inputs) -> Stages:
         stored = checkpoint.tensor(key)
         return (stored.float() if stored.dtype == torch.bfloat16 else stored).numpy()
 
-    return ReferencePolicy(checkpoint.config, tensor, rope_bf16=checkpoint.rules.rope_bf16).run(inputs)
+    rules = checkpoint.rules
+    reference = ReferencePolicy(
+        checkpoint.config, tensor, rope_bf16=rules.rope_bf16, accumulate_time=rules.accumulate_time
+    )
+    return reference.run(inputs)
 
 
 def lerobot_python() -> Path:

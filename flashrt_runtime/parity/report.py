@@ -76,6 +76,8 @@ def drift_report(
         opened.config = opened.config.with_steps(num_steps)
         inputs, origin = _inputs(opened.config, views, tokens, seed, inputs_file)
         inputs.check(opened.config)
+        if against == "lerobot":  # which rounds 1 - k/N, whatever the checkpoint's own family does
+            opened.rules = replace(opened.rules, accumulate_time=False)
         theirs = (lerobot_stages if against == "lerobot" else reference_stages)(opened, inputs)
         ours = our_stages(opened, inputs, target)
         policy = opened.config.policy

@@ -116,7 +116,10 @@ def _(patch):
 @fault("RoPE frequencies rounded to bf16")
 def _(patch):
     wrap(
-        patch, models, "build", lambda build, config, views, dtype, _=False: build(config, views, dtype, True)
+        patch,
+        models,
+        "build",
+        lambda build, config, views, dtype, _=False, *rest: build(config, views, dtype, True, *rest),
     )
 
 

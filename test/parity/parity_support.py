@@ -38,20 +38,28 @@ class Run:
     stages: Stages
 
 
-def run_ours(case: Case, folder: Path) -> Run:
-    """Write the checkpoint, load it and run it."""
+def run_ours(case: Case, folder: Path, *, accumulate_time: bool = False) -> Run:
+    """Write the checkpoint, load it and run it; accumulate_time: the flow's time as openpi counts it."""
     inputs = case.inputs()
-    with loaded(case, folder) as policy:
+    with loaded(case, folder, accumulate_time=accumulate_time) as policy:
         actions = policy.sample_actions(**inputs)
         return Run(case, actions, capture(model_of(policy), Inputs(**inputs)))
 
 
 @contextmanager
-def loaded(case: Case, folder: Path) -> Iterator[flashrt_runtime.Policy]:
+def loaded(
+    case: Case, folder: Path, *, accumulate_time: bool = False
+) -> Iterator[flashrt_runtime.Policy]:
     """The case's policy, from a checkpoint written to `folder`."""
     write_checkpoint(case, folder)
     policy = flashrt_runtime.load_model(
-        folder, config="auto", hardware="cpu", precision="fp32", num_views=case.views, num_steps=case.steps
+        folder,
+        config="auto",
+        hardware="cpu",
+        precision="fp32",
+        num_views=case.views,
+        num_steps=case.steps,
+        rules={"accumulate_time": accumulate_time},
     )
     try:
         yield policy

@@ -58,6 +58,22 @@ def test_float32_angles_are_a_rounding_and_nothing_else(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_flow_time_both_ways(policy, accumulated):
+    """openpi's float32 sum and LeRobot's rounded fraction do the same in model and reference."""
+    case = LONG[policy]
+    model = models.build(config_of(case), case.views, torch.float32, accumulate_time=accumulated)
+    load_weights(model, config_of(case), TorchWeights(case.weights()), torch.device("cpu"))
+    model.prepare(torch.device("cpu"))
+    ours = capture(model, Inputs(**case.inputs())).actions
+    same, other = (
+        relative_l2(ours, actions_of(case, accumulate_time=way)) for way in (accumulated, not accumulated)
+    )
+    assert same <= 2e-6
+    assert other > same
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_accumulated_time_differs_by_rounding(policy):
     difference = relative_l2(actions_of(LONG[policy], accumulate_time=True), actions_of(LONG[policy]))
     assert 1e-7 < difference < 2e-4
