@@ -89,8 +89,9 @@ class FamilyRules:
     quantile_eps is added to q99 - q01; std_eps to std going in, std_eps_inverse coming back;
     zero_range_eps replaces a range that is exactly zero. absent_view_fill is in model space [-1, 1].
     accumulate_time: the flow's time is 1 - 1/N - 1/N ... in float32, in place of 1 - k/N rounded once.
-    pi0-FAST only: lowercase the prompt; end_with_bos appends a BOS to it; skip_position leaves one position
-    free between the prompt and what is generated, all but the first token of it.
+    pi0-FAST only: show_absent_views as black images, where others mask them; lowercase the prompt;
+    end_with_bos appends a BOS to it; skip_position leaves one position free between the prompt and what is
+    generated, all but the first token of it.
     """
 
     family: Literal["openpi", "lerobot"]
@@ -106,6 +107,7 @@ class FamilyRules:
     absent_view_fill: float
     rope_bf16: bool = False
     accumulate_time: bool = False
+    show_absent_views: bool = False
     lowercase: bool = False
     end_with_bos: bool = False
     skip_position: bool = False

@@ -155,6 +155,9 @@ class ObservationEncoder:
             absent = [name for name in names if by_name[name] is None]
             if len(absent) == len(names) or not set(absent) <= set(self.spec.optional_views):
                 raise ObservationError(f"no image of {', '.join(absent)}, which an observation needs")
+            if absent and self._checkpoint.rules.show_absent_views:
+                by_name |= {name: np.zeros((size, size, 3), np.uint8) for name in absent}
+                absent = []
             names = tuple(name for name in names if name not in absent)
             ordered: list[NDArray[np.uint8] | None] = [by_name[name] for name in names]
         else:

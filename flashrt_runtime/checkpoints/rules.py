@@ -34,6 +34,7 @@ def openpi_rules(policy: PolicyName, state_in_prompt: bool | None = None) -> Fam
         state_in_prompt=policy != "pi0" if state_in_prompt is None else state_in_prompt,
         absent_view_fill=-1.0,
         accumulate_time=True,
+        show_absent_views=policy == "pi0fast",
         lowercase=policy == "pi0fast",
         skip_position=policy == "pi0fast",
     )

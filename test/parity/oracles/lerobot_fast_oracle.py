@@ -4,7 +4,8 @@
     .venv-parity/bin/python test/parity/oracles/lerobot_fast_oracle.py --out test/data/goldens  # the goldens
     .venv-parity/bin/python test/parity/oracles/lerobot_fast_oracle.py --out DIR --full CASE …  # every logit
 
-Writes lerobot_pi0fast.npz with entries `<case>/tokens` and `<case>/logits`; with --full one file per case.
+Writes lerobot_pi0fast.npz with entries `<case>/tokens` and `<case>/logits`; with --full one file per case;
+with --save also a policy directory per case as LeRobot writes it.
 Decoding is LeRobot's own, greedy with its K/V cache, float32 on the CPU, and its slow one without a cache
 must give the same tokens.
 """
@@ -75,6 +76,18 @@ def build(worker, case):
     return model
 
 
+def save_policy(model, case, folder: Path) -> None:
+    """config.json by LeRobot's own code, and the tensors under the names it saves them by."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    model.config._save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text()) | {"flashrt_dims": case.dims}
+    (folder / "config.json").write_text(json.dumps(content))
+    tensors = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
 @torch.no_grad()
 def run(model, case) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (max_tokens,) and logits (max_tokens, vocabulary) of a case."""
@@ -103,13 +116,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--full", action="store_true", help="keep every logit, one file per case")
+    parser.add_argument("--save", action="store_true", help="also save each policy as LeRobot does")
     parser.add_argument("cases", nargs="*", help="names; default: every tiny case")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     worker, kept = load_worker(), {}
     for case in [FAST_BY_NAME[name] for name in arguments.cases] or FAST_CASES:
-        tokens, logits = run(build(worker, case), case)
+        model = build(worker, case)
+        if arguments.save:
+            save_policy(model, case, arguments.out / case.name)
+        tokens, logits = run(model, case)
         best = np.sort(logits, axis=-1)[:, -2:]
         distinct, margin = len(set(tokens.tolist())), np.diff(best).min()
         print(case.name, f"distinct {distinct}, margin {margin:.2e}", flush=True)

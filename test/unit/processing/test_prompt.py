@@ -36,6 +36,8 @@ def encoder(tokenizer, policy, rules, capacity=200):
         ("pi05", openpi_rules("pi05", state_in_prompt=False), "Pick up the red block\n"),
         ("pi0", openpi_rules("pi0"), "Pick up the red block\n"),
         ("pi0", lerobot_rules("pi0"), RAW),
+        ("pi0fast", openpi_rules("pi0fast"), "Task: pick up the red\nblock, State: -1 0 128 255 255;\n"),
+        ("pi0fast", lerobot_rules("pi0fast"), "Task: Pick up the red block, State: -1 0 128 255 255;\n"),
     ],
 )
 def test_text(tokenizer, policy, rules, expected):
@@ -58,6 +60,16 @@ def test_tokens_are_the_texts_with_bos_and_without_eos(tokenizer, rules):
     assert tokens[0] == reference.bos_id() == 2
     assert reference.eos_id() not in tokens
     assert reference.decode(tokens[1:].tolist()) == ours.text("put the bowl on the plate", STATE)
+
+
+def test_lerobots_pi0_fast_ends_with_a_bos(tokenizer):
+    families = openpi_rules("pi0fast"), lerobot_rules("pi0fast")
+    plain, ended = (encoder(tokenizer, "pi0fast", rules) for rules in families)
+    tokens = plain.encode("open the drawer", STATE)
+    np.testing.assert_array_equal(ended.encode("open the drawer", STATE), [*tokens, 2])
+    exact = encoder(tokenizer, "pi0fast", lerobot_rules("pi0fast"), len(tokens))
+    with pytest.raises(PromptTooLongError, match=f"{len(tokens) + 1} tokens"):
+        exact.encode("open the drawer", STATE)
 
 
 def test_openpis_newline_is_a_token_of_its_own(tokenizer):

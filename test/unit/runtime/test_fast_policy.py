@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import flashrt_runtime
 from flashrt_runtime import Policy
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.config import DecodeConfig
 from flashrt_runtime.errors import (
     ActionError,
     NoStopError,
@@ -22,6 +26,7 @@ from flashrt_runtime.errors import (
 )
 from flashrt_runtime.models.pi0_fast import Pi0Fast, score
 
+LEROBOT_PI05 = Path(__file__).resolve().parents[2] / "data" / "lerobot" / "pi05"
 PROMPT = "pick up the red block"
 STATE = np.array([-0.04, 0.03, 0.76, 2.97, -0.22, -0.13, 0.027, -0.027], np.float32)
 
@@ -84,6 +89,19 @@ def test_the_other_spelling(checkpoint: Path) -> None:
         loaded = flashrt_runtime.load_model(checkpoint, config=name, hardware="cpu")
         assert loaded.spec.config == "pi0fast"
         loaded.close()
+
+
+def test_an_absent_view_is_a_black_one(policy: Policy, checkpoint: Path) -> None:
+    """As in openpi's training of this policy; masked, it would be another prefix."""
+    first, second = policy.spec.views
+    black = np.zeros((224, 224, 3), np.uint8)
+    shown, absent = ({first: images(0)[0], second: image} for image in (black, None))
+    assert len(policy._encode(absent, PROMPT, STATE).views) == 2
+    np.testing.assert_array_equal(policy.predict(absent, PROMPT, STATE), policy.predict(shown, PROMPT, STATE))
+    rules = {"show_absent_views": False}
+    masking = flashrt_runtime.load_model(checkpoint, config="pi0fast", hardware="cpu", rules=rules)
+    assert len(masking._encode(absent, PROMPT, STATE).views) == 1
+    masking.close()
 
 
 def test_greedy_starts_from_no_noise(policy: Policy) -> None:
@@ -240,6 +258,48 @@ def test_steps_beyond_what_a_chunk_may_have(checkpoint: Path) -> None:
     for steps in (0, 513):
         with pytest.raises(OptionError, match="decode_graph_steps must be a whole number from 1 to 512"):
             flashrt_runtime.load_model(checkpoint, config="pi0fast", hardware="cpu", decode_graph_steps=steps)
+
+
+def lerobot_copy(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint's weights in a policy directory as LeRobot saves pi0_fast."""
+    shutil.copytree(LEROBOT_PI05, folder)
+    tensors = {f"model.{key}": value for key, value in load_file(checkpoint / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(checkpoint / "tokenizer.model", folder)
+    ours = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    fast = {"type": "pi0_fast", "temperature": 0.5, "fast_skip_tokens": 100, "max_action_dim": 32}
+    (folder / "config.json").write_text(json.dumps(config | fast | {"flashrt_dims": ours["flashrt_dims"]}))
+    file = folder / "policy_preprocessor.json"
+    pipeline = json.loads(file.read_text())
+    names = [step["registry_name"] for step in pipeline["steps"]]
+    at = names.index("pi05_prepare_state_tokenizer_processor_step")
+    pipeline["steps"][at]["registry_name"] = "pi0_fast_prepare_state_tokenizer_processor_step"
+    step = {"registry_name": "action_tokenizer_processor", "config": {"max_action_tokens": 256}}
+    pipeline["steps"].insert(at + 2, step)
+    file.write_text(json.dumps(pipeline))
+    return folder
+
+
+def test_lerobots_layout(checkpoint: Path, tmp_path: Path) -> None:
+    folder = lerobot_copy(checkpoint, tmp_path / "lerobot")
+    with open_checkpoint(folder, config="pi0_fast") as opened:
+        assert (opened.config.policy, opened.layout) == ("pi0fast", "lerobot")
+        assert opened.config.prompt_capacity == 201  # LeRobot's 200, and its BOS
+        assert (opened.config.horizon, opened.config.action_dim) == (50, 7)
+        assert opened.config.decode == DecodeConfig(skip_ids=100, temperature=0.5, tied_head=False)
+        assert (opened.rules.end_with_bos, opened.rules.skip_position) == (True, False)
+        assert opened.rules.action_mode == "quantile"  # as the pipeline says, not LeRobot's default
+    loaded = flashrt_runtime.load_model(folder, config="auto", hardware="cpu")
+    appended = loaded.sample_tokens(**prefix(), max_tokens=5)
+    loaded.close()
+    openpi = {"end_with_bos": False}
+    loaded = flashrt_runtime.load_model(folder, config="auto", hardware="cpu", rules=openpi)
+    given = prefix()
+    given["tokens"] = np.append(given["tokens"], 2)
+    given["token_mask"] = np.append(given["token_mask"], True)
+    np.testing.assert_array_equal(loaded.sample_tokens(**given, max_tokens=5), appended)
+    loaded.close()
 
 
 def test_fp8_is_calibrated_like_any_policy(checkpoint: Path) -> None:
