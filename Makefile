@@ -25,10 +25,10 @@ test-all: setup parity-env  ## also the slow tests: soak, fuzz, kill, parity; th
 	@scripts/test.sh all
 
 faults: setup  ## every row of the fault matrix on the simulated robot; rewrites the table of docs/faults.md
-	@FLASHRT_FAULT_TABLE=docs/faults.md scripts/in_env.sh python -m pytest test/faults
+	@FLASHRT_FAULT_TABLE=docs/faults.md scripts/in_env.sh python -m pytest -m faults test/faults
 
 soak: setup  ## the node for MINUTES=30 under random faults and prompt changes: deadlines, memory, threads
-	@FLASHRT_SOAK_MINUTES="$(MINUTES)" scripts/in_env.sh python -m pytest -s test/soak
+	@FLASHRT_SOAK_MINUTES="$(MINUTES)" scripts/in_env.sh python -m pytest -s -m soak test/faults
 
 parity-env: setup  ## .venv-parity: LeRobot and openpi, to compare with (about 1.5 GB; torch is shared with .venv)
 	@scripts/parity_env.sh

@@ -31,8 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in Path(item.path).parents:
-            for name in ("ros", "slow", "faults"):
-                item.add_marker(name)
+            item.add_marker("ros")
+            if item.path.name.endswith("_faults.py"):
+                item.add_marker("slow")
+                item.add_marker("faults")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -150,6 +150,11 @@ class Collector:
     def messages(self) -> list[Any]:
         return [message for _, message in list(self._entries)]
 
+    def forget(self, before: float) -> None:
+        """Drop what was received before that [s, monotonic]."""
+        while self._entries and self._entries[0][0] < before:
+            self._entries.pop(0)
+
     def since(self, moment: float) -> list[Any]:
         """Messages received after `moment` [s, monotonic]."""
         return [message for received, message in list(self._entries) if received > moment]

@@ -49,6 +49,7 @@ def set_parameter(rig):
     return ask
 
 
+@pytest.mark.slow
 def test_another_publisher_of_commands_is_refused_noticed_or_allowed(
     rig, demo_robot, policy_node, statuses, change, set_parameter
 ) -> None:
