@@ -134,9 +134,10 @@ def check(bench: FaultBench, seconds: float, warm_up: float) -> None:
     print(
         f"\nsoak: {seconds:.0f} s after {warm_up:.0f} s of warm-up; {tally.faults} faults, "
         f"{tally.prompts} prompts, {tally.holds} holds; {tally.commands} commands in {tally.healthy:.0f} "
-        f"healthy seconds, longest gap {tally.longest:.2f} periods, {len(tally.late)} late, {missed} ticks missed in all; memory "
-        f"{before.memory / 2**20:.0f} -> {after.memory / 2**20:.0f} MiB ({100 * growth:+.2f} %), "
-        f"{before.threads} -> {after.threads} threads, {before.handles} -> {after.handles} handles"
+        f"healthy seconds, longest gap {tally.longest:.2f} periods, {len(tally.late)} late; "
+        f"{missed} ticks missed in all; memory {before.memory >> 20} -> {after.memory >> 20} MiB "
+        f"({100 * growth:+.2f} %), {before.threads} -> {after.threads} threads, "
+        f"{before.handles} -> {after.handles} handles"
     )
     assert tally.late == []
     assert growth <= GROWTH
