@@ -25,13 +25,14 @@ from .errors import (
     OptionError,
     TokenizerNotFoundError,
 )
-from .guidance import Guidance, GuidanceEncoder, GuideArrays, RtcMode
+from .guidance import Guidance, RtcMode
 from .inputs import FloatArray, Images, ModelInputs, ObservationEncoder, State, expect_shape
 from .models import FlowPolicy, Pi0Fast, PrefixPolicy
 from .models.flow import Guide, guided
 from .models.pi0_fast import BROKEN, NOTHING
 from .options import Target
 from .processing.actions import ActionTransform
+from .processing.guidance import GuidanceEncoder, GuideArrays
 from .processing.images import prepare_image
 from .quantization import session
 from .quantization.artifact import identity_of

@@ -321,3 +321,8 @@ class RobotContract:
             raise ChunkError(Reason.CHUNK_SHAPE, text)
         mapping = JointMapping(self.action_joints)
         return mapping.to_robot(actions, rates=self.action.representation is not Representation.ABSOLUTE)
+
+    def actions_to_policy(self, actions: FloatArray) -> FloatArray:
+        """Actions (n, dof) in the robot's units -> (n, dof) float64 in the policy's units."""
+        mapping = JointMapping(self.action_joints)
+        return mapping.to_policy(actions, rates=self.action.representation is not Representation.ABSOLUTE)

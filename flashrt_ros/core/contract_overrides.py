@@ -40,7 +40,8 @@ def recontracted(current: RobotContract, values: PolicyParameters) -> RobotContr
         timeline=current.timeline, rates=current.rates,
     )
     names = [output.topic for output in new.outputs]
-    if same != current or names != [output.topic for output in current.outputs] or (
+    rtc_changed = new.timeline.rtc.mode is not current.timeline.rtc.mode  # graphs are captured for it
+    if rtc_changed or same != current or names != [output.topic for output in current.outputs] or (
         new.rates.control_period != current.rates.control_period
     ):
         raise ParameterError(

@@ -115,6 +115,24 @@ class PolicyParameters:
         -1.0, "how long a starved robot is held before silence [s]; -1: the contract's",
         name="timeline.hold_deadline", unset=-1.0, dynamic=True, contract=("timeline", "hold_deadline"),
     )
+    rtc_mode: str | None = _parameter(
+        "", "real-time chunking, how a chunk goes on from the one being played; empty: the contract's",
+        name="rtc.mode", choices=("", "off", "guided", "trained"), unset="",
+        contract=("timeline", "rtc", "mode"),
+    )
+    rtc_schedule: str | None = _parameter(
+        "", "weights between frozen actions and horizon, guided mode; empty: the contract's",
+        name="rtc.schedule", choices=("", "zeros", "ones", "linear", "exp"), unset="", dynamic=True,
+        contract=("timeline", "rtc", "schedule"),
+    )
+    rtc_horizon: int | None = _parameter(
+        0, "actions that the chunk being played pulls, guided mode; 0: the contract's", name="rtc.horizon",
+        bounds=(0, 1000), unset=0, dynamic=True, contract=("timeline", "rtc", "horizon"),
+    )
+    rtc_max_guidance: float | None = _parameter(
+        0.0, "largest guidance weight, guided mode; 0: the contract's", name="rtc.max_guidance",
+        bounds=(0.0, 1000.0), unset=0.0, dynamic=True, contract=("timeline", "rtc", "max_guidance"),
+    )
     inference_rate: float | None = _parameter(
         -1.0, "inferences per second [Hz]; 0: back to back; -1: the contract's", name="rates.inference",
         unset=-1.0, dynamic=True, contract=("rates", "inference"),

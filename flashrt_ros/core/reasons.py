@@ -54,6 +54,7 @@ class Reason(IntEnum):
     CONTROL_STALLED = 312, "control ticks stopped coming for a while: the chunk was dropped, holding"
     HELD = 313, "held on request: call ~/resume to go on"
     COMMAND_CONFLICT = 314, "another node publishes on a command topic"
+    RTC_DELAY = 315, "more actions are consumed during an inference than real-time chunking was trained for"
     NO_STOP_TOKEN = 316, "a chunk's action tokens reached their limit without a stop: it was dropped"
     ACTION_TOKENS = 317, "a chunk's action tokens mean no actions: it was dropped"
     LIMIT_ACCELERATION = 320, "an action changes a joint's speed faster than its acceleration limit"

@@ -229,34 +229,26 @@ class Timeline:
                 path = blend(self._future(min(self._blend_ticks, len(path))), path, self._blend_ticks)
             if admit is not None and (refused := admit(path)) is not None:
                 return refused
-            jump, velocity_jump = self._seam(path[0])
+            jump = self._jump(path[0])
             path.flags.writeable = False
             self._path, self._beyond, self._cursor, self._offset = path, whole[covered:], 0, consumed
             self._held, self._reason, self._accepted_serial = 0, Reason.OK, mark.serial
             self._accepted_at = self._clock()
             self._sequence += 1
             start = -(-consumed // self._ratio)
-            return Accepted(
-                self._sequence, self._generation, consumed, start, blended, jump, velocity_jump
-            )
+            return Accepted(self._sequence, self._generation, consumed, start, blended, jump)
 
     def _goes_on(self, mark: ObservationMark, consumed: int, frozen: int) -> bool:
         """Whether a chunk leaves its frozen part no sooner than it is spliced in, and that was played."""
         in_force = mark.sequence == self._sequence and mark.serial > self._broken_serial
         return frozen > 0 and in_force and consumed <= (frozen - 1) * self._ratio + 1
 
-    def _seam(self, first: FloatArray) -> tuple[float, float]:
-        """Accepted's jump and velocity_jump of a path that begins with the command `first`."""
-        last, before = self._last, self._before_last
-        if last is None:
-            return 0.0, 0.0
+    def _jump(self, first: FloatArray) -> float:
+        """Accepted's jump of a path that begins with the command `first`."""
+        if self._last is None:
+            return 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # absurd wishes; the limiter sees to them
-            jump, change = first - self._future(1)[0], first - last
-            if self._representation is Representation.ABSOLUTE and before is not None and self._held == 0:
-                change = change - (last - before)
-            if self._representation is not Representation.VELOCITY:
-                change = change / to_s(self._control_period)
-            return float(np.abs(jump).max()), float(np.abs(change).max())
+            return float(np.abs(first - self._future(1)[0]).max())
 
     def _fence(self, mark: ObservationMark, length: int) -> Dropped | None:
         if mark.generation != self._generation:

@@ -47,8 +47,8 @@ class Accepted:
 
     consumed: its control ticks covered by commands sent since the mark. start_index: first of its actions
     still due. blended: whether it was cross-faded with what was playing. jump: how far its first command is
-    from the one that would have been sent in its place, largest of the joints [robot units]; velocity_jump:
-    change of the commanded velocity there [robot units / s]; both 0 when there was nothing before.
+    from the one that would have been sent in its place, largest of the joints [units of a command]; 0 when
+    there was nothing before.
     """
 
     sequence: int
@@ -57,7 +57,6 @@ class Accepted:
     start_index: int
     blended: bool
     jump: float = 0.0
-    velocity_jump: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

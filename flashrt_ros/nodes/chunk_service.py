@@ -9,7 +9,7 @@ import array
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from rclpy.node import Node
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from flashrt_ros.core.chunk import check_chunk
-from flashrt_ros.core.contract import OnViolation, Representation, RobotContract
+from flashrt_ros.core.contract import OnViolation, Representation, RobotContract, RtcMode
 from flashrt_ros.core.errors import CoreError, IngestError, WorkerStoppedError
 from flashrt_ros.core.images import crop_image, image_from_message
 from flashrt_ros.core.ingest import JointReader, NamedValues
@@ -27,7 +27,8 @@ from flashrt_ros.core.limits import Limiter
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timing import NS_PER_S, to_s
 from flashrt_ros.srv import GetActionChunk
-from flashrt_runtime.errors import PromptError
+from flashrt_runtime.errors import OptionError, PromptError
+from flashrt_runtime.guidance import Guidance
 
 from .deferred import DeferredService, Reply
 from .exotic_images import cv_bridge_decoder
@@ -49,11 +50,13 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class _Answer:
-    """positions (n, dof) in robot units, None for velocity actions; velocities (n, dof)."""
+    """positions (n, dof) in robot units, None for velocity actions; velocities (n, dof); actions (n, dof) as
+    the policy gave them, where they may be sent back."""
 
     positions: NDArray[np.float64] | None
     velocities: NDArray[np.float64] | None
     inference_time: float
+    actions: NDArray[np.float32] | None = None
 
 
 class ChunkService:
@@ -112,12 +115,15 @@ class ChunkService:
         response.chunk = _trajectory(answer, pipeline.contract)
         response.native_control_period = to_s(pipeline.contract.action.period)
         response.inference_time = answer.inference_time
+        if answer.actions is not None:
+            response.policy_action_chunk = array.array("f", answer.actions.astype(np.float32).tobytes())
+            response.policy_action_dim = answer.actions.shape[1]
 
     def _infer(self, pipeline: Pipeline, request: Any) -> _Answer:
         policy, contract = pipeline.policy, pipeline.contract
         if policy is None:
             raise Refused(Response.CODE_NOT_CONFIGURED, UNLOADED)
-        _check_previous(request)
+        guidance = _guidance(request, contract)
         images = _images(request, contract, policy, self._decoder)
         state, measured = _state(request, contract)
         prompt = request.prompt.strip() or pipeline.prompt
@@ -125,27 +131,42 @@ class ChunkService:
             raise Refused(Response.CODE_BAD_PROMPT, "no prompt in the request, and none in force")
         begin = time.perf_counter()
         try:
-            actions = policy.predict(images, prompt, state, seed=None)
+            more = {} if guidance is None else {"rtc": guidance}
+            actions = policy.predict(images, prompt, state, seed=None, **more)
         except PromptError as error:
             raise Refused(Response.CODE_BAD_PROMPT, describe(error)) from error
+        except OptionError as error:  # of the guidance: all else is the node's own
+            raise Refused(Response.CODE_BAD_REQUEST, describe(error)) from error
         except Exception as error:
             raise Refused(Response.CODE_INFERENCE, describe(error)) from error
         elapsed = time.perf_counter() - begin
-        return _limited(contract.actions_to_robot(actions), measured, contract, elapsed)
+        answer = _limited(contract.actions_to_robot(actions), measured, contract, elapsed)
+        return answer if contract.timeline.rtc.mode is RtcMode.OFF else replace(answer, actions=actions)
 
 
-def _check_previous(request: Any) -> None:
-    """Conditioning on the previous chunk: consistent, and supported."""
-    previous = len(request.previous_action_chunk)
-    if not previous:
+def _guidance(request: Any, contract: RobotContract) -> Guidance | None:
+    """What the previous chunk of the request says about the next: consistent, and supported."""
+    previous, rtc = np.asarray(request.previous_action_chunk, np.float64), contract.timeline.rtc
+    if not len(previous):
         if request.frozen_prefix_steps or request.guidance_horizon:
             text = "frozen_prefix_steps and guidance_horizon are about a previous_action_chunk, and none came"
             raise Refused(Response.CODE_BAD_REQUEST, text)
-        return
+        return None
     if request.new_episode:
         raise Refused(Response.CODE_BAD_REQUEST, "a new episode has no previous_action_chunk: leave it empty")
-    text = "this policy does not condition on a previous chunk: leave previous_action_chunk empty"
-    raise Refused(Response.CODE_NOT_SUPPORTED, text)
+    if rtc.mode is RtcMode.OFF:
+        text = "this node does not condition on a previous chunk: set rtc.mode, or leave the chunk empty"
+        raise Refused(Response.CODE_NOT_SUPPORTED, text)
+    if len(previous) % contract.dof or not np.isfinite(previous).all():
+        text = f"previous_action_chunk: {len(previous)} numbers, expected finite rows of {contract.dof}"
+        raise Refused(Response.CODE_BAD_REQUEST, text)
+    return Guidance(
+        previous.reshape(-1, contract.dof),
+        delay=request.frozen_prefix_steps,
+        horizon=request.guidance_horizon or rtc.horizon,
+        schedule=rtc.schedule,  # type: ignore[arg-type]
+        max_weight=rtc.max_guidance,
+    )
 
 
 def _images(request: Any, contract: RobotContract, policy: PolicyLike, decoder: Any) -> dict[str, Any]:

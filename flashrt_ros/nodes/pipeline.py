@@ -274,6 +274,7 @@ class Pipeline:
         """Take limits, timeline and inference rate of `contract`; all else must be as before."""
         self.commander.adopt_limits(contract)
         self.runner.adopt_rates(contract.rates)
+        self.runner.guide.adopt(contract)
         self.latch.max_failures = max_failures
         self.contract = contract
 
@@ -311,7 +312,7 @@ class Pipeline:
         measured.inference.add(prediction.inference_time)
         self.runner.fence_clock_jumps()
         with self._placing:  # a tick between the two would shift the due time by one period
-            placed = self.commander.submit(prediction.actions, prediction.mark)
+            placed = self.commander.submit(prediction.actions, prediction.mark, prediction.frozen)
             due = self._next_due
         if not isinstance(placed, Accepted):
             measured.dropped[placed.reason] += 1
@@ -320,6 +321,7 @@ class Pipeline:
                 self._report(Problem(placed.reason, "", f"chunk dropped: {placed.message}"))
             return
         self.latch.chunk_accepted()
+        self.runner.guide.placed(prediction.mark, placed)
         due -= placed.consumed * self.contract.rates.control_period
         self._publish_chunk(PlacedChunk(prediction, placed, due))
         self.problem = None

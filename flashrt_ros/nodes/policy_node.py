@@ -69,6 +69,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
         num_steps=values.num_steps,
         decode_cuda_graph=values.decode_cuda_graph,
         decode_graph_steps=values.decode_graph_steps,
+        rtc=contract.timeline.rtc.mode.value,
     )
 
 

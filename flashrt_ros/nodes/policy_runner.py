@@ -25,6 +25,8 @@ from flashrt_ros.core.timeline import ObservationMark
 from flashrt_ros.core.timing import NS_PER_S, to_ns, to_s
 from flashrt_ros.core.trigger import InferenceTrigger
 
+from .chunk_guide import ChunkGuide
+
 FloatArray = NDArray[np.float64]
 ANY_PROMPT = "task"
 
@@ -37,19 +39,23 @@ class PolicyLike(Protocol):
     @property
     def precision(self) -> str: ...
     def set_prompt(self, prompt: str) -> None: ...
-    def predict(self, images: Any, prompt: str, state: Any, *, seed: int | None) -> NDArray[np.float32]: ...
+    def predict(
+        self, images: Any, prompt: str, state: Any, *, seed: int | None, rtc: Any = None
+    ) -> NDArray[np.float32]: ...
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A chunk and what it was computed from. actions: (horizon, dof) in robot units."""
+    """A chunk and what it was computed from. actions: (horizon, dof) in robot units, of which the first
+    `frozen` are those of the mark's plan."""
 
     actions: FloatArray
     mark: ObservationMark
     observation: Observation
     prompt: str
     inference_time: float  # [s]
+    frozen: int = 0
 
 
 class PolicyRunner:
@@ -80,6 +86,7 @@ class PolicyRunner:
         self._report = report
         self._observed = observed
         self._seed = seed
+        self.guide = ChunkGuide(contract, report)
         self._used: dict[str, int] = {}  # camera stamps of the last observation
         self.wait_for_frame = True  # see core.freshness
         self._last_inference = 0  # [ns]
@@ -114,6 +121,7 @@ class PolicyRunner:
         """As before the first observation (activate, new episode)."""
         self.ingest.reset()
         self.trigger.reset()
+        self.guide.forget()
         self._used = {}
         self._jumps = self._synchroniser.clock_jumps
 
@@ -140,11 +148,16 @@ class PolicyRunner:
             return None
         observation = self._observe(selected)
         self._observed()
+        guidance = self.guide.guidance(mark, policy.spec)
+        more = {} if guidance is None else {"rtc": guidance}
+        images, state = observation.policy_images, observation.state
         begin = time.perf_counter()
-        actions = policy.predict(observation.policy_images, prompt, observation.state, seed=self._seed)
+        actions = policy.predict(images, prompt, state, seed=self._seed, **more)
         elapsed = time.perf_counter() - begin
         self._last_inference = to_ns(elapsed)
-        return Prediction(self._contract.actions_to_robot(actions), mark, observation, prompt, elapsed)
+        frozen = 0 if guidance is None else guidance.delay
+        robot = self._contract.actions_to_robot(actions)
+        return Prediction(robot, mark, observation, prompt, elapsed, frozen)
 
     def fence_clock_jumps(self) -> None:
         """Streams whose stamps jumped back (a bag that loops): what was computed or used before is void."""

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from .. import ops
 from ..config import PATCH_SIZE, FamilyRules
-from ..guidance import GuideArrays, RtcMode
+from ..guidance import RtcMode
 from ..models import FlowPolicy, PrefixPolicy
 from ..models.flow import Guide, guided
 from ..ops import native, prefix
+from ..processing.guidance import GuideArrays
 from ..processing.images import prepare_image
 from ..quantization.calibration import Calibrator
 from .repeats import Repeats

@@ -34,7 +34,7 @@ class ExpertKernel(Protocol):
 
 @dataclass(frozen=True)
 class Guide:
-    """Real-time chunking on the device; see `guidance.GuideArrays` for shapes.
+    """Real-time chunking on the device; see `processing.guidance.GuideArrays`.
 
     trained: the frozen rows are clean inputs of the network, instead of the end of a correction. All zeros
     leave the flow as it is without, bit for bit.

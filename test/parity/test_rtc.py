@@ -12,10 +12,10 @@ from parity_cases import Case
 from parity_support import GOLDENS, REFERENCE_L2, config_of, loaded, model_of, relative_l2
 from rtc_cases import FIELDS, MASKS, MODELS, SCHEDULES, RtcCase
 
-from flashrt_runtime.guidance import gains, prefix_weights
 from flashrt_runtime.models.flow import FlowPolicy, Guide, guided
 from flashrt_runtime.parity.reference import ReferencePolicy
 from flashrt_runtime.parity.stages import Inputs
+from flashrt_runtime.processing.guidance import gains, prefix_weights
 
 MAX_ABS = 1e-6  # of a synthetic velocity
 MODEL_MAX_ABS = 5e-6
