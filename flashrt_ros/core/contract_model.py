@@ -292,6 +292,19 @@ class RobotContract:
         return tuple(self.joints[name].in_messages for name in joints)
 
     @property
+    def shares_message_names(self) -> bool:
+        """Whether different joints of the state have one name in messages (two arms, each on its topic), so
+        that one message cannot hold both."""
+        found: dict[str, str] = {}
+        measured = [(source.stream, name) for source in self.state.sources for name in source.joints]
+        streams = {name: stream for stream, name in measured}
+        for _, name in measured:
+            other = found.setdefault(self.joints[name].in_messages, name)
+            if other != name and streams[other] != streams[name]:
+                return True
+        return False
+
+    @property
     def image_streams(self) -> tuple[StreamSpec, ...]:
         """Streams that carry a view, in file order."""
         return tuple(stream for stream in self.streams.values() if stream.is_image)

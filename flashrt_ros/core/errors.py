@@ -58,6 +58,10 @@ class IngestError(CoreError, ValueError):
         super().__init__(f"{stream}: {message}" if stream else message)
 
 
+class DamagedImageError(IngestError):
+    """A compressed image whose damage shows only when it is decoded."""
+
+
 class ChunkError(CoreError, ValueError):
     """A chunk or command has the wrong shape or holds values that are not finite."""
 

@@ -6,21 +6,27 @@ rules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract_model import FloatArray, JointMapping, RobotContract, StateSource
-from .errors import IngestError
+from .contract_model import FloatArray, JointMapping, RobotContract, StateSource, StreamSpec, StreamType
+from .errors import DamagedImageError, IngestError
 from .images import FallbackDecoder, RgbImage, crop_image, image_from_message
 from .observation import Observation
 from .reasons import Reason
 from .sync import Snapshot, Synchroniser
 from .timing import to_s
 
-__all__ = ["Ingest", "JointReader", "MeasuredPositions", "NamedValues", "image_from_message"]
+__all__ = [
+    "Ingest", "JointReader", "MeasuredPositions", "NamedValues", "image_from_message", "measuring_stream",
+]
+
+DECODER_THREADS = 3  # with the worker's own, four cameras at a time
 
 
 class NamedValues:
@@ -68,11 +74,16 @@ class NamedValues:
 class JointReader:
     """The policy's state vector from JointState messages."""
 
-    def __init__(self, contract: RobotContract) -> None:
+    def __init__(self, contract: RobotContract, *, contract_names: bool = False) -> None:
+        """contract_names: messages name joints as the contract does, rather than as the robot's drivers."""
         self._parts = [
             (
                 source,
-                NamedValues(contract.message_names(source.joints), source.field, source.stream),
+                NamedValues(
+                    source.joints if contract_names else contract.message_names(source.joints),
+                    source.field,
+                    source.stream,
+                ),
                 JointMapping([contract.joints[name] for name in source.joints]),
             )
             for source in contract.state.sources
@@ -113,11 +124,17 @@ class Ingest:
     running system means a reconfigured camera, and is refused rather than shown to the policy.
     """
 
-    def __init__(self, contract: RobotContract, fallback_decoder: FallbackDecoder | None = None) -> None:
-        """`fallback_decoder`: see image_from_message."""
+    def __init__(
+        self, contract: RobotContract, fallback_decoder: FallbackDecoder | None = None,
+        on_refused: Callable[[str, Reason], None] = lambda _stream, _reason: None,
+    ) -> None:
+        """`fallback_decoder`: see image_from_message. on_refused(stream, reason): told once of each message
+        that only decoding, or comparison with those before, has shown to be bad."""
         self._contract = contract
         self._joints = JointReader(contract)
         self._fallback_decoder = fallback_decoder
+        self._on_refused = on_refused
+        self._told: dict[str, Any] = {}  # the last message of each stream that on_refused was told of
         self._formats: dict[str, tuple[str, tuple[int, int]]] = {}
 
     def reset(self) -> None:
@@ -125,38 +142,80 @@ class Ingest:
         self._formats.clear()
 
     def observe(self, snapshot: Snapshot) -> Observation:
-        """Decode a set of messages. Raises IngestError naming the stream and what is wrong with its
-        message."""
+        """Decode a set of messages, several compressed cameras at a time.
+
+        Raises IngestError naming the stream and what is wrong with its message.
+        """
         payloads = {name: item.payload for name, item in snapshot.messages.items()}
         state = self._joints.state(payloads)
-        images: dict[str, RgbImage] = {}
+        present = [stream for stream in self._contract.image_streams if stream.name in payloads]
+        decoded = self._decoded(present, payloads)
+        images = {stream.view: image for stream, image in zip(present, decoded, strict=True) if stream.view}
         stamps = {name: item.stamp for name, item in snapshot.messages.items()}
-        newest, absent = 0, []
-        for stream in self._contract.image_streams:
-            if stream.view is None:
-                continue
-            if stream.name in payloads:
-                image = self._image(stream.name, payloads[stream.name])
-                images[stream.view] = image
-                newest = max(newest, stamps[stream.name])
-            else:
-                absent.append(stream.view)
-        return Observation(images, state, stamps, newest, tuple(absent))
+        newest = max((stamps[stream.name] for stream in present), default=0)
+        absent = tuple(view for view in self._contract.views if view not in images)
+        return Observation(images, state, stamps, newest, absent)
 
-    def _image(self, name: str, message: Any) -> RgbImage:
-        crop = self._contract.streams[name].crop
-        whole = image_from_message(message, stream=name, fallback_decoder=self._fallback_decoder)
+    def _decoded(self, streams: Sequence[StreamSpec], payloads: Mapping[str, Any]) -> list[RgbImage]:
+        """One image per stream; compressed ones beyond the first on the pool's threads."""
+        packed = [stream for stream in streams if stream.type is StreamType.COMPRESSED_IMAGE]
+        waiting = {
+            stream.name: decoder_pool().submit(self._decode, stream, payloads[stream.name])
+            for stream in packed[1:]
+        }
+        try:
+            return [
+                self._checked(
+                    stream,
+                    payloads[stream.name],
+                    waiting[stream.name].result()
+                    if stream.name in waiting
+                    else self._decode(stream, payloads[stream.name]),
+                )
+                for stream in streams
+            ]
+        except DamagedImageError as error:
+            self._tell(error.stream, error.reason, payloads[error.stream])
+            raise
+        finally:
+            wait(waiting.values())  # none may still read a message once this has returned
+
+    def _decode(self, stream: StreamSpec, message: Any) -> RgbImage:
+        return image_from_message(
+            message, stream=stream.name, fallback_decoder=self._fallback_decoder,
+            colour_order=stream.colour_order,
+        )
+
+    def _checked(self, stream: StreamSpec, message: Any, whole: RgbImage) -> RgbImage:
+        """Cropped; refused where it is another format than the camera had."""
         encoding = str(getattr(message, "encoding", None) or getattr(message, "format", ""))
         height, width = whole.shape[:2]
-        known_encoding, known_size = self._formats.setdefault(name, (encoding, (height, width)))
+        known_encoding, known_size = self._formats.setdefault(stream.name, (encoding, (height, width)))
         if encoding != known_encoding:
             text = f"encoding changed from {known_encoding!r} to {encoding!r}: activate anew to accept it"
-            raise IngestError(Reason.IMAGE_ENCODING, name, text)
+            self._tell(stream.name, Reason.IMAGE_ENCODING, message)
+            raise IngestError(Reason.IMAGE_ENCODING, stream.name, text)
         if (height, width) != known_size:
             old = f"{known_size[1]} x {known_size[0]}"
             text = f"size changed from {old} to {width} x {height} pixels: activate anew to accept it"
-            raise IngestError(Reason.IMAGE_SIZE, name, text)
-        return whole if crop is None else crop_image(whole, crop, name)
+            self._tell(stream.name, Reason.IMAGE_SIZE, message)
+            raise IngestError(Reason.IMAGE_SIZE, stream.name, text)
+        try:
+            return whole if stream.crop is None else crop_image(whole, stream.crop, stream.name)
+        except IngestError as error:
+            self._tell(stream.name, error.reason, message)
+            raise
+
+    def _tell(self, stream: str, reason: Reason, message: Any) -> None:
+        if self._told.get(stream) is not message:
+            self._told[stream] = message
+            self._on_refused(stream, reason)
+
+
+@cache
+def decoder_pool() -> ThreadPoolExecutor:
+    """Threads that decode images, for the whole process; the decoders release the GIL."""
+    return ThreadPoolExecutor(max_workers=DECODER_THREADS, thread_name_prefix="decode")
 
 
 class MeasuredPositions:
@@ -168,7 +227,7 @@ class MeasuredPositions:
         self._streams = contract.streams
         order: dict[str, list[int]] = {}
         for index, name in enumerate(contract.action.joints):
-            order.setdefault(_measuring_stream(contract, name), []).append(index)
+            order.setdefault(measuring_stream(contract, name), []).append(index)
         joints = contract.message_names(contract.action.joints)
         self._parts = [
             (stream, indices, NamedValues([joints[index] for index in indices], "position", stream))
@@ -193,7 +252,7 @@ class MeasuredPositions:
         return positions
 
 
-def _measuring_stream(contract: RobotContract, joint: str) -> str:
+def measuring_stream(contract: RobotContract, joint: str) -> str:
     """The state stream that measures a joint's position; with one stream it may carry joints beyond the
     state's."""
     for source in contract.state.sources:

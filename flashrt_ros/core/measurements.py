@@ -9,6 +9,7 @@ import numpy as np
 from .contract_model import FloatArray
 from .metrics import LatencyWindow, RateMeter
 from .reasons import Reason
+from .refusals import RefusedMessages
 from .timing import to_s
 
 WINDOW = 1000  # samples
@@ -30,6 +31,7 @@ class Measurements:
         self.dropped: Counter[Reason] = Counter()  # chunks
         self.violations: Counter[Reason] = Counter()  # commands
         self.problems: Counter[Reason] = Counter()  # each time one was reported
+        self.refused = RefusedMessages()
 
     def windows(self) -> dict[str, LatencyWindow]:
         """Every window by its name in msg/LatencyMetrics."""

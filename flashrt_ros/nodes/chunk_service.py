@@ -21,7 +21,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from flashrt_ros.core.chunk import check_chunk
 from flashrt_ros.core.contract import OnViolation, Representation, RobotContract, RtcMode
 from flashrt_ros.core.errors import CoreError, IngestError, WorkerStoppedError
-from flashrt_ros.core.images import crop_image, image_from_message
+from flashrt_ros.core.images import image_from_message
 from flashrt_ros.core.ingest import JointReader, NamedValues
 from flashrt_ros.core.limits import Limiter
 from flashrt_ros.core.reasons import Reason
@@ -184,8 +184,10 @@ def _images(request: Any, contract: RobotContract, policy: PolicyLike, decoder: 
         if stream.view in found:
             raise Refused(code, f"two images for view {stream.view}")
         try:
-            image = image_from_message(message, stream=name, fallback_decoder=decoder)
-            found[stream.view] = image if stream.crop is None else crop_image(image, stream.crop, name)
+            found[stream.view] = image_from_message(
+                message, stream=name, crop=stream.crop, fallback_decoder=decoder,
+                colour_order=stream.colour_order,
+            )
         except IngestError as error:
             raise Refused(code, str(error)) from error
     if missing := [view for view in policy.spec.views if view not in found]:
@@ -198,9 +200,12 @@ def _state(request: Any, contract: RobotContract) -> tuple[NDArray[np.float32], 
     message = request.robot_state
     sources = {source.stream: message for source in contract.state.sources}
     try:
-        names = contract.message_names(contract.action.joints)
+        # One message cannot hold two arms that name their joints alike: there the contract's names are meant.
+        ours = contract.shares_message_names
+        joints = contract.action.joints
+        names = joints if ours else contract.message_names(joints)
         measured = NamedValues(names, "position", "robot_state").read(message)
-        return JointReader(contract).state(sources), measured
+        return JointReader(contract, contract_names=ours).state(sources), measured
     except IngestError as error:
         raise Refused(Response.CODE_BAD_STATE, str(error)) from error
 

@@ -26,6 +26,7 @@ from flashrt_ros.core.latch import DEFAULT_MAX_FAILURES, FaultLatch
 from flashrt_ros.core.measurements import Measurements, SeamMeter
 from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.refusals import MessageInspector
 from flashrt_ros.core.sync import Synchroniser
 from flashrt_ros.core.timeline import Accepted
 from flashrt_ros.core.timing import to_s
@@ -84,6 +85,9 @@ class Pipeline:
         self.contract = contract
         self.synchroniser = Synchroniser(contract)
         self.measured = Measurements()
+        self.inspector = MessageInspector(
+            contract, self.measured.refused, exotic=fallback_decoder is not None
+        )
         self.latch = FaultLatch(max_failures)
         positions = MeasuredPositions(contract, self.synchroniser)
         self.commander = Commander(contract, lambda: positions(time.monotonic_ns()))

@@ -230,7 +230,7 @@ class PolicyNode(LifecycleNode):
         pipeline.load(lambda: self._load(values, contract), values.prompt, lambda: not self._stopping())
         self._commands = CommandPublisher(self, contract)
         self._stream_subscriptions = streams.subscribe(
-            self, contract, pipeline.synchroniser, on_image=pipeline.wake
+            self, contract, pipeline.synchroniser, on_image=pipeline.wake, inspector=pipeline.inspector
         )
         # Latched, so that a prompt published before this node was there counts.
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)

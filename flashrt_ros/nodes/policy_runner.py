@@ -78,7 +78,7 @@ class PolicyRunner:
         self.prompt = ""  # read at each inference
         self._commander = commander
         self.adopt_rates(contract.rates)
-        self.ingest = Ingest(contract, fallback_decoder)
+        self.ingest = Ingest(contract, fallback_decoder, measurements.refused.count)
         self._contract = contract
         self._clock = clock
         self._synchroniser = synchroniser

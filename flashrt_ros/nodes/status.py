@@ -110,6 +110,9 @@ def diagnostics(
             values[f"chunks_dropped.{reason.name.lower()}"] = str(count)
         for reason, count in sorted(pipeline.measured.violations.items()):
             values[f"commands_limited.{reason.name.lower()}"] = str(count)
+        for stream, refused in pipeline.measured.refused.counts().items():
+            for reason, count in refused.items():
+                values[f"{stream}.refused.{reason.name.lower()}"] = str(count)
         for reason, count in sorted(pipeline.measured.problems.items()):
             values[f"problems.{reason.name.lower()}"] = str(count)
         if pipeline.control is not None:

@@ -12,6 +12,7 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from flashrt_ros.core.contract import Qos, RobotContract, StreamSpec, StreamType
+from flashrt_ros.core.refusals import MessageInspector
 from flashrt_ros.core.sync import Synchroniser
 from flashrt_ros.core.timing import stamp_to_ns
 
@@ -33,30 +34,40 @@ def qos_profile(qos: Qos) -> QoSProfile:
 
 
 def subscribe(
-    node: Node, contract: RobotContract, synchroniser: Synchroniser, on_image: Callable[[], None]
+    node: Node, contract: RobotContract, synchroniser: Synchroniser, on_image: Callable[[], None],
+    inspector: MessageInspector | None = None,
 ) -> list[Subscription]:
-    """Subscribe every stream to push into `synchroniser`; `on_image` follows each camera message."""
+    """Subscribe every stream to push into `synchroniser`; `on_image` follows each camera message.
+
+    `inspector` counts the messages that cannot be used.
+    """
+    clock = node.get_clock()
     return [
         node.create_subscription(
             STREAM_MESSAGES[stream.type],
             stream.topic,
-            _callback(stream, synchroniser, on_image),
+            stream_callback(stream, synchroniser, on_image, inspector, lambda: clock.now().nanoseconds),
             qos_profile(stream.qos),
         )
         for stream in contract.streams.values()
     ]
 
 
-def _callback(
-    stream: StreamSpec, synchroniser: Synchroniser, on_image: Callable[[], None]
+def stream_callback(
+    stream: StreamSpec, synchroniser: Synchroniser, on_image: Callable[[], None],
+    inspector: MessageInspector | None, now_ros_ns: Callable[[], int],
 ) -> Callable[[Any], None]:
-    name, push = stream.name, synchroniser.push
+    """What is done with each message of a stream; never raises for what a message holds."""
+    name = stream.name
 
     def on_joints(message: Any) -> None:
-        push(name, stamp_to_ns(message.header.stamp), time.monotonic_ns(), message)
+        stamp = stamp_to_ns(message.header.stamp)
+        synchroniser.push(name, stamp, time.monotonic_ns(), message)
+        if inspector is not None:
+            inspector.inspect(name, stamp, now_ros_ns(), message)
 
     def on_camera(message: Any) -> None:
-        push(name, stamp_to_ns(message.header.stamp), time.monotonic_ns(), message)
+        on_joints(message)
         on_image()
 
     return on_camera if stream.is_image else on_joints
