@@ -110,12 +110,13 @@ def _loaded(checkpoint: Path, **options: Any) -> Iterator[Policy]:
 def _calibrate(
     policy: Policy, source: Source, samples: int, held_out: int, thumbnails: list[Any], **options: Any
 ) -> CalibrationReport:
-    """With a bar; `thumbnails` gets a small picture of every observation."""
-    from .calibration_report import thumbnail
+    """With a bar; `thumbnails` gets small pictures of the observations."""
+    from .calibration_report import MOST_SHOWN, thumbnail
 
     def shown() -> Iterator[dict[str, Any]]:
         for observation in source.read():
-            thumbnails.append(thumbnail(observation["images"]))
+            if len(thumbnails) < MOST_SHOWN:
+                thumbnails.append(thumbnail(observation["images"]))
             yield observation
 
     done = 0

@@ -53,7 +53,7 @@ def _fitted(view: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
 
 def contact_sheet(thumbnails: Sequence[NDArray[np.uint8]], held_out: Sequence[int]) -> NDArray[np.uint8]:
     """The observations in the order they came, numbered; held-out ones have a white frame."""
-    shown = list(thumbnails[:MOST_SHOWN])
+    shown = list(thumbnails)
     width = max(image.shape[1] for image in shown)
     cells = []
     for index, image in enumerate(shown):
@@ -90,7 +90,7 @@ def write_report(
         _draw_errors(pyplot, directory / "errors.png", drawn)
     sheet = contact_sheet(thumbnails, made.held_out)
     cv2.imwrite(str(directory / "contact_sheet.png"), sheet[..., ::-1])
-    text = "\n".join(_lines(checkpoint, file, key, made, drawn, warnings, len(thumbnails)))
+    text = "\n".join(_lines(checkpoint, file, key, made, drawn, warnings))
     (directory / "report.md").write_text(text + "\n", encoding="utf-8")
 
 
@@ -147,7 +147,6 @@ def _lines(
     made: CalibrationReport,
     errors: Mapping[str, HeldOutError],
     warnings: Sequence[str],
-    observations: int,
 ) -> list[str]:
     number, settled = recommended_samples(made.maxima, made.outliers)
     chosen = made.estimator + (f" {made.percentile:g}" if made.percentile else "")
@@ -155,7 +154,7 @@ def _lines(
         f"# Calibration of {checkpoint}",
         "",
         f"- file: `{file}`, key `{key}`",
-        f"- source: {made.source}, {observations} observations: {made.samples} calibrated on, "
+        f"- source: {made.source}: {made.samples} observations calibrated on, "
         f"{len(made.held_out)} held out",
         f"- estimator: {chosen}; {len(made.scales)} projections",
         f"- recommended number of samples: {number}"

@@ -14,7 +14,6 @@ from ..errors import CalibrationError
 from . import artifact, session
 from .artifact import Calibration, CalibrationIdentity
 from .calibration import CalibrationReport, Calibrator, estimate
-from .estimators import DEFAULT_ESTIMATOR
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,9 @@ class CalibrationInForce:
         return report
 
     def from_first(self, forward: Callable[[], torch.Tensor]) -> None:
-        """Without scales take them from the observation at hand, and say so."""
+        """Without scales take them from the observation at hand, and say so. Its maxima: how much further
+        others go, one cannot tell.
+        """
         if self.calibrated:
             return
         logger.warning(
@@ -74,10 +75,10 @@ class CalibrationInForce:
         collector = self.calibrator.collector()
         with collector.observe():
             forward()
-        scales, _ = estimate(collector, DEFAULT_ESTIMATOR, None)
+        scales, _ = estimate(collector, "max", 100.0)
         self.calibrator.apply(scales)
         report = CalibrationReport(
-            1, DEFAULT_ESTIMATOR, None, scales, collector.maxima, source="the first observation"
+            1, "max", 100.0, scales, collector.maxima, source="the first observation"
         )
         self._current = Calibration.of(report)
 

@@ -123,6 +123,23 @@ def test_new_scales_reach_the_captured_graph(path: Path) -> None:
     policy.close()
 
 
+def test_a_loaded_calibration_reaches_the_captured_graph(path: Path, tmp_path: Path) -> None:
+    policy = load(path, "fp8")
+    engine = policy._engine
+    assert engine is not None
+    observation = {"images": images(5), "prompt": "stop", "state": STATE, "seed": 9}
+    report = policy.calibrate([observation, observation | {"images": images(6)}], held_out=1, max_samples=1)
+    assert report.held_out_error is not None
+    one = policy.predict(images(0), "start", STATE, seed=0)
+    file, captures = policy.save_calibration(tmp_path / "scales.safetensors"), engine.captures
+    policy.calibrate([observation | {"images": images(7)}], percentile=99)
+    assert not np.array_equal(policy.predict(images(0), "start", STATE, seed=0), one)
+    policy.load_calibration(file)
+    assert np.array_equal(policy.predict(images(0), "start", STATE, seed=0), one)
+    assert engine.captures == captures
+    policy.close()
+
+
 def test_any_thread_may_call(path: Path) -> None:
     policy = load(path, "bf16")
     want = [policy.predict(images(seed), "go", STATE, seed=seed) for seed in range(4)]

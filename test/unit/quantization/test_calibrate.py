@@ -45,6 +45,14 @@ def test_report(load, observations) -> None:
     assert again.scales == pytest.approx({name: value or 1.0 for name, value in largest.items()})
 
 
+def test_the_first_observation_gives_its_maxima(load, observations) -> None:
+    """What is put in force unasked clips nothing that was seen."""
+    policy, other = load(), load()
+    (observation,) = observations(1)
+    policy.predict(**observation)
+    assert scales_of(policy) == other.calibrate([observation], percentile=100).scales
+
+
 def test_the_stream_is_taken_one_by_one(load, observations) -> None:
     """No more than asked for is taken, and the policy answers while the source thinks."""
     policy = load()
