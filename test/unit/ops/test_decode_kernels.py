@@ -160,8 +160,9 @@ def test_a_token_through_the_kernels_equals_the_layers(model: Pi0Fast, gap: int)
                 model.bound += 1
             rows = model.cache.k[:, : int(model.slot)].clone(), model.cache.v[:, : int(model.slot)].clone()
         found[name] = [*states, *rows]
-    for mine, want in zip(found["kernels"], found["layers"], strict=True):
-        close(mine, want.float(), 3e-2)
+    # 8-bit activations: a rounding of 16 bits before them now and then becomes one of 8 behind
+    for mine, want, bound in zip(*found.values(), (8e-2, 8e-2, 8e-2, 3e-2, 3e-2), strict=True):
+        close(want, mine.float(), bound)
     changed = (found["kernels"][0].float() - found["kernels"][1].float()).norm()
     assert changed > 0.1 * found["kernels"][0].float().norm(), "another token, the same state: nothing tested"
 
