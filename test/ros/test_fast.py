@@ -28,6 +28,7 @@ def fast(checkpoint_maker: Callable[..., Path]) -> Path:
     return checkpoint_maker("--policy", "pi0fast")
 
 
+@pytest.mark.slow
 def test_the_arm_moves_by_decoded_tokens(rig, demo_robot, policy_node: Callable, fast: Path) -> None:
     chunks = rig.collect(ActionChunk, "/policy_node/action_chunk")
     joints = rig.collect(JointState, "/joint_states")
@@ -50,6 +51,7 @@ def test_the_arm_moves_by_decoded_tokens(rig, demo_robot, policy_node: Callable,
     assert robot.end() == 0, robot.output
 
 
+@pytest.mark.slow
 def test_no_stop_is_a_code_and_nothing_is_commanded(
     rig, demo_robot, policy_node: Callable, fast: Path
 ) -> None:
