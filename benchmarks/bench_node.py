@@ -1,6 +1,6 @@
 """What the policy node adds to the model: newest camera stamp to chunk published, less the inference.
 
-    . scripts/env.sh && python -P benchmarks/bench_node.py [--seconds 30] [--markdown docs/node_overhead.md]
+    . scripts/env.sh && python -P benchmarks/bench_node.py [--seconds 30] [--document docs/node.md]
 
 Three processes, as on a robot: cameras (two raw 640 x 480 at 30 Hz) and joint states (100 Hz) over DDS, the
 real node, and this one, which reads ~/metrics and the node's CPU time. The node's policy is a stub that
@@ -32,6 +32,7 @@ WIDTH, HEIGHT, CAMERA_RATE, JOINT_RATE = 640, 480, 30.0, 100.0
 INFERENCE = 0.040  # [s]
 SETTLE = 5.0  # after activation, before anything is counted [s]
 GOALS = {"overhead p50": 4.0, "overhead p99": 12.0, "control jitter p99": 3.0, "CPU": 60.0}
+BEGIN, END = "<!-- overhead: begin -->\n", "<!-- overhead: end -->\n"  # of the table in a document
 HOME = (0.0, -1.2, 1.0, -0.5, 0.0, 0.0, 0.02)
 
 
@@ -208,7 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--role", choices=("robot", "node", "bench"), default="bench")
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--markdown", type=Path, help="file that gets the table as well")
+    parser.add_argument("--document", type=Path, help="file whose overhead table is replaced")
     options, rest = parser.parse_known_args()
     if options.role == "robot":
         return run_robot()
@@ -216,8 +217,9 @@ def main() -> int:
         return run_node([sys.argv[0], *rest])
     text = table(measure(options.seconds))
     print(text)
-    if options.markdown is not None:
-        options.markdown.write_text(text)
+    if options.document is not None:
+        before, _, rest = options.document.read_text().partition(BEGIN)
+        options.document.write_text(before + BEGIN + text + END + rest.partition(END)[2])
     return 0
 
 
