@@ -311,11 +311,11 @@ class Policy:
 
         observations: mappings of predict's arguments: images, and where the policy needs them prompt,
         state, noise or seed; taken one by one and not kept. The magnitudes that a projection sees in every
-        sample and denoise step are pooled, and its scale comes from them by an estimator: "mse" (default)
-        clips where rounding and clipping to e4m3 together cost least; "percentile" clips above that share
-        of the magnitudes; "max" clips nothing. percentile alone chooses the estimator: below 100
-        "percentile", 100 "max". All but "max" leave out a sample whose largest or rms magnitude is an
-        outlier among at least four (an octave above the median or more, see
+        sample and denoise step are pooled, and its scale comes from them by an estimator: "mse" (default
+        from four samples on) clips where rounding and clipping to e4m3 together cost least; "percentile"
+        clips above that share of the magnitudes; "max" (default below four) clips nothing. percentile alone
+        chooses the estimator: below 100 "percentile", 100 "max". All but "max" leave out a sample whose
+        largest or rms magnitude is an outlier among at least four (an octave above the median or more, see
         `quantization.statistics.outlying_samples`): the report names it.
 
         max_samples: calibrate on at most this many. held_out: so many observations more are set aside, one

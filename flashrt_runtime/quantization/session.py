@@ -17,6 +17,7 @@ from .calibration import CalibrationReport, Calibrator, HeldOutError, estimate
 from .estimators import Estimator, resolve_estimator
 
 HELD_OUT_EVERY = 5
+FEWEST_TO_CLIP = 4  # below it clipping what was seen costs more on what was not: docs/calibration.md
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Request:
     max_samples: int | None
     held_out: int
     source: str
+    automatic: bool = False
 
     @classmethod
     def checked(
@@ -62,7 +64,14 @@ class Request:
         if isinstance(held_out, bool) or held_out < 0:
             raise OptionError(f"held_out must be 0 or more, got {held_out}")
         name, resolved = resolve_estimator(estimator, percentile)
-        return cls(name, resolved, max_samples, held_out, source)
+        automatic = estimator is None and percentile is None
+        return cls(name, resolved, max_samples, held_out, source, automatic)
+
+    def estimator_for(self, samples: int) -> tuple[Estimator, float | None]:
+        """Estimator and percentile: by default nothing is clipped that a few samples alone do not tell."""
+        if self.automatic and samples < FEWEST_TO_CLIP:
+            return "max", 100.0
+        return self.estimator, self.percentile
 
     @property
     def held_out_every(self) -> int:
@@ -106,18 +115,19 @@ def calibrate(
     if not collector.samples:
         raise OptionError("calibrate: no observations were given")
     _stop_if_asked(should_stop)
+    estimator, percentile = request.estimator_for(collector.samples)
     with runner.exclusive(), calibrator.restoring():
-        scales, warnings = estimate(collector, request.estimator, request.percentile)
+        scales, warnings = estimate(collector, estimator, percentile)
         calibrator.apply(scales)
         error, uncompared = measure(runner, calibrator, held_out.values(), should_stop)
     return CalibrationReport(
         samples=collector.samples,
-        estimator=request.estimator,
-        percentile=request.percentile,
+        estimator=estimator,
+        percentile=percentile,
         scales=scales,
         maxima=collector.maxima,
         held_out=tuple(held_out),
-        outliers=None if request.estimator == "max" else collector.outliers(),
+        outliers=None if estimator == "max" else collector.outliers(),
         warnings=(*warnings, *uncompared),
         held_out_error=error,
         source=request.source,

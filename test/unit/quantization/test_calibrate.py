@@ -45,6 +45,16 @@ def test_report(load, observations) -> None:
     assert again.scales == pytest.approx({name: value or 1.0 for name, value in largest.items()})
 
 
+@pytest.mark.parametrize(("samples", "chosen"), [(3, ("max", 100.0)), (4, ("mse", None))])
+def test_the_default_clips_nothing_of_a_few_samples(load, observations, samples: int, chosen: tuple) -> None:
+    policy = load(num_steps=1)
+    report = policy.calibrate(observations(samples))
+    assert (report.estimator, report.percentile) == chosen
+    named = policy.calibrate(observations(samples), estimator="mse")
+    assert named.estimator == "mse"
+    assert (named.scales == report.scales) == (chosen[0] == "mse")
+
+
 def test_the_first_observation_gives_its_maxima(load, observations) -> None:
     """What is put in force unasked clips nothing that was seen."""
     policy, other = load(), load()
