@@ -101,16 +101,11 @@ class Timeline:
         cls, contract: RobotContract, clock: Callable[[], int] = time.monotonic_ns
     ) -> Timeline:
         """A timeline with a contract's periods, cap, blend, deadline and longest trajectory lookahead."""
+        spec = contract.timeline
         return cls(
-            dof=contract.dof,
-            representation=contract.action.representation,
-            action_period=contract.action.period,
-            control_period=contract.rates.control_period,
-            open_loop_cap=contract.timeline.open_loop_cap,
-            blend_steps=contract.timeline.blend_steps,
-            hold_deadline=contract.timeline.hold_deadline,
-            lookahead=contract.trajectory_lookahead,
-            clock=clock,
+            contract.dof, contract.action.representation, contract.action.period,
+            contract.rates.control_period, spec.open_loop_cap, spec.blend_steps, spec.hold_deadline,
+            lookahead=contract.trajectory_lookahead, clock=clock,
         )
 
     def _clear(self, kind: CommandKind) -> None:

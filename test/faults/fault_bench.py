@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +226,3 @@ def entry_of(report: DiagnosticArray) -> dict[str, str]:
         if status.name == "/policy_node: policy":
             return {item.key: item.value for item in status.values}
     return {}
-
-
-Action = Callable[[FaultBench], None]

@@ -22,7 +22,7 @@ from flashrt_ros.core.timing import stamp_to_ns
 from flashrt_ros.srv import SetPrompt
 
 MINUTES = float(os.environ.get("FLASHRT_SOAK_MINUTES", "1"))
-SHORT = 10.0  # [s]
+SHORT = 6.0  # [s]
 GROWTH = 0.02  # of resident memory
 LATE = 1.5  # control periods between two commands that count as a missed deadline
 STREAM_FAULTS = (
@@ -147,7 +147,7 @@ def check(bench: FaultBench, seconds: float, warm_up: float) -> None:
 
 
 def test_soak_for_some_seconds(bench: FaultBench) -> None:
-    check(bench, SHORT, warm_up=3.0)
+    check(bench, SHORT, warm_up=2.0)
 
 
 @pytest.mark.soak

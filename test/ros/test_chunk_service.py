@@ -59,6 +59,7 @@ def ask(rig):
     return lambda **fields: rig.call(GetActionChunk, "/policy_node/get_action_chunk", **fields)
 
 
+@pytest.mark.slow
 def test_a_chunk_for_an_observation_and_what_is_refused(configured, ask, observation, contract) -> None:
     """All in one node, which takes seconds to start."""
     configured(prompt="")
