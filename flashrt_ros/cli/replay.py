@@ -18,7 +18,7 @@ def command(
     namespace: Annotated[str, typer.Option(help="Namespace of the contract's topics in the bag.")] = "",
     sim_time: Annotated[bool, typer.Option(help="The robot ran on the bag's /clock.")] = False,
     framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",
-    config: Annotated[str, typer.Option(help="pi05, pi0, or auto.")] = "auto",
+    config: Annotated[str, typer.Option(help="pi05, pi0, pi0fast, or auto.")] = "auto",
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the flow's noise, the same at every moment.")] = 0,

@@ -61,7 +61,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
         tokenizer=tokenizer_in(path),
         untrained=extra.flag("untrained") or False,
         notes=tuple(notes),
-        decode=DecodeConfig(skip_ids=128 if skip is None else skip),
+        decode=DecodeConfig(128 if skip is None else skip, extra.number("temperature") or 0.0),
     )
 
 

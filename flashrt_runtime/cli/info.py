@@ -65,7 +65,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything `info` shows, as plain data."""
     config = checkpoint.config
     dtypes = Counter(str(checkpoint.dtype(key)).removeprefix("torch.") for key in checkpoint.keys())  # noqa: SIM118
-    stats = checkpoint.norm_stats
+    stats, fast = checkpoint.norm_stats, config.policy == "pi0fast"
     return {
         "checkpoint": {
             "path": str(checkpoint.path),
@@ -88,13 +88,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "horizon": config.horizon,
             "action rate Hz": checkpoint.action_rate_hz,
             "prompt capacity": config.prompt_capacity,
-            "denoise steps": config.num_steps,
+            "denoise steps": None if fast else config.num_steps,
             "tokenizer": _tokenizer(checkpoint),
+            **({"action tokens": _processor(checkpoint), **asdict(config.decode)} if fast else {}),
         },
         "dimensions": {
             "vision": asdict(config.vision),
             "prefix": asdict(config.prefix),
-            "expert": asdict(config.expert),
+            "expert": None if fast else asdict(config.expert),
             "vocabulary": config.vocab_size,
             "model action width": config.action_dim,
         },
@@ -121,6 +122,15 @@ def _size(count: int) -> str:
 
 def _stats(stats: FeatureStats | None) -> dict[str, list[float]] | None:
     return None if stats is None else {name: array.tolist() for name, array in stats.arrays().items()}
+
+
+def _processor(checkpoint: Checkpoint) -> str:
+    from ..processing.fast_tokens import resolve_processor
+
+    try:
+        return str(resolve_processor(checkpoint))
+    except TokenizerNotFoundError as error:
+        return f"not found: {error}"
 
 
 def _tables(content: dict[str, Any]) -> list[tuple[str, Table]]:

@@ -26,7 +26,7 @@ def predict_command(
     prompt: Annotated[str, typer.Option(help="What the robot shall do.")],
     state: Annotated[str | None, typer.Option(help="Joint values in the robot's units: 0,-1.57,…")] = None,
     framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",
-    config: Annotated[str, typer.Option(help="pi05, pi0, or auto.")] = "auto",
+    config: Annotated[str, typer.Option(help="pi05, pi0, pi0fast, or auto.")] = "auto",
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp8.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Denoise steps; default the checkpoint's.")] = None,

@@ -58,7 +58,7 @@ def test_the_command_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "flashrt_runtime.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("info", "predict", "make-checkpoint", "download-tokenizer", "parity"):
+    for command in ("info", "predict", "make-checkpoint", "convert", "download-tokenizer", "parity"):
         assert command in done.stdout
 
 
@@ -86,6 +86,23 @@ def test_info_as_json_is_only_json(flashrt, checkpoint):
     assert content["rules"]["state_in_prompt"] is True
     assert len(content["normalisation"]["state"]["q01"]) == 7
     assert content["interface"]["horizon"] == 50
+
+
+def test_pi0fast_from_making_to_actions(flashrt, pictures, tmp_path):
+    made = str(tmp_path / "fast")
+    code, _, err = flashrt("make-checkpoint", "--policy", "pi0fast", "--preset", "demo_arm", "--out", made)
+    assert code == 0, err
+    code, out, _ = flashrt("info", "--checkpoint", made, "--json")
+    content = json.loads(out)
+    assert code == 0
+    assert content["interface"]["denoise steps"] is None
+    assert content["interface"]["action tokens"] == f"{made}/fast"
+    assert content["dimensions"]["expert"] is None
+    images = [argument for picture in pictures for argument in ("--image", str(picture))]
+    state = ("--state", "0,-1.57,1.57,-1.57,-1.57,0,0.02")
+    code, out, err = flashrt("predict", "--checkpoint", made, *images, "--prompt", "wave", *state, "--json")
+    assert code == 0, err
+    assert np.shape(json.loads(out)["actions"]) == (50, 7)
 
 
 def test_info_with_rules(flashrt, checkpoint):

@@ -199,6 +199,28 @@ def test_masked_views_and_padding_change_nothing(policy: Policy) -> None:
     np.testing.assert_array_equal(policy.sample_tokens(**given, max_tokens=6), want)
 
 
+def test_a_checkpoints_temperature_is_used(checkpoint: Path, tmp_path: Path) -> None:
+    """Noise on the scores, drawn by predict's seed; so hot that the tokens are no chunk, it says so."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "hot"))
+    config = json.loads((folder / "config.json").read_text())
+    for temperature, error in ((0.02, None), (100.0, ActionError)):
+        config["flashrt"]["temperature"] = temperature
+        (folder / "config.json").write_text(json.dumps(config))
+        loaded = flashrt_runtime.load_model(folder, config="pi0fast", hardware="cpu")
+        inputs = [loaded._encode(images(0), PROMPT, STATE, seed=seed) for seed in (1, 1, 2)]
+        assert inputs[0].noise.shape == (80, len(loaded._action_tokens.ids))
+        assert torch.equal(inputs[0].noise, inputs[1].noise)
+        assert not torch.equal(inputs[0].noise, inputs[2].noise)
+        if error is None:
+            chunk = loaded.predict(images(0), PROMPT, STATE, seed=1)
+            given = loaded.predict(images(0), PROMPT, STATE, noise=inputs[0].noise.numpy())
+            np.testing.assert_array_equal(given, chunk)
+        else:
+            with pytest.raises(error, match="tokens"):
+                loaded.predict(images(0), PROMPT, STATE, seed=1)
+        loaded.close()
+
+
 def test_temperature_draws_by_its_seed(policy: Policy) -> None:
     hot = {"max_tokens": 10, "temperature": 50.0}
     first, again, other = (policy.sample_tokens(**prefix(), **hot, seed=seed) for seed in (1, 1, 2))
