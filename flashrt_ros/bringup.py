@@ -28,6 +28,9 @@ MALLOC_ENVIRONMENT = {
 }
 
 
+RESPAWN_DELAY = 2.0  # [s]
+
+
 class BringupError(ValueError):
     """Launch arguments that cannot be used: what was expected, what came, what to do."""
 
@@ -47,7 +50,8 @@ class NodeSpec:
     """One node to start. Parameter files come first, then `parameters`, which win.
 
     namespace is "" for none; remappings are (from, to); env is added to the inherited environment;
-    arguments are passed to the program before `--ros-args`. A required node's end stops all the others.
+    arguments are passed to the program before `--ros-args`. A required node's end stops all the others; one
+    with `respawn` is started again instead, RESPAWN_DELAY after its end.
     """
 
     package: str
@@ -61,7 +65,10 @@ class NodeSpec:
     arguments: tuple[str, ...] = ()
     log_level: str = "info"
     required: bool = True
+    respawn: bool = False
 
+
+TRUTH = ("true", "false")
 
 PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
     LaunchArgument("checkpoint", "", "directory of the Pi0.5 checkpoint (required)"),
@@ -73,9 +80,22 @@ PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
     LaunchArgument("namespace", "", "namespace of the node and of every topic in the contract"),
     LaunchArgument("params_file", "", "ROS parameter file; empty: config/pi05.yaml of this package"),
     LaunchArgument("log_level", "info", "debug | info | warn | error | fatal", LOG_LEVELS),
-    LaunchArgument("use_sim_time", "false", "take the time from /clock", ("true", "false")),
+    LaunchArgument("use_sim_time", "false", "take the time from /clock", TRUTH),
+    LaunchArgument(
+        "dry_run", "", "true: command nothing; empty: true for a shipped real arm, else as in params_file",
+        ("", *TRUTH),
+    ),
+    LaunchArgument("autostart", "true", "configure and activate the node; false: leave that to you", TRUTH),
+    LaunchArgument(
+        "respawn", "false", "start the node again when it ends; with autostart the robot then moves again",
+        TRUTH,
+    ),
 )
 
+PI0_ARGUMENTS: tuple[LaunchArgument, ...] = (
+    LaunchArgument("checkpoint", "", "directory of the Pi0 checkpoint (required)"),
+    *PI05_ARGUMENTS[1:],
+)
 PI0FAST_ARGUMENTS: tuple[LaunchArgument, ...] = (
     LaunchArgument("checkpoint", "", "directory of the Pi0-FAST checkpoint (required)"),
     *PI05_ARGUMENTS[1:],
@@ -92,6 +112,7 @@ DEMO_ARGUMENTS: tuple[LaunchArgument, ...] = tuple(
 
 ARGUMENTS: dict[str, tuple[LaunchArgument, ...]] = {
     "pi05": PI05_ARGUMENTS,
+    "pi0": PI0_ARGUMENTS,
     "pi0fast": PI0FAST_ARGUMENTS,
     "demo": DEMO_ARGUMENTS,
 }
@@ -123,7 +144,8 @@ def resolve_arguments(declared: Sequence[LaunchArgument], given: Mapping[str, st
             raise BringupError(f"unknown launch argument '{name}': expected one of {', '.join(known)}")
     values = {argument.name: str(given.get(argument.name, argument.default)) for argument in declared}
     for argument in declared:
-        value = values[argument.name].lower() if argument.name == "use_sim_time" else values[argument.name]
+        truth = set(argument.choices) - {""} == set(TRUTH)
+        value = values[argument.name].lower() if truth else values[argument.name]
         if argument.choices and value not in argument.choices:
             allowed = ", ".join(choice or "(empty)" for choice in argument.choices)
             raise BringupError(f"launch argument {argument.name}:={value}: expected one of {allowed}")
@@ -138,6 +160,11 @@ def pi05_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
     """
     values = resolve_arguments(PI05_ARGUMENTS, args)
     return [_policy_node(values)]
+
+
+def pi0_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
+    """As `pi05_nodes`, with a Pi0 checkpoint; args as in PI0_ARGUMENTS. Raises BringupError."""
+    return [_policy_node(resolve_arguments(PI0_ARGUMENTS, args), {"config": "pi0"})]
 
 
 def pi0fast_nodes(args: Mapping[str, str]) -> list[NodeSpec]:
@@ -178,10 +205,12 @@ def _policy_node(values: Mapping[str, str], extra: Mapping[str, int | str] | Non
     parameters: dict[str, bool | int | float | str] = {
         "checkpoint": _existing_directory("checkpoint", values["checkpoint"]),
         "robot": values["robot"],
-        "autostart": True,
+        "autostart": values["autostart"] == "true",
         "use_sim_time": values["use_sim_time"] == "true",
     }
     parameters.update(extra or {})
+    if values["dry_run"]:
+        parameters["dry_run"] = values["dry_run"] == "true"
     # An empty text leaves the choice to the parameter file.
     parameters.update({name: values[name] for name in ("prompt", "precision") if values[name]})
     return NodeSpec(
@@ -189,10 +218,11 @@ def _policy_node(values: Mapping[str, str], extra: Mapping[str, int | str] | Non
         executable="policy_node",
         name="policy_node",
         namespace=values["namespace"],
-        parameter_files=(_params_file(values["params_file"]),),
+        parameter_files=_parameter_files(values["robot"], values["params_file"]),
         parameters=parameters,
         env=node_environment(),
         log_level=values["log_level"],
+        respawn=values["respawn"] == "true",
     )
 
 
@@ -210,10 +240,17 @@ def _existing_directory(name: str, value: str) -> str:
     return path
 
 
-def _params_file(value: str) -> str:
-    if not value:
-        return os.path.join(share_directory(), "config", "pi05.yaml")
-    path = os.path.abspath(os.path.expanduser(value))
+def _parameter_files(robot: str, given: str) -> tuple[str, ...]:
+    """Files in the order in which they are read; of those that set a parameter the last one wins.
+
+    A shipped robot's own file comes after ours and before the user's.
+    """
+    config = os.path.join(share_directory(), "config")
+    own = os.path.join(config, "robots", "parameters", f"{robot}.yaml")
+    robots = (own,) if os.path.basename(robot) == robot and os.path.isfile(own) else ()
+    if not given:
+        return (os.path.join(config, "pi05.yaml"), *robots)
+    path = os.path.abspath(os.path.expanduser(given))
     if not os.path.isfile(path):
-        raise BringupError(f"params_file:={value}: no such file ({path})")
-    return path
+        raise BringupError(f"params_file:={given}: no such file ({path})")
+    return (*robots, path)

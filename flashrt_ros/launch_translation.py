@@ -10,7 +10,7 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
-from flashrt_ros.bringup import LaunchArgument, NodeSpec
+from flashrt_ros.bringup import RESPAWN_DELAY, LaunchArgument, NodeSpec
 
 if TYPE_CHECKING:
     from launch import LaunchContext
@@ -34,9 +34,12 @@ def describe(
 
 
 def node_action(spec: NodeSpec) -> Node:
-    """One node as a launch action; the end of a required node shuts the launch down."""
+    """One node as a launch action; the end of a required node shuts the launch down, unless it is started
+    again."""
     options: dict[str, Any] = {"namespace": spec.namespace} if spec.namespace else {}
-    if spec.required:
+    if spec.respawn:
+        options |= {"respawn": True, "respawn_delay": RESPAWN_DELAY}
+    elif spec.required:
         options["on_exit"] = Shutdown(reason=f"{spec.name} ended")
     return Node(
         package=spec.package,

@@ -1,6 +1,7 @@
 """Starts the nodes of `flashrt_ros.bringup` where `ros2 launch` is not installed.
 
     python -m flashrt_ros.runner pi05 checkpoint:=DIR robot:=NAME
+    python -m flashrt_ros.runner pi0 checkpoint:=DIR robot:=aloha namespace:=left
     python -m flashrt_ros.runner demo checkpoint:=DIR
     python -m flashrt_ros.runner pi05 --show-args
 
@@ -26,6 +27,7 @@ from flashrt_ros.bringup import BringupError, NodeSpec
 
 NODE_LISTS: dict[str, Callable[[Mapping[str, str]], list[NodeSpec]]] = {
     "pi05": bringup.pi05_nodes,
+    "pi0": bringup.pi0_nodes,
     "pi0fast": bringup.pi0fast_nodes,
     "demo": bringup.demo_nodes,
 }
@@ -65,7 +67,7 @@ class Runner:
     Call start() from a thread that lives until stop(): on Linux the nodes get SIGINT when it ends.
     on_line(node name, line) receives every line of output, from one reader thread per node; what it raises is
     dropped; the default prints "[name] line". The end of a required node shows in poll(); stop() then ends
-    the others.
+    the others. A node with `respawn` is started again by poll() and wait().
     grace: seconds from SIGINT to SIGTERM, and again from SIGTERM to SIGKILL.
     """
 
@@ -83,6 +85,8 @@ class Runner:
         self._grace = grace
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._readers: list[threading.Thread] = []
+        self._commands: dict[str, list[str]] = {}
+        self._ended: dict[str, float] = {}  # when a node that is to be started again was found ended
         names = [_full_name(spec) for spec in self._nodes]
         if len(set(names)) != len(names):
             raise BringupError(f"node names must differ, got {', '.join(names)}")
@@ -93,18 +97,37 @@ class Runner:
         commands = [node_command(spec, prefixes) for spec in self._nodes]
         try:
             for spec, command in zip(self._nodes, commands, strict=True):
+                self._commands[_full_name(spec)] = command
                 self._start_one(spec, command)
         except BaseException:
             self.stop()
             raise
 
     def poll(self) -> int | None:
-        """None while every required node runs; else the exit status of the first one found ended."""
+        """None while every required node runs; else the exit status of the first one found ended.
+
+        Nodes to be respawned count as running, and are started again when it is time.
+        """
         for spec in self._nodes:
             process = self._processes.get(_full_name(spec))
-            if process is not None and spec.required and process.poll() is not None:
+            if process is None or process.poll() is None:
+                continue
+            if spec.respawn:
+                self._respawn(spec, process.returncode)
+            elif spec.required:
                 return process.returncode
         return None
+
+    def _respawn(self, spec: NodeSpec, status: int) -> None:
+        name, now = _full_name(spec), time.monotonic()
+        if name not in self._ended:
+            self._ended[name] = now
+            with contextlib.suppress(Exception):
+                again = f"in {bringup.RESPAWN_DELAY:g} s it is started again"
+                self._on_line(name, f"ended with status {_exit_status(status)}: {again}")
+        elif now - self._ended[name] >= bringup.RESPAWN_DELAY:
+            del self._ended[name]
+            self._start_one(spec, self._commands[name])
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Block until a required node ends (its exit status) or until timeout seconds passed (None)."""

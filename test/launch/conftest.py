@@ -187,11 +187,15 @@ def _with_play_launch(program: str, file: str, arguments: dict[str, str], folder
 
 def _node_from_model(full_name: str, node: dict[str, Any]) -> ResolvedNode:
     arguments = node.get("ros_args", [])
+    parameters: dict[str, Any] = {}
+    for text in node.get("params_files", []):
+        for section in yaml.safe_load(text).values():
+            parameters.update(section["ros__parameters"])
     return ResolvedNode(
         package=node["pkg"],
         executable=node["exec"],
         namespace=full_name.rpartition("/")[0],
-        parameters=node.get("params", {}),
+        parameters=parameters | node.get("params", {}),
         remappings=[(pair["from"], pair["to"]) for pair in node.get("remaps", [])],
         env={pair["name"]: pair["value"] for pair in node.get("env", [])},
         log_level=arguments[arguments.index("--log-level") + 1] if "--log-level" in arguments else "",

@@ -88,5 +88,24 @@ def test_every_argument_is_described() -> None:
     for arguments in bringup.ARGUMENTS.values():
         names = [argument.name for argument in arguments]
         expected = "checkpoint robot prompt precision namespace params_file log_level use_sim_time"
-        assert names == expected.split()
+        assert names == [*expected.split(), "dry_run", "autostart", "respawn"]
         assert all(argument.description for argument in arguments)
+
+
+def test_a_real_arms_own_file_is_read_before_the_users(checkpoint: Path, tmp_path: Path) -> None:
+    given = {"checkpoint": str(checkpoint), "robot": "aloha"}
+    assert [Path(path).name for path in pi05_nodes(given)[0].parameter_files] == ["pi05.yaml", "aloha.yaml"]
+    own = tmp_path / "own.yaml"
+    own.write_text("/**: {ros__parameters: {seed: 1}}\n")
+    files = pi05_nodes({**given, "params_file": str(own)})[0].parameter_files
+    assert [Path(path).name for path in files] == ["aloha.yaml", "own.yaml"]
+    # A contract of one's own that happens to have the name is not the shipped robot.
+    assert len(pi05_nodes({**given, "robot": "my/aloha"})[0].parameter_files) == 1
+
+
+def test_respawn_is_for_the_policy_node_alone(checkpoint: Path) -> None:
+    nodes = demo_nodes({"checkpoint": str(checkpoint), "respawn": "True"})
+    assert [(node.name, node.respawn) for node in nodes] == [("demo_robot", False), ("policy_node", True)]
+    assert not pi05_nodes({"checkpoint": str(checkpoint)})[0].respawn
+    with pytest.raises(BringupError, match=r"respawn:=maybe: expected one of true, false"):
+        pi05_nodes({"checkpoint": str(checkpoint), "respawn": "maybe"})

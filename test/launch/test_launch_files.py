@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path.stem for path in (ROOT / "config" / "robots").glob("*.yaml"))
+REAL = sorted(path.stem for path in (ROOT / "config" / "robots" / "parameters").glob("*.yaml"))
 LAUNCH_FILES = sorted(path.name for path in (ROOT / "launch").glob("*.launch.py"))
 
 
 def test_every_launch_file_is_known_here() -> None:
-    assert LAUNCH_FILES == ["demo.launch.py", "pi05.launch.py", "pi0fast.launch.py"]
+    expected = [f"{name}.launch.py" for name in ("demo", "pi0", "pi05", "pi0fast")]
+    assert expected == LAUNCH_FILES
 
 
 def test_pi05_starts_the_policy_node_alone(resolve, checkpoint: Path) -> None:
@@ -55,13 +58,36 @@ def test_pi05_passes_every_argument_on(resolve, checkpoint: Path) -> None:
     assert (node.namespace, node.log_level) == ("/left", "debug")
 
 
+@pytest.mark.parametrize("file", ["pi0.launch.py", "pi05.launch.py"])
+@pytest.mark.parametrize("robot", SHIPPED)
+def test_every_shipped_robot_is_launched_with_its_own_parameters(
+    resolve, checkpoint: Path, file: str, robot: str
+) -> None:
+    found = resolve(file, checkpoint=str(checkpoint), robot=robot, namespace=f"{robot}_1")
+    assert found.status == 0, found.output
+    assert list(found.nodes) == [f"/{robot}_1/policy_node"]
+    parameters = found.nodes[f"/{robot}_1/policy_node"].parameters
+    assert parameters["robot"] == robot
+    assert parameters["dry_run"] is (robot in REAL)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_launch_argument_wins_over_the_robots_dry_run(resolve, checkpoint: Path, dry_run: bool) -> None:
+    given = {"robot": "ur5e", "dry_run": str(dry_run).lower(), "autostart": "false"}
+    found = resolve("pi05.launch.py", checkpoint=str(checkpoint), **given)
+    parameters = found.nodes["/policy_node"].parameters
+    assert parameters["dry_run"] is dry_run
+    assert parameters["autostart"] is False
+
+
 def test_pi0fast_is_the_same_node_with_another_policy(resolve, checkpoint: Path) -> None:
     given = {"checkpoint": str(checkpoint), "prompt": "go"}
-    found = [resolve(f"{name}.launch.py", **given) for name in ("pi05", "pi0fast")]
+    found = [resolve(f"{name}.launch.py", **given) for name in ("pi05", "pi0fast", "pi0")]
     for each in found:
         assert each.status == 0, each.output
-    pi05, fast = (each.nodes["/policy_node"] for each in found)
+    pi05, fast, pi0 = (each.nodes["/policy_node"] for each in found)
     assert fast.parameters == pi05.parameters | {"config": "pi0fast"}
+    assert pi0.parameters == pi05.parameters | {"config": "pi0"}
     assert fast.package == pi05.package
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,29 @@ def test_the_end_of_a_required_node_is_reported(recorder_prefix: Path) -> None:
     assert not alive(pid)
 
 
+def test_a_node_to_be_respawned_is_started_again(
+    recorder_prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashrt_ros.bringup.RESPAWN_DELAY", 0.2)
+    lines: list[str] = []
+    lasting = replace(executable(recorder_prefix, "lasting", "echo up; exec sleep 60"), respawn=True)
+    with Runner([lasting], on_line=lambda _, line: lines.append(line)) as started:
+        first = started.process_ids()["lasting"]
+        wait_until(lambda: lines == ["up"])
+        os.kill(first, signal.SIGKILL)
+        killed = time.monotonic()
+        while started.process_ids()["lasting"] == first:
+            assert started.wait(timeout=0.02) is None
+            assert time.monotonic() < killed + 10.0
+        assert time.monotonic() - killed >= 0.2
+        wait_until(lambda: lines == ["up", "ended with status 137: in 0.2 s it is started again", "up"])
+        second = started.process_ids()["lasting"]
+        assert started.stop() == {"lasting": -signal.SIGINT}
+        time.sleep(0.3)
+        assert not alive(second)
+    assert lines.count("up") == 2
+
+
 def test_a_node_that_ignores_signals_is_killed(recorder_prefix: Path) -> None:
     program = "trap '' INT TERM; echo up; while :; do sleep 0.1; done"
     stubborn = executable(recorder_prefix, "stubborn", program)
@@ -130,8 +154,8 @@ def test_values_may_hold_anything() -> None:
         (["pi05"], "error: no checkpoint given"),
         (["demo"], "error: no checkpoint given"),
         (["pi05", "checkpoint:=/does/not/exist"], "error: checkpoint:=/does/not/exist: no such directory"),
-        (["pi06"], "usage: python -m flashrt_ros.runner {pi05,pi0fast,demo}"),
-        ([], "usage: python -m flashrt_ros.runner {pi05,pi0fast,demo}"),
+        (["pi06"], "usage: python -m flashrt_ros.runner {pi05,pi0,pi0fast,demo}"),
+        ([], "usage: python -m flashrt_ros.runner {pi05,pi0,pi0fast,demo}"),
     ],
 )
 def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
