@@ -48,8 +48,10 @@ print(pathlib.Path(importlib.util.find_spec("torch").origin).parent.parent)' > "
 }
 
 check() {
-    "$VENV/bin/python" -c 'import lerobot.policies.pi05.modeling_pi05, lerobot.policies.pi0.modeling_pi0'
-    PYTHONPATH=$VENV/openpi JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'import openpi.models_pytorch.pi0_pytorch'
+    "$VENV/bin/python" -c 'import lerobot.policies.pi05.modeling_pi05, lerobot.policies.pi0.modeling_pi0
+import lerobot.policies.pi0_fast.modeling_pi0_fast'
+    PYTHONPATH=$VENV/openpi JAX_PLATFORMS=cpu "$VENV/bin/python" -c 'import openpi.models_pytorch.pi0_pytorch
+import openpi.models.pi0_fast'
 }
 
 main

@@ -20,7 +20,11 @@ ROWS_AT_ONCE = 16384
 
 
 class DecodeKernel(Protocol):
-    """One token through the language model by other means; see `engine.fused_decode`."""
+    """One token through the language model by other means, in slots below `slots`; see
+    `engine.fused_decode`.
+    """
+
+    slots: int
 
     def ready(self) -> bool:
         """Whether it can stand in for the stack now."""
@@ -155,9 +159,10 @@ class Pi0Fast(PrefixPolicy):
         """Final hidden state of the current token, `gap` positions behind its slot: (1, width)."""
         x = torch.empty(1, self.paligemma.width, dtype=self.dtype, device=self.token.device)
         self.paligemma.embed_text(self.token, x)
-        if self.fused is not None and self.fused.ready():
+        captured = self.cache.length is None  # then only the device knows the slot, and steps are limited
+        if self.fused is not None and self.fused.ready() and (captured or self.bound < self.fused.slots):
             return self.fused.hidden(x, gap)
-        bound = self.cache.capacity - 1 if self.cache.length is None else self.bound
+        bound = self.cache.capacity - 1 if captured else self.bound
         window = Window.behind(self.slot, 1, bound)
         cos, sin = self.rope
         position = self.slot.long().view(1) + gap

@@ -167,6 +167,25 @@ def test_a_token_through_the_kernels_equals_the_layers(model: Pi0Fast, gap: int)
     assert changed > 0.1 * found["kernels"][0].float().norm(), "another token, the same state: nothing tested"
 
 
+def test_slots_beyond_the_kernels_share_run_through_the_layers(model: Pi0Fast) -> None:
+    """The model-space entry may generate more tokens than a chunk has."""
+    fused_decode.attach(model, torch.device("cuda"))
+    assert model.fused is not None
+    prefilled(model)
+    calls = []
+    kernel = model.fused.hidden
+    model.fused.hidden = lambda x, gap: calls.append(model.bound) or kernel(x, gap)
+    try:
+        with torch.inference_mode():
+            for bound in (model.fused.slots - 1, model.fused.slots):
+                model.bound = bound
+                model.slot.fill_(bound)
+                assert torch.isfinite(model.hidden(0).float()).all()
+    finally:
+        del model.fused.hidden
+    assert calls == [model.fused.slots - 1]
+
+
 def test_an_observing_model_decodes_by_its_layers(model: Pi0Fast) -> None:
     fused_decode.attach(model, torch.device("cuda"))
     assert model.fused is not None
