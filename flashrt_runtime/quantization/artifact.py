@@ -27,6 +27,7 @@ from ..errors import (
 from .calibration import CalibrationReport, HeldOutError
 
 FORMAT = 1
+MOST_HEADER = 64 << 20
 MARK = "flashrt_calibration"
 MAKE = "make one with `flashrt calibrate` or Policy.calibrate() and save_calibration()"
 AGAIN = "calibrate again with `flashrt calibrate`"
@@ -196,16 +197,17 @@ def stored_identity(path: Path) -> dict[str, Any]:
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            size = file.read(8)
+            header = file.read(min(int.from_bytes(size, "little"), MOST_HEADER))
+            metadata = dict(json.loads(header).get("__metadata__") or {})
+            if MARK not in metadata:  # a checkpoint's weights, say: not read any further
+                raise CalibrationCorruptError(f"{path}: a safetensors file, but no calibration: {MAKE}")
+            tensors = load(size + header + file.read())
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CalibrationNotFoundError(f"{path}: no calibration there: {MAKE}") from error
-    try:
-        tensors = load(raw)
-        metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise CalibrationCorruptError(f"{path}: damaged ({error}): {_way_out()}") from error
-    if MARK not in metadata:
-        raise CalibrationCorruptError(f"{path}: a safetensors file, but no calibration: {MAKE}")
     if metadata[MARK] != str(FORMAT):
         raise CalibrationMismatchError(
             f"{path}: a calibration of format {metadata[MARK]}, this version ({__version__}) reads {FORMAT}: "

@@ -220,6 +220,9 @@ def test_any_damage_is_found(saved, load, observations) -> None:
     save_file({"x": np.zeros(3)}, file)
     with pytest.raises(CalibrationCorruptError, match="no calibration"):
         policy.load_calibration()
+    os.truncate(file, 1 << 40)  # a checkpoint's weights in place of a calibration are not read
+    with pytest.raises(CalibrationCorruptError, match="no calibration"):
+        policy.load_calibration()
     file.write_bytes(good)
     policy.load_calibration()
 
