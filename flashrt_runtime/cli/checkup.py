@@ -214,7 +214,7 @@ def check_middleware() -> Finding:
     variable = profile.get(used)
     if variable is not None and not os.environ.get(variable):
         return Finding(
-            "ok", f"{used}, {shared}, no profile ({variable} names one for images: deploy/dds)"
+            "ok", f"{used}, {shared}, no {variable}: raw images need the profile in config/"
         )
     return Finding("ok", f"{used}, {shared}")
 
