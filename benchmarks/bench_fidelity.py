@@ -3,8 +3,8 @@
     python -m benchmarks.bench_fidelity --frames FRAMES.zip --precisions bf16 fp16 --out fidelity.json
 
 frames: as `bench_calibration` takes them. Weights are random of the published dimensions, with attention
-peaked (q times 4); float32 runs with TF32 off. Actions are compared in model space, the robot's dimensions,
-each sample by itself: a mean over samples hides the one that matters.
+peaked by --query-scale; float32 runs with TF32 off. Actions are compared in model space, the robot's
+dimensions, each sample by itself: a mean over samples hides the one that matters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def actions(policy: Policy, frames: list[dict[str, Any]]) -> list[np.ndarray]:
 def deployed(policy: str, precision: str, args: argparse.Namespace) -> list[np.ndarray]:
     """The same random weights in one precision."""
     device = torch.device(args.device)
-    checkpoint = random_checkpoint(policy, 2, 10, 10, device, args.size)
+    checkpoint = random_checkpoint(policy, 2, 10, 10, device, args.size, query_scale=args.query_scale)
     loaded = build_policy(checkpoint, Target(device, precision), Settings(2, None, 1, False, False))
     try:
         return actions(loaded, read_frames(args.frames)[: args.samples])
@@ -72,8 +72,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table."""
     lines = [
         f"{result['device']}, torch {result['torch']}, {result['date']}, commit {result['commit']}; "
-        f"random weights of size {result['size']}; against float32, worst sample. Gates: relative rms "
-        f"{RELATIVE_RMS}, max-abs {MAX_ABS}, no sign flip above {SIGN_FLOOR}.",
+        f"random weights of size {result['size']}, q times {result['query_scale']:g}; against float32, worst "
+        f"sample. Gates: relative rms {RELATIVE_RMS}, max-abs {MAX_ABS}, no sign flip above {SIGN_FLOOR}.",
         "",
         "| policy | samples | relative rms | median | max-abs | cosine | sign flips | gates |",
         "|---|---|---|---|---|---|---|---|",
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["pi05", "pi0"])
     parser.add_argument("--precisions", nargs="+", default=["bf16"])
     parser.add_argument("--size", default="full", choices=("tiny", "small", "full"))
+    parser.add_argument("--query-scale", type=float, default=4.0, help="factor of q: 4 peaks the attention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of the measured sources, where they are no checkout")
     parser.add_argument("--out", type=Path, help="JSON to write; a .md beside it holds the table")
@@ -114,6 +115,7 @@ def main() -> None:
         "commit": args.commit or commit(),
         "command": " ".join(["python -m benchmarks.bench_fidelity", *sys.argv[1:]]),
         "size": args.size,
+        "query_scale": args.query_scale,
         "rows": rows,
     }
     print(markdown(result))

@@ -29,8 +29,11 @@ class RandomStore:
 
     files: tuple[Path, ...] = ()
 
-    def __init__(self, config: PolicyConfig, device: torch.device, seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PolicyConfig, device: torch.device, seed: int, dtype: torch.dtype, query_scale: float
+    ) -> None:
         self.known = parameter_shapes(config)
+        self.query_scale = query_scale
         self.device, self.seed, self.dtype = device, seed, dtype
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -41,7 +44,7 @@ class RandomStore:
 
     def tensor(self, key: str) -> torch.Tensor:
         shape = self.known[key]
-        offset, scale = weight_scale(key, shape, query_scale=4.0)
+        offset, scale = weight_scale(key, shape, self.query_scale)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(key.encode()) + self.seed)
         values = torch.randn(shape, generator=generator, device=self.device).mul_(float(scale)).add_(offset)
         return values.to(storage_dtype(key, self.dtype))
@@ -51,7 +54,14 @@ class RandomStore:
 
 
 def random_checkpoint(
-    policy: str, views: int, chunk: int, steps: int, device: torch.device, size: str = "full", seed: int = 0
+    policy: str,
+    views: int,
+    chunk: int,
+    steps: int,
+    device: torch.device,
+    size: str = "full",
+    seed: int = 0,
+    query_scale: float = 4.0,
 ) -> Checkpoint:
     """A checkpoint as `open_checkpoint` returns it, its robot that of the LIBERO preset, state in pi05's
     prompt.
@@ -60,7 +70,8 @@ def random_checkpoint(
 
     preset = LIBERO
     config = replace(random_config(size, preset, policy, steps), horizon=chunk)
-    store = RandomStore(config, device, seed, torch.bfloat16 if size == "full" else torch.float32)
+    dtype = torch.bfloat16 if size == "full" else torch.float32
+    store = RandomStore(config, device, seed, dtype, query_scale)
     stats = (
         FeatureStats(**{name: np.array(values) for name, values in part.items()})
         for part in (preset.state_stats, preset.action_stats)

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
-#include "host_copy.h"
 #include "prefix.h"
 
 namespace py = pybind11;
@@ -44,12 +43,6 @@ void prefix_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t valid, ui
         "prefix_attention");
 }
 
-// Host memory to host memory; the GIL is free meanwhile.
-void copy_past_caches(uintptr_t target, uintptr_t source, size_t bytes) {
-  py::gil_scoped_release released;
-  flashrt::copy_past_caches(pointer(target), pointer(source), bytes);
-}
-
 void vision_attention(uintptr_t qkv, uintptr_t scale, uintptr_t out, int64_t views, int64_t heads, uintptr_t stream) {
   check(flashrt::vision_attention(pointer(qkv), pointer<float>(scale), pointer(out), views, heads, stream_of(stream)),
         "vision_attention");
@@ -76,7 +69,6 @@ void bind_prefix(py::module_& module) {
   module.def("activation", &activation);
   module.def("qkv_rope", &qkv_rope);
   module.def("prefix_attention", &prefix_attention);
-  module.def("copy_past_caches", &copy_past_caches);
   module.def("vision_attention", &vision_attention);
   module.def("camera_patches", &camera_patches);
   module.def("embed_tokens", &embed_tokens);

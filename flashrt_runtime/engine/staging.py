@@ -13,8 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..ops import native
-
 ALIGNMENT = 256
 FRAME_BYTES = 1920 * 1080 * 3
 
@@ -79,10 +77,9 @@ class Staging:
     def write_images(self, images: Sequence[NDArray[np.uint8]]) -> int:
         """Write the images (H, W, 3) uint8 into the pinned block. Returns how many bytes they take."""
         parts, offset = self.host_parts, 0
-        frames: NDArray[np.uint8] = parts["frames"].view(np.uint8)
         for index, image in enumerate(images):
             parts["views"][index] = (offset, image.shape[0], image.shape[1])
-            native.copy_past_caches(frames[offset : offset + image.size], image.reshape(-1))
+            parts["frames"][offset : offset + image.size] = image.reshape(-1)
             offset += image.size
         return offset
 

@@ -10,13 +10,10 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import HardwareError
@@ -140,26 +137,6 @@ def add_rms_norm(
             torch.cuda.current_stream(x.device).cuda_stream,
         )
     return out, residual_out
-
-
-@functools.cache
-def _copier() -> Callable[[int, int, int], None] | None:
-    try:
-        copier: Callable[[int, int, int], None] = load().copy_past_caches
-    except HardwareError:
-        return None
-    return copier
-
-
-def copy_past_caches(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
-    """target[:] = source for bytes in host memory, target contiguous, leaving the caches to what needs
-    them; an ordinary copy without the compiled module.
-    """
-    copier = _copier()
-    if copier is None or not source.flags.c_contiguous:
-        target[:] = source
-    else:
-        copier(target.ctypes.data, source.ctypes.data, target.nbytes)
 
 
 def _check_rows(operation: str, *, x: Tensor, weight: Tensor, **others: Tensor | None) -> None:

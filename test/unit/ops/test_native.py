@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ from flashrt_runtime.ops import native
 def _fresh() -> Iterator[None]:
     native.load.cache_clear()
     native.unavailable_reason.cache_clear()
-    native._copier.cache_clear()
     yield
     native.load.cache_clear()
     native.unavailable_reason.cache_clear()
@@ -45,22 +43,6 @@ def test_bad_sizes_raise_before_any_launch() -> None:
     for rows, width, dtype in [(-1, 8, 0), (1, 0, 0), (1, 8, 7)]:
         with pytest.raises(RuntimeError, match="add_rms_norm: cudaErrorInvalidValue"):
             native.load().add_rms_norm(0, 0, 0, 0, 0, rows, width, 1e-6, dtype, dtype, 0)
-
-
-SIZES = [(1, 0), (64, 1), (255, 3), (300, 5), (921_600, 0), (921_601, 7)]
-
-
-@pytest.mark.parametrize(("size", "offset"), SIZES)
-def test_copies_past_the_caches_are_whole(size: int, offset: int) -> None:
-    """Whatever the alignment: every byte arrives and no other is touched."""
-    source = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    target = np.full(offset + size + 64, 7, np.uint8)
-    native.copy_past_caches(target[offset : offset + size], source)
-    assert np.array_equal(target[offset : offset + size], source)
-    assert (target[:offset] == 7).all()
-    assert (target[offset + size :] == 7).all()
-    native.copy_past_caches(target[:4], np.arange(8, dtype=np.uint8)[::2])
-    assert target[:4].tolist() == [0, 2, 4, 6]
 
 
 def test_missing_module_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
