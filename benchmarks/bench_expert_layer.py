@@ -97,7 +97,7 @@ class Rig:
             ones[:, :2].contiguous() if self.fp8 else None,
         )
         x = draw(self.rows, 32, device="cuda")
-        buffers = ExpertBuffers.allocate(self.rows, self.dtype, x.device)
+        buffers = ExpertBuffers.allocate(self.rows, x.device)
         return lambda: expert_steps(weights, buffers, x, STEPS, self.rope, self.length, self.k, self.v)
 
 

@@ -133,7 +133,7 @@ __device__ void scores(const unsigned char* q, const unsigned char* k, float* ou
   }
 }
 
-// How the blocks of a head pass partial results on: through the shared memory of a cluster ...
+// How the blocks of a head pass partial results on: through the shared memory of a cluster.
 struct ClusterExchange {
   int rank;
   float* own;  // inbox in shared memory
@@ -149,28 +149,6 @@ struct ClusterExchange {
 #if FLASHRT_DEVICE_HAS_BULK
     cg::this_cluster().sync();
 #endif
-  }
-};
-
-// ... or through L2, for blocks that are on the device together but in no cluster. `counter` only grows.
-struct GlobalExchange {
-  int rank;
-  float* inboxes;
-  int floats;  // of one inbox
-  unsigned* counter;
-  unsigned target;
-
-  __device__ float* inbox(int block) const { return inboxes + block * floats; }
-  __device__ void sync() {
-    team_barrier();
-    if (threadIdx.x == 0) {
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-      unsigned seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-      } while (seen < target);
-    }
-    team_barrier();
   }
 };
 

@@ -107,9 +107,9 @@ void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uin
                   uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
                   uintptr_t shift_products, float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length,
                   uintptr_t k_cache, uintptr_t v_cache, int capacity, uintptr_t x, uintptr_t in_weight,
-                  uintptr_t in_bias, int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias, uintptr_t h,
-                  uintptr_t scaled, uintptr_t squares, uintptr_t q, uintptr_t attended, uintptr_t hidden,
-                  uintptr_t inboxes, uintptr_t barrier, uintptr_t stream) {
+                  uintptr_t in_bias, int64_t in_bias_stride, uintptr_t out_weight, uintptr_t out_bias,
+                  uintptr_t mix_weights, uintptr_t mix_bias, uintptr_t guide_gain, uintptr_t guide_weight,
+                  uintptr_t guide_target, uintptr_t exchange, uintptr_t barrier, uintptr_t stream) {
   flashrt::ExpertSteps problem = {};
   problem.fp8 = fp8;
   problem.rows = rows;
@@ -141,13 +141,12 @@ void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uin
   problem.in_bias_stride = in_bias_stride;
   problem.out_weight = pointer<float>(out_weight);
   problem.out_bias = pointer<float>(out_bias);
-  problem.h = pointer(h);
-  problem.scaled = pointer(scaled);
-  problem.squares = pointer<float>(squares);
-  problem.q = pointer(q);
-  problem.attended = pointer(attended);
-  problem.hidden = pointer(hidden);
-  problem.inboxes = pointer<float>(inboxes);
+  problem.mix_weights = pointer(mix_weights);
+  problem.mix_bias = pointer<float>(mix_bias);
+  problem.guide_gain = pointer<float>(guide_gain);
+  problem.guide_weight = pointer<float>(guide_weight);
+  problem.guide_target = pointer<float>(guide_target);
+  problem.exchange = pointer(exchange);
   problem.barrier = pointer<unsigned>(barrier);
   check(flashrt::expert_steps(problem, reinterpret_cast<cudaStream_t>(stream)), "expert_steps");
 }
@@ -183,7 +182,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"),
              py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"),
              py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"),
-             py::arg("out_weight"), py::arg("out_bias"), py::arg("h"), py::arg("scaled"), py::arg("squares"),
-             py::arg("q"), py::arg("attended"), py::arg("hidden"), py::arg("inboxes"), py::arg("barrier"),
-             py::arg("stream"));
+             py::arg("out_weight"), py::arg("out_bias"), py::arg("mix_weights"), py::arg("mix_bias"),
+             py::arg("guide_gain"), py::arg("guide_weight"), py::arg("guide_target"), py::arg("exchange"),
+             py::arg("barrier"), py::arg("stream"));
+  module.def("expert_exchange_bytes", &flashrt::expert_exchange_bytes, py::arg("rows"));
 }

@@ -78,8 +78,8 @@ cudaError_t guide_velocity(const float* velocity, const float* x, const float* t
 // expert_steps.cu
 enum ExpertProduct : int { kQkv = 0, kOut = 1, kGateUp = 2, kDown = 3, kProducts = 4 };
 
-constexpr int kExpertBarrierWords = 2 + 16;               // grid, blocks done, and one for each team of a head
-constexpr int kExpertInboxFloats = 16 * 8 * 8 * 32 * 34;  // 16 teams of 8 for 32 rows, or 8 of 16 for 16 rows
+constexpr int kExpertBarrierWords = 2;
+constexpr int kExpertMaxRows = 64;
 
 struct ExpertSteps {
   bool fp8;
@@ -105,15 +105,16 @@ struct ExpertSteps {
   int64_t in_bias_stride;
   const float* out_weight;  // float32 (action_dim, 1024)
   const float* out_bias;
-  void* h;            // scratch: bf16 (rows, 1024)
-  void* scaled;       // (rows, 1024): fp16 with e4m3 weights, else bf16
-  float* squares;     // (rows, 128)
-  void* q;            // bf16 (rows, 2048)
-  void* attended;     // weights' type (rows, 2048)
-  void* hidden;       // weights' type (rows, 4096)
-  float* inboxes;     // scratch: kExpertInboxFloats
+  const void* mix_weights;  // pi0, else null: bf16 packed chunks of (1024, 1024), h = W_mix silu(W_in x + b) + b_mix
+  const float* mix_bias;    // float32 (1024)
+  const float* guide_gain;  // (steps) g, or null for no guidance: x += D + g_k/n * weight * (target - x - t_k n D)
+  const float* guide_weight;  // (rows, action_dim), with D the Euler step, n the steps and t_k = 1 - k/n
+  const float* guide_target;
+  void* exchange;     // scratch of expert_exchange_bytes(rows), whatever it holds
   unsigned* barrier;  // kExpertBarrierWords, zero before the first launch; left zero
 };
+
+int64_t expert_exchange_bytes(int rows);
 
 // cudaErrorNotSupported where the device cannot hold the whole grid at once: use the single kernels there.
 cudaError_t expert_steps(const ExpertSteps& problem, cudaStream_t stream);

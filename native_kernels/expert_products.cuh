@@ -1,4 +1,5 @@
-// The persistent expert's products of a few rows with a block's units of weights, and how the warps' sums meet.
+// The persistent expert's products of one tile of rows with a block's units of weights, how the warps' sums meet, and
+// the norms' sums.
 #pragma once
 
 #include "expert_stream.cuh"
@@ -6,150 +7,186 @@
 namespace flashrt {
 namespace expert {
 
-// Of h: another block may have written it since this multiprocessor's L1 saw it.
-__device__ __forceinline__ float load_fresh(const __nv_bfloat16* address) {
-  return to_float(__ushort_as_bfloat16(__ldcg(reinterpret_cast<const unsigned short*>(address))));
+// Activations lie in global memory as the tensor cores want them: tile by tile of 16 rows, pieces of 64 bytes of k, row
+// by row. What a warp asks for at once is contiguous; reading rows one by one costs more than twice the time. With
+// `Wide` a thread has 32 bytes of a k block, the second half of them in a piece of its own.
+constexpr int kPieceBytes = kTileRows * kBlockBytes;
+
+template <bool Wide>
+__device__ __forceinline__ int piece_offset(int row, int row_bytes, int byte) {
+  const int start = row / kTileRows * kTileRows * row_bytes + row % kTileRows * kBlockBytes;
+  if constexpr (Wide)
+    return start + (byte / (2 * kBlockBytes) * 2 + byte / 16 % 2) * kPieceBytes + byte % (2 * kBlockBytes) / 32 * 16 +
+           byte % 16;
+  return start + byte / kBlockBytes * kPieceBytes + byte % kBlockBytes;
 }
 
-__device__ __forceinline__ uint4 global_row(const ExpertSteps& p, const void* x, int row, int k_bytes, int byte) {
-  if (row >= p.rows) return make_uint4(0, 0, 0, 0);
-  return __ldcg(reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(x) + int64_t(row) * k_bytes + byte));
+// Byte `byte` of row `row` among the activations of product P.
+template <bool Fp8, int P>
+__device__ __forceinline__ int activation_offset(int row, int byte) {
+  return piece_offset<Shape<Fp8, P>::Wide>(row, Shape<Fp8, P>::RowBytes, byte);
 }
 
-// Products 1 and 4: Group units at once on rows of 16-bit values; a warp reads its own k of every chunk, once.
-template <bool Fp8, int RowTiles, int P, int Group>
-__device__ __forceinline__ void multiply_scaled(const ExpertSteps& p, const Ring& ring, int index, int units,
-                                                float (&sum)[Group][RowTiles][Shape<Fp8, P>::Tiles][4]) {
+// A thread's part of one tile of activations: 16 bytes of rows `lane / 4` and `lane / 4 + 8` of each piece that is its
+// warp's. A block of k is read by one warp only: 16 warps read each activation once.
+template <bool Fp8, int P>
+struct Activations {
   using S = Shape<Fp8, P>;
-  constexpr int Own = S::Blocks / kWarps, Vectors = Fp8 ? 2 : 1;  // 16-byte pieces of a k block in 16-bit values
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row = lane / 4;
+  uint4 low[S::Pieces], high[S::Pieces];
+  const unsigned char* from;  // this thread's first piece
+  bool has_low, has_high;
+
+  static __device__ __forceinline__ constexpr int offset(int piece) {
+    const int vector = piece % S::Vectors, own = piece / S::Vectors % S::Own, chunk = piece / S::Vectors / S::Own;
+    return ((chunk * S::Blocks + own) * S::Vectors + vector) * kPieceBytes;
+  }
+  static constexpr int kHigh = 8 * kBlockBytes;
+
+  // Ask for the pieces of tile `tile` of `x`; they may not have come yet.
+  __device__ __forceinline__ void ask(const unsigned char* x, int tile, int rows, int batch = 0) {
+    const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, first = tile * kTileRows + lane / 4;
+    from = x + tile * kTileRows * S::RowBytes + batch * (S::RowBytes / S::Batches) * kTileRows +
+           warp * S::Own * S::Vectors * kPieceBytes + lane * 16;
+    has_low = first < rows, has_high = first + 8 < rows;
 #pragma unroll
-  for (int chunk = 0; chunk < S::Chunks; ++chunk) {
-    uint4 low[Own][RowTiles][Vectors], high[Own][RowTiles][Vectors];
+    for (int i = 0; i < S::Pieces; ++i) {
+      low[i] = has_low ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
+      high[i] = has_high ? look(from + offset(i) + kHigh) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  // Until all have.
+  __device__ __forceinline__ void settle() {
+    for (int polls = 0;; count_poll(polls)) {
+      bool missing = false;
 #pragma unroll
-    for (int o = 0; o < Own; ++o) {
-      const int byte = ((chunk * S::Blocks + warp * Own + o) * kBlockBytes + lane % 4 * 16) * Vectors;
+      for (int i = 0; i < S::Pieces; ++i) missing |= absent(low[i]) | absent(high[i]);
+      if (!__any_sync(0xffffffffu, missing)) break;
 #pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < Vectors; ++i) {
-          low[o][r][i] = global_row(p, p.scaled, r * 16 + row, kWidth * 2, byte + i * 16);
-          high[o][r][i] = global_row(p, p.scaled, r * 16 + row + 8, kWidth * 2, byte + i * 16);
-        }
+      for (int i = 0; i < S::Pieces; ++i) {
+        if (absent(low[i])) low[i] = look(from + offset(i));
+        if (absent(high[i])) high[i] = look(from + offset(i) + kHigh);
       }
     }
+  }
+};
+
+// One unit's product: this warp's k of every chunk of it (of a batch, where activations come in batches), which have
+// come. Two chains of sums a tile.
+template <bool Fp8, int P>
+__device__ __forceinline__ void multiply_unit(const Activations<Fp8, P>& a, const Ring& ring, Cursor& cursor,
+                                              float (&sum)[Shape<Fp8, P>::Tiles][4]) {
+  using S = Shape<Fp8, P>;
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
+  float odd[S::Tiles][4] = {};
 #pragma unroll
-    for (int g = 0; g < Group; ++g) {
-      if (g >= units) break;
-      const unsigned char* weights = ring.wait(index + g * S::Chunks + chunk) + warp * Own * kTileBytes + lane * 16;
+  for (int chunk = 0; chunk < S::Chunks / S::Batches; ++chunk) {
+    const unsigned char* weights = ring.chunk(cursor) + warp * S::Own * kTileBytes + lane * 16;
+    cursor.advance(ring.slots);
 #pragma unroll
-      for (int o = 0; o < Own; ++o) {
+    for (int o = 0; o < S::Own; ++o) {
+      const int piece = (chunk * S::Own + o) * S::Vectors;
 #pragma unroll
-        for (int t = 0; t < S::Tiles; ++t) {
-          const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + o) * kTileBytes);
-          if constexpr (Fp8) {
-            uint32_t b[8];
-            widen(packed, b);
-#pragma unroll
-            for (int r = 0; r < RowTiles; ++r) multiply_f16(sum[g][r][t], low[o][r], high[o][r], b);
-          } else {
-#pragma unroll
-            for (int r = 0; r < RowTiles; ++r) multiply<false>(sum[g][r][t], low[o][r][0], high[o][r][0], packed);
-          }
+      for (int t = 0; t < S::Tiles; ++t) {
+        const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + o) * kTileBytes);
+        if constexpr (S::Wide) {
+          uint32_t b[8];
+          widen(packed, b);
+          const uint4 &low0 = a.low[piece], &low1 = a.low[piece + 1];
+          const uint4 &high0 = a.high[piece], &high1 = a.high[piece + 1];
+          mma_f16(sum[t], low0.x, high0.x, low0.y, high0.y, b[0], b[1]);
+          mma_f16(odd[t], low0.z, high0.z, low0.w, high0.w, b[2], b[3]);
+          mma_f16(sum[t], low1.x, high1.x, low1.y, high1.y, b[4], b[5]);
+          mma_f16(odd[t], low1.z, high1.z, low1.w, high1.w, b[6], b[7]);
+        } else {
+          multiply<S::E4m3>((chunk * S::Own + o) % 2 == 0 ? sum[t] : odd[t], a.low[piece], a.high[piece], packed);
         }
       }
     }
   }
-  ring.release(index, units * S::Chunks);
+  if constexpr (S::Wide || S::Chunks * S::Own > 1) {
+#pragma unroll
+    for (int t = 0; t < S::Tiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[t][i] += odd[t][i];
+  }
 }
 
-// Products 3 and 5: one unit on rows of the weights' type.
-template <bool Fp8, int RowTiles, int P>
-__device__ __forceinline__ void multiply_plain(const ExpertSteps& p, const Ring& ring, int index, const void* x,
-                                               float (&sum)[1][RowTiles][1][4]) {
-  using S = Shape<Fp8, P>;
-  constexpr int Own = S::Blocks / kWarps;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, row = lane / 4;
-  uint4 low[2][Own][RowTiles], high[2][Own][RowTiles];
-  const auto load = [&](int chunk) {
+constexpr int kTileElements = kTileRows * kTileFeatures;
+
+constexpr int kTileStride = kTileElements + 4;  // floats: four tiles side by side fall into different banks
+
+// A warp's part of the sums of tile `index` of `count` into shared memory: [warp][tile][row][feature]; `rows` count.
+__device__ __forceinline__ void spread(float* sums, int count, int index, const float (&sum)[4], int rows) {
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
+  float* target = sums + (warp * count + index) * kTileStride + lane / 4 * kTileFeatures + lane % 4 * 2;
+  *reinterpret_cast<float2*>(target) = make_float2(sum[0], sum[1]);
+  if (lane / 4 + 8 < rows) *reinterpret_cast<float2*>(target + 8 * kTileFeatures) = make_float2(sum[2], sum[3]);
+}
+
+__device__ __forceinline__ float gather(const float* sums, int count, int index, int element) {
+  float part[4] = {};  // independent chains
 #pragma unroll
-    for (int o = 0; o < Own; ++o) {
-      const int byte = (chunk * S::Blocks + warp * Own + o) * kBlockBytes + lane % 4 * 16;
+  for (int w = 0; w < kWarps; ++w) part[w % 4] += sums[(w * count + index) * kTileStride + element];
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// 1 / x to an ulp, without the branch that exact division takes; x is a scale, far from 0 and infinity.
+__device__ __forceinline__ float inverse_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y * (2.0f - x * y);
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
+  return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(first))) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(second))) << 16;
+}
+__device__ __forceinline__ uint32_t pack_f16(float first, float second) {
+  return static_cast<uint32_t>(__half_as_ushort(__float2half_rn(first))) |
+         static_cast<uint32_t>(__half_as_ushort(__float2half_rn(second))) << 16;
+}
+__device__ __forceinline__ float2 unpack_f16(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+__device__ __forceinline__ float round_bf16(float value) { return to_float(from_float<__nv_bfloat16>(value)); }
+__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+  // The blocks' parts of the sums of squares of a tile's rows: asked for with the activations, added up behind the
+  // product. A block's sixteen rows are neighbours, so that no two blocks write into one sector.
+  __device__ __forceinline__ int square_offset(int row) {
+    return (row / kTileRows * kBlocks * kTileRows + row % kTileRows) * 4;
+  }
+  struct Squares {
+    uint4 part;  // of four rows and one block
+    const unsigned char* from;
+    int rows;  // how many of the four there are
+
+    __device__ __forceinline__ void ask(const unsigned char* squares, int tile, int all_rows) {
+      from = squares + square_offset(tile * kTileRows) + thread_id() * 16;
+      rows = all_rows - tile * kTileRows - static_cast<int>(thread_id() % 4) * 4;
+      part = rows > 0 ? look(from) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ bool missing() const {
+      return (rows > 0 && part.x == kAbsent) || (rows > 1 && part.y == kAbsent) || (rows > 2 && part.z == kAbsent) ||
+             (rows > 3 && part.w == kAbsent);
+    }
+    // This warp's sums, four rows each in its first four lanes.
+    __device__ __forceinline__ float4 settle() {
+      for (int polls = 0; __any_sync(0xffffffffu, missing()); count_poll(polls))
+        if (missing()) part = look(from);
+      float4 sum = make_float4(__uint_as_float(part.x), __uint_as_float(part.y), __uint_as_float(part.z),
+                               __uint_as_float(part.w));
 #pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-        low[chunk % 2][o][r] = global_row(p, x, r * 16 + row, S::kBytes, byte);
-        high[chunk % 2][o][r] = global_row(p, x, r * 16 + row + 8, S::kBytes, byte);
+      for (int offset = 4; offset < kWarpSize; offset *= 2) {
+        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
+        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
+        sum.z += __shfl_xor_sync(0xffffffffu, sum.z, offset);
+        sum.w += __shfl_xor_sync(0xffffffffu, sum.w, offset);
       }
+      return sum;
     }
   };
-  load(0);
-  float odd[RowTiles][4] = {};  // a second chain of sums
-#pragma unroll
-  for (int chunk = 0; chunk < S::Chunks; ++chunk) {
-    if (chunk + 1 < S::Chunks) load(chunk + 1);
-    const unsigned char* weights = ring.wait(index + chunk) + warp * Own * kTileBytes + lane * 16;
-#pragma unroll
-    for (int o = 0; o < Own; ++o) {
-      const uint4 packed = *reinterpret_cast<const uint4*>(weights + o * kTileBytes);
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r)
-        multiply<Fp8>(o % 2 == 0 ? sum[0][r][0] : odd[r], low[chunk % 2][o][r], high[chunk % 2][o][r], packed);
-    }
-  }
-  ring.release(index, S::Chunks);
-#pragma unroll
-  for (int r = 0; r < RowTiles; ++r)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[0][r][0][i] += odd[r][i];
-}
-
-// Every warp's part of the sums of Group units into shared memory: [warp][unit][tile][row][feature].
-template <int RowTiles, int Tiles, int Group>
-__device__ __forceinline__ void spread(float* sums, const float (&sum)[Group][RowTiles][Tiles][4]) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  constexpr int TileElements = 16 * RowTiles * kTileFeatures;
-#pragma unroll
-  for (int g = 0; g < Group; ++g) {
-#pragma unroll
-    for (int t = 0; t < Tiles; ++t) {
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-        float* target =
-            sums + ((warp * Group + g) * Tiles + t) * TileElements + (r * 16 + lane / 4) * kTileFeatures + lane % 4 * 2;
-        *reinterpret_cast<float2*>(target) = make_float2(sum[g][r][t][0], sum[g][r][t][1]);
-        *reinterpret_cast<float2*>(target + 8 * kTileFeatures) = make_float2(sum[g][r][t][2], sum[g][r][t][3]);
-      }
-    }
-  }
-}
-
-template <int RowTiles, int Tiles, int Group>
-__device__ __forceinline__ float gather(const float* sums, int unit, int tile, int element) {
-  constexpr int TileElements = 16 * RowTiles * kTileFeatures;
-  float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += sums[((w * Group + unit) * Tiles + tile) * TileElements + element];
-  return total;
-}
-
-template <bool Fp8>
-__device__ __forceinline__ void store_quantised(void* out, int64_t index, float value, float inverse_scale) {
-  const __nv_bfloat16 rounded = from_float<__nv_bfloat16>(value);
-  if constexpr (Fp8) {
-    static_cast<uint8_t*>(out)[index] = to_e4m3(to_float(rounded) * inverse_scale);
-  } else {
-    static_cast<__nv_bfloat16*>(out)[index] = rounded;
-  }
-}
-
-template <bool Fp8>
-__device__ __forceinline__ void store_scaled(void* out, int64_t index, float value) {
-  if constexpr (Fp8) {
-    static_cast<__half*>(out)[index] = from_float<__half>(value * kHeadroom);
-  } else {
-    static_cast<__nv_bfloat16*>(out)[index] = from_float<__nv_bfloat16>(value * kHeadroom);
-  }
-}
 
 }  // namespace expert
 }  // namespace flashrt

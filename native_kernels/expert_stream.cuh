@@ -1,124 +1,270 @@
-// The persistent expert's frame: which block computes what, the ring its weights stream through, the barrier over the
-// grid.
+// The persistent expert's frame: which block computes what, the ring its weights stream through, and how the blocks
+// exchange activations.
 #pragma once
 
-#include "attention_tiles.cuh"
 #include "expert.h"
 #include "product_tiles.cuh"
 
 namespace flashrt {
 namespace expert {
 
-constexpr int kThreads = attention::kThreads;  // that compute; one more warp moves weights
-constexpr int kWarps = attention::kWarps;
-constexpr int kWidth = 1024, kMlp = 4096, kHeads = 8, kHeadDim = attention::kHeadDim, kAttended = kHeads * kHeadDim;
+constexpr int kBlocks = 128;  // the grid, one block a multiprocessor
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kWidth = 1024, kMlp = 4096, kHeads = 8, kHeadDim = 256, kAttended = kHeads * kHeadDim;
 constexpr int kQkvHeads = kHeads + 2;
+constexpr int kTileRows = 16;  // of activations, as the tensor cores take them
 constexpr int kChunkBytes = 16384;
 constexpr int kMaxSlots = 8;
 constexpr int kMaxActionDim = 64;
 constexpr float kHeadroom = 1.0f / 16;  // of h (1 + scale) in fp16
-static_assert(kThreads * 4 == kWidth, "the seam gives every thread four columns");
+
+// pi0 mixes the actions with the time through one more product a step; its weights are always bf16.
+constexpr int kMix = kProducts;
 
 struct Product {
   int k, n, tiles;  // tiles of 8 features that share an epilogue
 };
-__device__ constexpr Product kShapes[kProducts] = {
-    {kWidth, kQkvHeads * kHeadDim, 2}, {kAttended, kWidth, 1}, {kWidth, 2 * kMlp, 2}, {kMlp, kWidth, 1}};
+__device__ constexpr Product kShapes[kProducts + 1] = {{kWidth, kQkvHeads * kHeadDim, 2},
+                                                       {kAttended, kWidth, 1},
+                                                       {kWidth, 2 * kMlp, 2},
+                                                       {kMlp, kWidth, 1},
+                                                       {kWidth, kWidth, 1}};
 
 template <bool Fp8, int P>
 struct Shape {
-  static constexpr int kBytes = kShapes[P].k * (Fp8 ? 1 : 2);
+  static constexpr bool E4m3 = Fp8 && P != kMix;                // the weights
+  static constexpr bool Wide = E4m3 && kShapes[P].tiles == 2;  // met by activations of 16 bits
   static constexpr int Tiles = kShapes[P].tiles;
   static constexpr int Units = kShapes[P].n / (Tiles * kTileFeatures);
-  static constexpr int UnitBytes = Tiles * kTileFeatures * kBytes;
-  static constexpr int Chunks = UnitBytes / kChunkBytes;           // a unit's
-  static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;  // k blocks of a chunk
+  static constexpr int UnitBytes = Tiles * kTileFeatures * kShapes[P].k * (E4m3 ? 1 : 2);
+  static constexpr int Chunks = UnitBytes / kChunkBytes;            // a unit's
+  static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;   // k blocks of a chunk
+  static constexpr int Own = Blocks / kWarps;                       // of them a warp's
+  static constexpr int Vectors = Wide ? 2 : 1;                      // 16-byte pieces of a k block of activations
+  static constexpr int RowBytes = kShapes[P].k * (E4m3 && !Wide ? 1 : 2);  // of the activations
+  static constexpr int Batches = Chunks * Own * Vectors > 4 ? 2 : 1;  // of activations: registers are short
+  static constexpr int Pieces = Chunks * Own * Vectors / Batches;     // of a row a thread holds at once
   static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0);
 };
 
-struct Range {
-  int first, count;
-};
-
-// This block's units of a product.
-template <bool Fp8, int P>
-__device__ __forceinline__ Range own_units() {
-  constexpr int units = Shape<Fp8, P>::Units;
-  const int first = units * blockIdx.x / gridDim.x;
-  return {first, static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - first};
+// Asked for where they are used: what the compiler derives from them it would otherwise keep in registers through the
+// whole kernel, and there are none to spare.
+__device__ __forceinline__ unsigned thread_id() {
+  unsigned id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+}
+__device__ __forceinline__ unsigned block_id() {
+  unsigned id;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
+  return id;
 }
 
-// The weight stream of one block: every chunk of its units, in the order of use, through a ring of `slots` chunks (a
-// power of two). One thread of the moving warp fills it; every computing warp reports when it has read a chunk.
-struct Ring {
-  unsigned char* chunks;
-  uint64_t *full, *empty;
-  int slots;
+// Where a product's unit of this block lies. Of the 160 units of qkv the first 128 are one a block, those of k and v
+// go to every fourth block.
+__device__ __forceinline__ int qkv_units() { return block_id() % 4 == 3 ? 2 : 1; }
+__device__ __forceinline__ int qkv_unit(int index) { return index == 0 ? block_id() : kBlocks + block_id() / 4; }
+constexpr int kGateUpUnits = 4;
+static_assert(kGateUpUnits * kBlocks == kMlp / kTileFeatures && kBlocks * kTileFeatures == kWidth);
 
-  __device__ __forceinline__ void fill(int index, const unsigned char* from) const {
-    const int slot = index & (slots - 1);
-    if (index >= slots) barrier_wait(empty + slot, (index / slots - 1) & 1);
-    barrier_expect(full + slot, kChunkBytes);
-    bulk_copy(chunks + slot * kChunkBytes, from, kChunkBytes, full + slot);
-  }
-  // Chunk `index`, once it has arrived.
-  __device__ __forceinline__ const unsigned char* wait(int index) const {
-    const int slot = index & (slots - 1);
-    barrier_wait(full + slot, (index / slots) & 1);
-    return chunks + slot * kChunkBytes;
-  }
-  __device__ __forceinline__ void release(int index, int count) const {
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0)
-      for (int i = 0; i < count; ++i) barrier_arrive(empty + ((index + i) & (slots - 1)));
+// A place in the ring, advanced by one chunk at a time: no division on the way.
+struct Cursor {
+  int slot = 0;
+  unsigned phase = 0;
+
+  __device__ __forceinline__ void advance(int slots) {
+    if (++slot == slots) slot = 0, phase ^= 1;
   }
 };
 
+// The weight stream of one block: every chunk of its units, in the order of use, through a ring of shared memory. One
+// thread asks for the chunks that take the place of those a phase has read, behind the phase's barrier.
+struct Ring {
+  unsigned char* chunks;
+  uint64_t* full;
+  int slots;
+
+  // Until `count` chunks from `cursor` on have come: all at once, so that the reads behind it can be interleaved.
+  __device__ __forceinline__ void wait(Cursor cursor, int count) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      barrier_wait(full + cursor.slot, cursor.phase);
+      cursor.advance(slots);
+    }
+  }
+  __device__ __forceinline__ const unsigned char* chunk(const Cursor& cursor) const {
+    return chunks + cursor.slot * kChunkBytes;
+  }
+};
+
+// Where the chunks of a layer visit come from, in the order of use: filled once, so that the code that asks is short.
+struct Source {
+  const unsigned char* base;  // of layer 0
+  int64_t layer_bytes;
+};
+constexpr int kMaxSources = 19;  // bf16: 4 + 2 + 8 + 4, and pi0's mix
+
 template <bool Fp8, int P>
-__device__ __forceinline__ int fill_product(const ExpertSteps& p, const Ring& ring, int layer, int index) {
-  const Range units = own_units<Fp8, P>();
-  constexpr int64_t layer_bytes = int64_t(Shape<Fp8, P>::Units) * Shape<Fp8, P>::UnitBytes;
-  const unsigned char* from = static_cast<const unsigned char*>(p.weights[P]) + layer * layer_bytes +
-                              int64_t(units.first) * Shape<Fp8, P>::UnitBytes;
-  const int chunks = units.count * Shape<Fp8, P>::Chunks;
-  for (int chunk = 0; chunk < chunks; ++chunk) ring.fill(index + chunk, from + int64_t(chunk) * kChunkBytes);
-  return index + chunks;
+__device__ Source source_of(const ExpertSteps& p, int unit, int chunk) {
+  using S = Shape<Fp8, P>;
+  const void* weights = P == kMix ? p.mix_weights : p.weights[P % kProducts];
+  return {static_cast<const unsigned char*>(weights) + int64_t(unit) * S::UnitBytes + chunk * kChunkBytes,
+          P == kMix ? 0 : int64_t(S::Units) * S::UnitBytes};
+}
+
+// Source `index` of this block; the mix, which comes ahead of a step's first layer, is the last.
+template <bool Fp8>
+__device__ Source source(const ExpertSteps& p, int index) {
+  constexpr int Qkv = Shape<Fp8, kQkv>::Chunks, Out = Shape<Fp8, kOut>::Chunks;
+  constexpr int GateUp = kGateUpUnits * Shape<Fp8, kGateUp>::Chunks, Down = Shape<Fp8, kDown>::Chunks;
+  if (index < qkv_units() * Qkv) return source_of<Fp8, kQkv>(p, qkv_unit(index / Qkv), index % Qkv);
+  index -= qkv_units() * Qkv;
+  if (index < Out) return source_of<Fp8, kOut>(p, block_id(), index);
+  index -= Out;
+  if (index < GateUp) return source_of<Fp8, kGateUp>(p, block_id() * kGateUpUnits, index);
+  index -= GateUp;
+  if (index < Down) return source_of<Fp8, kDown>(p, block_id(), index);
+  return source_of<Fp8, kMix>(p, block_id(), 0);
 }
 
 template <bool Fp8>
-__device__ void move_weights(const ExpertSteps& p, const Ring& ring) {
-  int index = 0;
-  for (int step = 0; step < p.steps; ++step) {
-    for (int layer = 0; layer < p.layers; ++layer) {
-      index = fill_product<Fp8, kQkv>(p, ring, layer, index);
-      index = fill_product<Fp8, kOut>(p, ring, layer, index);
-      index = fill_product<Fp8, kGateUp>(p, ring, layer, index);
-      index = fill_product<Fp8, kDown>(p, ring, layer, index);
-    }
-  }
+__device__ __forceinline__ int sources_of_visit() {
+  return qkv_units() * Shape<Fp8, kQkv>::Chunks + Shape<Fp8, kOut>::Chunks +
+         kGateUpUnits * Shape<Fp8, kGateUp>::Chunks + Shape<Fp8, kDown>::Chunks;
 }
 
-using attention::team_barrier;
+struct Mover {
+  int step, layer, index, slot;  // of the next chunk; index -1 is the mix
 
-// A barrier over the grid that can be split: what a block does between arrive and wait costs nothing.
-struct GridBarrier {
-  unsigned* counter;
-  unsigned target = 0;
-
-  __device__ __forceinline__ void arrive() {
-    team_barrier();
-    target += gridDim.x;
-    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-  }
-  __device__ __forceinline__ void wait() {
-    if (threadIdx.x == 0) {
-      unsigned seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-      } while (seen < target);
+  // By one thread: the next `count` chunks, as far as there are any.
+  __device__ __forceinline__ void fill(const ExpertSteps& p, const Ring& ring, const Source* sources, int visit_sources,
+                                       int count) {
+    const uint64_t policy = evict_first_policy();
+#pragma unroll 1
+    for (; count > 0 && step < p.steps; --count) {
+      const Source& from = sources[index < 0 ? visit_sources : index];
+      barrier_expect(ring.full + slot, kChunkBytes);
+      bulk_copy_once(ring.chunks + slot * kChunkBytes, from.base + layer * from.layer_bytes, kChunkBytes,
+                     ring.full + slot, policy);
+      if (++slot == ring.slots) slot = 0;
+      if (++index < visit_sources) continue;
+      index = 0;
+      if (++layer < p.layers) continue;
+      layer = 0, ++step;
+      if (p.mix_weights != nullptr) index = -1;
     }
-    team_barrier();
   }
+};
+
+// The one barrier over the grid, behind the blanking of the exchange.
+__device__ __forceinline__ void grid_barrier(unsigned* counter) {
+  __syncthreads();
+  if (thread_id() == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    unsigned seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < kBlocks);
+  }
+  __syncthreads();
+}
+
+// Activations go from block to block through words that say themselves whether they have come: a word that is kAbsent
+// has not. Nothing that is published has that value (as a number it is a NaN that no instruction produces), so there
+// is no flag, no fence and no barrier between a store and the load that waits for it.
+//
+// Every buffer has two copies, used in turn; who publishes a word blanks the same word of the other copy. Nobody reads
+// that copy any more: whoever publishes has seen, directly or through others, results that every block computed from
+// it. And nobody takes what it held for new: before anyone looks there again, a visit later, he has seen results that
+// this block published behind a fence that came behind the blanking (two fences a visit, in attention and in front of
+// the last product).
+constexpr uint32_t kAbsent = 0xffffffffu;
+constexpr int kMaxPolls = 1 << 22;  // seconds: a launch that waits this long is broken, and an error beats a hang
+
+__device__ __forceinline__ void exchange_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+__device__ __forceinline__ uint4 look(const void* address) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+__device__ __forceinline__ uint2 look_pair(const void* address) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+  return v;
+}
+__device__ __forceinline__ uint32_t look_word(const void* address) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+__device__ __forceinline__ bool absent(uint32_t v) { return v == kAbsent; }
+__device__ __forceinline__ bool absent(const uint2& v) { return max(v.x, v.y) == kAbsent; }
+__device__ __forceinline__ bool absent(const uint4& v) { return max(max(v.x, v.y), max(v.z, v.w)) == kAbsent; }
+
+__device__ __forceinline__ void count_poll(int& polls) {
+  if (++polls > kMaxPolls) __trap();
+}
+
+// One vector that another block publishes.
+__device__ __forceinline__ uint4 await(const void* address) {
+  uint4 v = look(address);
+  for (int polls = 0; absent(v); v = look(address)) count_poll(polls);
+  return v;
+}
+
+// Store a word for the other blocks, and blank it in the other copy, `other` bytes away.
+__device__ __forceinline__ void publish(void* address, int64_t other, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(min(word, kAbsent - 1)));
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(static_cast<unsigned char*>(address) + other), "r"(kAbsent));
+}
+__device__ __forceinline__ void publish(void* address, int64_t other, uint2 words) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(min(words.x, kAbsent - 1)),
+               "r"(min(words.y, kAbsent - 1)));
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %1};" ::"l"(static_cast<unsigned char*>(address) + other),
+               "r"(kAbsent));
+}
+
+// The exchange in global memory: two copies of these buffers, for a multiple of 16 rows; bytes of a row.
+enum Buffer : int { kNormedQkv, kNormedMlp, kSquaresQkv, kSquaresMlp, kQ, kKv, kAttendedRows, kHidden, kLast, kMixed,
+                    kActions, kInbox, kStats, kBuffers };
+constexpr int kSplits = 16;                          // blocks of a head
+constexpr int kSplitColumns = kHeadDim / kSplits;
+__host__ __device__ constexpr int bytes_before(int buffer) {
+  constexpr int bytes[kBuffers] = {kWidth * 2,
+                                   kWidth * 2,
+                                   kBlocks * 4,
+                                   kBlocks * 4,
+                                   kAttended * 2,
+                                   2 * kHeadDim * 2,
+                                   kAttended * 2,
+                                   kMlp * 2,
+                                   kWidth * 2,
+                                   kWidth * 2,
+                                   kMaxActionDim * 4,
+                                   kHeads * kSplits * kSplits * kSplitColumns * 2,
+                                   kHeads * kSplits * 4};
+  int sum = 0;
+  for (int i = 0; i < buffer; ++i) sum += bytes[i];
+  return sum;
+}
+constexpr int kExchangeRowBytes = bytes_before(kBuffers);
+
+struct Exchange {
+  unsigned char* base;
+  int padded_rows;
+
+  __device__ __forceinline__ int64_t copy_bytes() const { return int64_t(kExchangeRowBytes) * padded_rows; }
+  template <int B>
+  __device__ __forceinline__ unsigned char* buffer(int copy) const {
+    constexpr int Before = bytes_before(B);
+    return base + (copy & 1 ? copy_bytes() : 0) + int64_t(Before) * padded_rows;
+  }
+  // From a word to the same word of the other copy.
+  __device__ __forceinline__ int64_t other(int copy) const { return copy & 1 ? -copy_bytes() : copy_bytes(); }
 };
 
 }  // namespace expert

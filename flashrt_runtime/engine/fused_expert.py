@@ -1,7 +1,7 @@
-"""The denoise steps of pi0.5's action expert as one kernel, in place of the model's own loop over layers.
+"""The denoise steps of pi0's and pi0.5's action expert as one kernel, in place of the model's own loop.
 
 The model stays the definition: this holds packed copies of its expert's weights and gives the same actions,
-by test. It serves the published 300M expert in bf16 and fp8, chunks of up to 16 actions, on GPUs that can
+by test. It serves the published 300M expert in bf16 and fp8, chunks of up to 64 actions, on GPUs that can
 hold the kernel's whole grid; elsewhere the model's loop runs.
 """
 
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import GEMMA_300M
 from ..layers.gemma import GemmaLayer
 from ..layers.linear import Linear
 from ..layers.norms import EPS
-from ..models import FlowPolicy, Pi05
+from ..models import FlowPolicy, Pi0, Pi05
 from ..ops import expert_steps as steps_op
 from ..ops import native
 from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
@@ -25,7 +27,7 @@ from ..quantization.fp8 import Fp8Linear, fp8_linears
 
 logger = logging.getLogger(__name__)
 
-MAX_ACTIONS = 16
+MAX_ACTIONS = steps_op.MAX_ROWS
 CAPABILITY = (9, 0)
 # the whole grid does not fit this device at once
 GRID_REFUSALS = ("cudaErrorNotSupported", "cudaErrorCooperativeLaunchTooLarge")
@@ -40,8 +42,8 @@ def refusal(model: FlowPolicy, device: torch.device) -> str | None:
         return "it needs compute capability 9.0 or newer"
     if not native.available():
         return f"no native kernels: {native.unavailable_reason()}"
-    if not isinstance(model, Pi05):
-        return f"it serves pi05, not {config.policy}"
+    if not isinstance(model, Pi0 | Pi05):
+        return f"it serves pi0 and pi05, not {config.policy}"
     if replace(config.expert, depth=GEMMA_300M.depth) != GEMMA_300M:
         return "it serves the published expert's widths only"
     if model.dtype != torch.bfloat16:
@@ -54,7 +56,7 @@ def refusal(model: FlowPolicy, device: torch.device) -> str | None:
 class FusedExpert:
     """Packed weights, conditioning and scratch of one model's expert."""
 
-    def __init__(self, model: Pi05, device: torch.device) -> None:
+    def __init__(self, model: Pi0 | Pi05, device: torch.device) -> None:
         self.model = model
         layers = [layer for layer in model.expert.layers if isinstance(layer, GemmaLayer)]
         self.linears = {name: [_linear(layer, name) for layer in layers] for name in PRODUCTS}
@@ -71,21 +73,14 @@ class FusedExpert:
             ]
             weight_scale = torch.stack([torch.stack(row) for row in scales]).float().contiguous()
             input_scale = self._share_input_scales(len(layers), device)
-        dense = {
-            name: torch.stack([_dense(linear) for linear in self.linears[name]])
-            for name in ("qkv", "gate_up")
-        }
-        styles = model.styles.contiguous()
         self.weights = ExpertWeights(
             packed,
-            styles,
-            steps_op.shift_products(styles, dense["qkv"], dense["gate_up"]),
-            (model.action_in.weight.contiguous(), model.action_in.bias.view(1, -1)),
-            (model.action_out.weight.contiguous(), model.action_out.bias),
-            weight_scale,
-            input_scale,
+            **_conditioning(model, layers, self.linears),
+            project_out=(model.action_out.weight.contiguous(), model.action_out.bias),
+            weight_scale=weight_scale,
+            input_scale=input_scale,
         )
-        self.buffers = ExpertBuffers.allocate(model.config.horizon, packed["qkv"].dtype, device)
+        self.buffers = ExpertBuffers.allocate(model.config.horizon, device)
 
     def _share_input_scales(self, layers: int, device: torch.device) -> Tensor:
         """One table of the activation scales of out and down; the linears' scalars become views of it,
@@ -126,7 +121,7 @@ def attach(model: FlowPolicy, device: torch.device) -> None:
     """Give the model the fused expert where it can be had, and say in the log why where not."""
     reason = refusal(model, device)
     if reason is None:
-        assert isinstance(model, Pi05)
+        assert isinstance(model, Pi0 | Pi05)
         fused = FusedExpert(model, device)
         try:
             fused.integrate(torch.zeros(model.config.horizon, model.config.action_dim, device=device))
@@ -142,6 +137,32 @@ def attach(model: FlowPolicy, device: torch.device) -> None:
         for linear in fp8_linears(model).values():
             if not linear.static:
                 linear.widen()
+
+
+def _conditioning(
+    model: Pi0 | Pi05, layers: list[GemmaLayer], linears: dict[str, list[Linear]]
+) -> dict[str, Any]:
+    """What differs between the policies: the norms' styles, and the way of the actions into the expert."""
+    weight, bias = model.action_in.weight, model.action_in.bias
+    if isinstance(model, Pi05):
+        styles = model.styles.contiguous()
+        qkv, gate_up = (torch.stack([*map(_dense, linears[name])]) for name in ("qkv", "gate_up"))
+        return {
+            "norms": styles,
+            "shift_products": steps_op.shift_products(styles, qkv, gate_up),
+            "project_in": (weight.contiguous(), bias.view(1, -1)),
+        }
+    norms = [norm for layer in layers for norm in (layer.input_norm, layer.post_norm)]
+    scales = torch.stack([norm.weight.float() for norm in (*norms, model.expert.norm)])
+    # action_in and the action's half of action_time_in are linear with nothing in between: one product
+    biases = model.time_bias + F.linear(bias, model.action_half)
+    out = model.action_time_out
+    return {
+        "norms": scales.view(1, -1, 1, steps_op.WIDTH).contiguous(),
+        "shift_products": None,
+        "project_in": ((model.action_half @ weight).contiguous(), biases.contiguous()),
+        "mix": (steps_op.pack_mix(out.weight), out.bias),
+    }
 
 
 def _linear(layer: GemmaLayer, name: str) -> Linear:

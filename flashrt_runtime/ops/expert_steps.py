@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from . import native
-from .expert import TILE_FEATURES, geglu_order, pack_tiles, rope_order
+from .expert import geglu_order, pack_tiles, rope_order
 
 CHUNK_BYTES = 16384
-# kExpertInboxFloats and kExpertBarrierWords of native_kernels/expert.h
-INBOX_FLOATS = 16 * 8 * 8 * 32 * 34
-BARRIER_WORDS = 18
+# kExpertBarrierWords and kExpertMaxRows of native_kernels/expert.h
+BARRIER_WORDS = 2
+MAX_ROWS = 64
 TILE_BLOCK_BYTES = 512
 PRODUCTS = ("qkv", "out", "gate_up", "down")
 WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256
@@ -56,33 +56,40 @@ def shift_products(norms: Tensor, qkv: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat(parts, dim=2).contiguous()
 
 
+def pack_mix(weight: Tensor) -> Tensor:
+    """pi0's action_time_out weight (1024, 1024) as the kernel streams it: (1024 * 1024,) bf16."""
+    if tuple(weight.shape) != (WIDTH, WIDTH):
+        raise ValueError(f"mix: expected weights of shape {(WIDTH, WIDTH)}, got {tuple(weight.shape)}")
+    return pack_tiles(weight.bfloat16())
+
+
 @dataclass
 class ExpertBuffers:
-    """Scratch of one expert: allocated once, written by the kernel."""
+    """Scratch of one expert: allocated once, written by the kernel, whatever it held before."""
 
-    h: Tensor
-    scaled: Tensor
-    squares: Tensor
-    q: Tensor
-    attended: Tensor
-    hidden: Tensor
-    inboxes: Tensor
+    exchange: Tensor
     barrier: Tensor
 
     @classmethod
-    def allocate(cls, rows: int, dtype: torch.dtype, device: torch.device) -> ExpertBuffers:
-        """rows: actions of a chunk, 1 to 64; dtype: bfloat16 or float8_e4m3fn, the weights' type."""
-        bf16 = torch.bfloat16
+    def allocate(cls, rows: int, device: torch.device) -> ExpertBuffers:
+        """rows: actions of a chunk, 1 to 64."""
         return cls(
-            h=torch.empty(rows, WIDTH, dtype=bf16, device=device),
-            scaled=torch.empty(rows, WIDTH, dtype=bf16 if dtype == bf16 else torch.float16, device=device),
-            squares=torch.empty(rows, WIDTH // TILE_FEATURES, dtype=torch.float32, device=device),
-            q=torch.empty(rows, HEADS * HEAD_DIM, dtype=bf16, device=device),
-            attended=torch.empty(rows, HEADS * HEAD_DIM, dtype=dtype, device=device),
-            hidden=torch.empty(rows, MLP, dtype=dtype, device=device),
-            inboxes=torch.empty(INBOX_FLOATS, dtype=torch.float32, device=device),
+            exchange=torch.empty(native.load().expert_exchange_bytes(rows), dtype=torch.uint8, device=device),
             barrier=torch.zeros(BARRIER_WORDS, dtype=torch.int32, device=device),
         )
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Pull of each Euler step towards known actions: x += D + gain[k] / n * weight * (target - x - t_k n D).
+
+    D is the step without it, n the number of steps, t_k = 1 - k / n. gain: (steps,) float32; weight,
+    target: (rows, action_dim) float32; all on the device and read when the kernel runs.
+    """
+
+    gain: Tensor
+    weight: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ class ExpertWeights:
     norms: (steps or 1, 2 * layers + 1, 3 or 1, 1024) float32, rows scale, shift, gate, or scale alone;
     shift_products: (steps, layers, 2560 + 8192) float32, the shifts times W_qkv and W_gate_up; with
     three rows only;
-    project_in, project_out: (weight, bias) float32, the bias of project_in (steps or 1, 1024).
+    project_in, project_out: (weight, bias) float32, the bias of project_in (steps or 1, 1024);
+    mix: pi0's second projection of the actions, behind a silu: `pack_mix` and a float32 bias (1024,).
     """
 
     products: dict[str, Tensor]
@@ -104,6 +112,7 @@ class ExpertWeights:
     project_out: tuple[Tensor, Tensor]
     weight_scale: Tensor | None = None
     input_scale: Tensor | None = None
+    mix: tuple[Tensor, Tensor] | None = None
 
 
 def expert_steps(
@@ -116,13 +125,14 @@ def expert_steps(
     k_cache: Tensor,
     v_cache: Tensor,
     eps: float = 1e-6,
+    guidance: Guidance | None = None,
 ) -> None:
     """Integrate x over all denoise steps, as one kernel on the current stream.
 
     x: (rows, action_dim) float32, noise in, actions out; rope: (cos, sin) float32 (positions, 128);
-    prefix_length: int32 scalar on the device; k_cache, v_cache: bf16 (layers, capacity, 1, 256), whose
-    slots from prefix_length on are overwritten. Raises RuntimeError where the device cannot run the kernel
-    (cudaErrorNotSupported).
+    prefix_length: int32 scalar on the device; k_cache, v_cache: bf16 (layers, capacity, 1, 256), read up to
+    prefix_length (the keys and values of the actions stay in `buffers`). Raises RuntimeError where the
+    device cannot run the kernel (cudaErrorNotSupported).
     """
     norms = weights.norms
     adaptive = norms.shape[2] == 3
@@ -158,13 +168,11 @@ def expert_steps(
         in_bias.stride(0) if in_bias.shape[0] > 1 else 0,
         weights.project_out[0].data_ptr(),
         weights.project_out[1].data_ptr(),
-        buffers.h.data_ptr(),
-        buffers.scaled.data_ptr(),
-        buffers.squares.data_ptr(),
-        buffers.q.data_ptr(),
-        buffers.attended.data_ptr(),
-        buffers.hidden.data_ptr(),
-        buffers.inboxes.data_ptr(),
+        *((0, 0) if weights.mix is None else (tensor.data_ptr() for tensor in weights.mix)),
+        0 if guidance is None else guidance.gain.data_ptr(),
+        0 if guidance is None else guidance.weight.data_ptr(),
+        0 if guidance is None else guidance.target.data_ptr(),
+        buffers.exchange.data_ptr(),
         buffers.barrier.data_ptr(),
         torch.cuda.current_stream(x.device).cuda_stream,
     )
