@@ -103,7 +103,7 @@ def _evaluate(
         task = progress.add_task("predicting", total=options.samples)
 
         def predict(observation: Any) -> Any:
-            actions = policy.predict(observation.images, prompt, observation.state, seed=options.seed)
+            actions = policy.predict(observation.policy_images, prompt, observation.state, seed=options.seed)
             progress.advance(task)
             return actions
 

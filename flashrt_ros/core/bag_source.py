@@ -306,3 +306,8 @@ def absolute_topic(topic: str, namespace: str) -> str:
     if topic.startswith("/"):
         return topic
     return "/".join(["", *filter(None, namespace.split("/")), topic])
+
+
+def calibration_sample(observation: Observation, prompt: str) -> dict[str, Any]:
+    """An observation as Policy.calibrate takes it."""
+    return {"images": observation.policy_images, "state": observation.state, "prompt": prompt}

@@ -96,3 +96,11 @@ class BagError(CoreError, ValueError):
     def __init__(self, reason: Reason, message: str) -> None:
         self.reason = reason
         super().__init__(message)
+
+
+class TooFewObservationsError(CoreError, RuntimeError):
+    """The live topics gave no usable observation for a while; `reason` says what stood in the way."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)

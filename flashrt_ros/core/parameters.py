@@ -72,6 +72,11 @@ class PolicyParameters:
     config: str = _parameter("pi05", "policy family of the checkpoint; auto reads it from the checkpoint")
     precision: str | None = _parameter("", "empty: the device's default", choices=PRECISIONS, unset="")
     hardware: str = _parameter("auto", "auto, cpu, any, or the name of a GPU architecture")
+    calibration: str = _parameter(
+        "auto",
+        "fp8 only. auto: without an artifact in the cache, an activation first calibrates from 8 live "
+        "observations and saves them; required: no configuration without one; or a calibration file",
+    )
     num_steps: int | None = _parameter(
         0, "denoise steps; 0: the checkpoint's own number", bounds=(0, 100), unset=0
     )
@@ -152,6 +157,11 @@ class PolicyParameters:
         """These parameters with `changes` by parameter name. Raises ParameterError for a bad value."""
         new = {key: spec.checked(changes[spec.name]) for key, spec in _SPECS.items() if spec.name in changes}
         return replace(self, **new)  # type: ignore[arg-type]
+
+    @property
+    def calibration_file(self) -> str | None:
+        """The calibration that was named; None for the cache's."""
+        return None if self.calibration in ("auto", "required") else self.calibration
 
     @property
     def contract_overrides(self) -> dict[YamlPath, Value]:

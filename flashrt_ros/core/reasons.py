@@ -80,6 +80,7 @@ class Reason(IntEnum):
     BAG_CLOCK_JUMP = 604, "the clocks jump within a bag"
     BAG_FROZEN = 605, "every frame of a camera in a bag is the same"
     BAG_FEW_SAMPLES = 606, "a bag gives fewer observations than were asked for"
+    DATASET_INVALID = 607, "a dataset's files are not what their layout promises, or nothing fits"
     CALIBRATION_MISMATCH = 611, "a calibration belongs to another checkpoint, precision or set of views"
     CALIBRATION_CORRUPT = 612, "a calibration file is damaged or of another version"
     CALIBRATION_MISSING = 613, "the node requires a calibration and there is none for this checkpoint"

@@ -106,6 +106,8 @@ class ChunkService:
         if pipeline.playing:
             text = "the node is driving the robot, its inferences come first: deactivate it, or call ~/hold"
             raise Refused(Response.CODE_ACTIVE, text)
+        if (job := pipeline.calibration) is not None:
+            raise Refused(Response.CODE_BUSY, f"{job}: wait for it, or call ~/cancel_calibration")
         return pipeline
 
     # On the worker thread

@@ -16,6 +16,7 @@ from typing import Any
 
 from rclpy.clock import Clock
 
+from flashrt_ros.core.calibration_job import CalibrationJob
 from flashrt_ros.core.commander import Commander, Output
 from flashrt_ros.core.contract import OnViolation, RobotContract
 from flashrt_ros.core.control import ControlThread
@@ -96,6 +97,7 @@ class Pipeline:
         self.last_violation: tuple[int, Problem] | None = None  # [ns, monotonic]
         self.control: ControlThread | None = None
         self.held = False  # by `hold`
+        self.calibration: CalibrationJob | None = None  # under way, or failed where it is needed
         self._clock = clock
         self._publish_command, self._publish_chunk = publish_command, publish_chunk
         self._on_problem = guarded(on_problem)
@@ -125,8 +127,9 @@ class Pipeline:
 
     @property
     def playing(self) -> bool:
-        """Active, and neither held nor in fault: chunks are wanted."""
-        return self._active and not self.held and self.latch.fault is None
+        """Active, and neither held, in fault nor calibrating: chunks are wanted."""
+        wanted = self.calibration is None and self.latch.fault is None
+        return self._active and not self.held and wanted
 
     @property
     def policy(self) -> PolicyLike | None:
@@ -192,6 +195,8 @@ class Pipeline:
         self.worker.withdraw()
         ended = self.control is None or self.control.stop()  # the tick under way still sends
         self._active = False
+        if (calibration := self.calibration) is not None and calibration.for_activation:
+            calibration.cancelled.set()
         farewell = self.commander.farewell()
         self.commander.reset()
         if farewell is not None and self._sending.acquire(timeout=SENDING_PATIENCE):
@@ -208,6 +213,8 @@ class Pipeline:
         try:
             self.stop()
         finally:
+            if (calibration := self.calibration) is not None:
+                calibration.cancelled.set()
             policy, self.runner.policy = self.policy, None
             try:
                 if policy is not None:

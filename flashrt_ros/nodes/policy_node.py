@@ -28,9 +28,10 @@ from flashrt_ros.core.parameters import FIXED, PARAMETERS, READ_AT_CONFIGURE, Po
 from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.msg import ActionChunk, LatencyMetrics, PolicyStatus
-from flashrt_ros.srv import Calibrate, SetPrompt
+from flashrt_ros.srv import SetPrompt
 
 from . import parameters, safety, services, status, streams
+from .calibration import Calibrations
 from .chunk_service import ChunkService
 from .exotic_images import cv_bridge_decoder
 from .failures import EXPECTED, describe, reason_of
@@ -59,7 +60,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
     # More threads than one make the latency of everything else in this process unpredictable.
     torch.set_num_threads(1)
     yield_this_thread()  # this is the worker's own
-    return flashrt_runtime.load_model(
+    policy = flashrt_runtime.load_model(
         values.checkpoint,
         framework=values.framework,
         config=values.config,
@@ -70,7 +71,16 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
         decode_cuda_graph=values.decode_cuda_graph,
         decode_graph_steps=values.decode_graph_steps,
         rtc=contract.timeline.rtc.mode.value,
+        calibration=values.calibration_file,
     )
+    if values.calibration == "required" and not policy.calibrated:
+        policy.close()
+        raise flashrt_runtime.errors.CalibrationNotFoundError(
+            f"parameter calibration is 'required' and there is none for {values.checkpoint} at precision "
+            f"{policy.precision} with these views: make one with `flashrt calibrate`, or configure with "
+            "calibration:=auto"
+        )
+    return policy
 
 
 class PolicyNode(LifecycleNode):
@@ -97,7 +107,7 @@ class PolicyNode(LifecycleNode):
         self._metrics = self.create_publisher(LatencyMetrics, "~/metrics", 10)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_service(SetPrompt, "~/set_prompt", lambda q, a: services.set_prompt(self._pipeline, q, a))
-        self.create_service(Calibrate, "~/calibrate", lambda q, a: services.calibrate(self._pipeline, q, a))
+        self._calibrations = Calibrations(self, lambda: self._pipeline, self._on_calibration)
         ChunkService(self, lambda: self._pipeline)
         safety.create_services(self, lambda: self._pipeline, self._conflict)
         # Reports must go on when simulated time stands still.
@@ -160,13 +170,16 @@ class PolicyNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to infer and to command, unless a fault is latched or another node commands the robot."""
         assert self._pipeline is not None
-        problem = self._pipeline.latch.fault or self._conflict()
+        pipeline = self._pipeline
+        problem = pipeline.latch.fault or self._conflict() or self._calibrations.hinders(pipeline)
         self._transition_problem = problem or NONE
         if problem is not None:
             self.get_logger().error(f"cannot activate: {problem}")
             return TransitionCallbackReturn.FAILURE
-        self._pipeline.start()
-        self._pipeline.wake()
+        self._calibrations.before_activation(pipeline)
+        pipeline.start()
+        self._calibrations.after_activation(pipeline)
+        pipeline.wake()
         self.get_logger().info("active" + (" (dry run: no commands are sent)" if self._dry_run else ""))
         return super().on_activate(state)
 
@@ -287,6 +300,12 @@ class PolicyNode(LifecycleNode):
                 inference_time=prediction.inference_time,
             )
         )
+
+    def _on_calibration(self, problem: Problem | None) -> None:
+        """A calibration that failed is reported until one succeeds, or the next transition."""
+        self._transition_problem = problem or NONE
+        if problem is not None and self._pipeline is not None:
+            self._pipeline.raise_fault(problem)
 
     def _warn(self, problem: Problem) -> None:
         pipeline = self._pipeline

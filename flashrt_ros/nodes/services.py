@@ -1,17 +1,13 @@
-"""What ~/set_prompt and ~/calibrate answer: request -> code and message."""
+"""What ~/set_prompt answers: request -> code and message."""
 
 from __future__ import annotations
 
-import os
-
 from flashrt_ros.core.reasons import Reason
-from flashrt_ros.srv import Calibrate, SetPrompt
+from flashrt_ros.srv import SetPrompt
 from flashrt_runtime.errors import PromptTooLongError
 
 from .failures import describe
 from .pipeline import Pipeline
-
-CALIBRATION_SOURCES = ("live", "bag", "dataset")
 
 
 def set_prompt(
@@ -37,27 +33,3 @@ def set_prompt(
         pipeline.measured.problems[Reason.PROMPT_INVALID] += 1  # for /diagnostics: nothing is held up
     response.success, response.code, response.message = code == SetPrompt.Response.CODE_OK, code, message
     return response
-
-
-def calibrate(
-    pipeline: Pipeline | None, request: Calibrate.Request, response: Calibrate.Response
-) -> Calibrate.Response:
-    """Check the request; the calibration itself is not offered yet."""
-    code, message = _calibrate_problem(pipeline, request)
-    response.success, response.code, response.message = code == Calibrate.Response.CODE_OK, code, message
-    return response
-
-
-def _calibrate_problem(pipeline: Pipeline | None, request: Calibrate.Request) -> tuple[int, str]:
-    codes, source, percentile = Calibrate.Response, request.source, request.percentile
-    if source not in CALIBRATION_SOURCES:
-        return codes.CODE_BAD_SOURCE, f"source '{source}': expected one of {', '.join(CALIBRATION_SOURCES)}"
-    if source != "live" and not os.path.exists(request.path):
-        return codes.CODE_BAD_PATH, f"path '{request.path}' does not exist: pass the path of a {source}"
-    if not 0.0 <= percentile <= 100.0:  # NaN fails too
-        return codes.CODE_BAD_ARGUMENT, f"percentile {percentile}: expected 0 < p <= 100, or 0: the default"
-    if pipeline is None or pipeline.policy is None:
-        return codes.CODE_NOT_CONFIGURED, "no policy is loaded: configure the node first"
-    if pipeline.active:
-        return codes.CODE_ACTIVE, "the node is active: deactivate it first"
-    return codes.CODE_NOT_SUPPORTED, "calibration is not offered by this service yet"

@@ -53,6 +53,10 @@ def policy_status(
         _explain(message, current_problem(pipeline, now))
         if message.state == PolicyStatus.STATE_RUNNING and message.reason:
             message.message = f"note: {message.message}"
+    if (job := pipeline.calibration) is not None:
+        message.state = PolicyStatus.STATE_CALIBRATING if job.failed is None else PolicyStatus.STATE_FAULT
+        message.progress = job.progress
+        _explain(message, job.problem)
     if (fault := pipeline.fault) is not None:
         message.state = PolicyStatus.STATE_FAULT
         _explain(message, fault)

@@ -5,6 +5,7 @@ The real node in this process, which has paid for its imports; parameters, contr
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -23,17 +24,15 @@ from flashrt_ros.nodes.policy_node import PolicyNode, load_policy
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
-@pytest.fixture
-def node(contract_path: Path, checkpoint: Path):
-    """node(parameter=…, load=…) -> an unconfigured policy node."""
-    rig = Rig()
+@contextlib.contextmanager
+def make_nodes(rig: Rig, defaults: dict[str, str]):
+    """make(parameter=…, load=…) -> an unconfigured policy node in the domain of `rig`."""
     context = Context()
     rclpy.init(context=context, domain_id=int(rig.env["ROS_DOMAIN_ID"]))
     made: list[PolicyNode] = []
 
     def make(load=load_policy, **parameters) -> PolicyNode:
-        values = {"checkpoint": str(checkpoint), "robot": str(contract_path), "prompt": "wave", **parameters}
-        overrides = [Parameter(name, value=value) for name, value in values.items()]
+        overrides = [Parameter(name, value=value) for name, value in {**defaults, **parameters}.items()]
         made.append(PolicyNode(load, context=context, parameter_overrides=overrides))
         return made[-1]
 
@@ -41,6 +40,14 @@ def node(contract_path: Path, checkpoint: Path):
     for each in made:
         each.destroy_node()
     rclpy.shutdown(context=context)
+
+
+@pytest.fixture
+def node(contract_path: Path, checkpoint: Path):
+    rig = Rig()
+    values = {"checkpoint": str(checkpoint), "robot": str(contract_path), "prompt": "wave"}
+    with make_nodes(rig, values) as make:
+        yield make
     rig.close()
 
 

@@ -1,4 +1,4 @@
-"""~/set_prompt and ~/calibrate: one test for each code."""
+"""~/set_prompt: one test for each code. Those of ~/calibrate are in test_calibration.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashrt_ros.msg import PolicyStatus
-from flashrt_ros.srv import Calibrate, SetPrompt
+from flashrt_ros.srv import SetPrompt
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,11 +35,6 @@ def set_prompt(rig):
         return rig.call(SetPrompt, "/policy_node/set_prompt", timeout=60.0, prompt=prompt, reset=reset)
 
     return call
-
-
-@pytest.fixture
-def calibrate(rig):
-    return lambda **fields: rig.call(Calibrate, "/policy_node/calibrate", timeout=60.0, **fields)
 
 
 def check(answer, code: int, *words: str) -> None:
@@ -72,10 +67,9 @@ def test_set_prompt_reset_raises_the_generation(rig, inactive, set_prompt) -> No
     assert after == before + 1
 
 
-def test_services_before_configure(policy_node, set_prompt, calibrate) -> None:
+def test_set_prompt_before_configure(policy_node, set_prompt) -> None:
     policy_node(autostart=False)
     check(set_prompt("wave"), SetPrompt.Response.CODE_NOT_CONFIGURED, "configure the node first")
-    check(calibrate(source="live"), Calibrate.Response.CODE_NOT_CONFIGURED, "configure the node first")
 
 
 def test_set_prompt_when_the_runtime_fails(inactive, set_prompt) -> None:
@@ -84,31 +78,3 @@ def test_set_prompt_when_the_runtime_fails(inactive, set_prompt) -> None:
     answer = set_prompt("break down")
     check(answer, SetPrompt.Response.CODE_INTERNAL, "RuntimeError", "broken on purpose")
     check(set_prompt("wave"), SetPrompt.Response.CODE_OK)
-
-
-def test_calibrate_requests_that_make_no_sense(inactive, calibrate, tmp_path: Path) -> None:
-    codes = Calibrate.Response
-    inactive()
-    check(calibrate(source="dream"), codes.CODE_BAD_SOURCE, "dream", "live, bag, dataset")
-    missing = str(tmp_path / "no.mcap")
-    check(calibrate(source="bag", path=missing), codes.CODE_BAD_PATH, missing)
-    for percentile in (-1.0, 100.5, float("nan")):
-        check(calibrate(source="live", percentile=percentile), codes.CODE_BAD_ARGUMENT, "percentile")
-    answer = calibrate(source="live", percentile=99.9)
-    check(answer, codes.CODE_NOT_SUPPORTED, "not offered by this service yet")
-
-
-def test_calibrate_while_active(policy_node, calibrate, rig) -> None:
-    statuses = rig.collect(PolicyStatus, "/policy_node/status")
-    policy_node()
-    statuses.wait_for(lambda message: message.state == PolicyStatus.STATE_WAITING, timeout=60.0)
-    check(calibrate(source="live"), Calibrate.Response.CODE_ACTIVE, "deactivate")
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("CODE_OK", 0), ("CODE_CANCELLED", 7), ("CODE_NOT_ENOUGH_SAMPLES", 8), ("CODE_INTERNAL", 9)],
-)
-def test_calibrate_codes_that_no_request_reaches_yet(name: str, number: int) -> None:
-    """Nothing can be calibrated yet, so only the numbers can be held: they are part of the interface."""
-    assert getattr(Calibrate.Response, name) == number
