@@ -1,6 +1,7 @@
 """Record the demo robot into a rosbag2.
 
-    python -m flashrt_ros.demo.sample_bag --out PATH [--duration 10] [--storage mcap] [--checkpoint DIR]
+    python -m flashrt_ros.demo.sample_bag --out PATH [--duration 10] [--storage mcap] [--compression zstd]
+        [--checkpoint DIR]
 
 Without a checkpoint the arm follows a gentle scripted motion; with one the policy drives it and its chunks
 and status are recorded too. Exit status: 0 done; 1 a node ended or a topic stayed silent; 2 bad arguments;
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from rosbags.interfaces import Connection
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.rosbag2.errors import WriterError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from sensor_msgs.msg import JointState
@@ -156,8 +157,13 @@ def record(options: argparse.Namespace) -> int:
         number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
     }
     storage = StoragePlugin[options.storage.upper()]
+    bag = Writer(options.out, version=9, storage_plugin=storage)
+    if options.compression == "zstd":
+        # Compressed by chunk where the format has chunks: that needs no word in metadata.yaml.
+        mode = CompressionMode.STORAGE if storage is StoragePlugin.MCAP else CompressionMode.MESSAGE
+        bag.set_compression(mode, CompressionFormat.ZSTD)
     try:
-        with Writer(options.out, version=9, storage_plugin=storage) as writer:
+        with bag as writer:
             recorder = BagRecorder(contract, writer, policy=bool(options.checkpoint))
             try:
                 if not options.checkpoint:
@@ -179,7 +185,8 @@ def record(options: argparse.Namespace) -> int:
         return 1
     for topic, count in recorder.counts.items():
         print(f"{count:6d}  /{topic}")
-    print(f"bag: {options.out}" + (" (stopped on request)" if stop.is_set() else ""))
+    size = sum(file.stat().st_size for file in options.out.iterdir()) / 1e6
+    print(f"bag: {options.out}, {size:.1f} MB" + (" (stopped on request)" if stop.is_set() else ""))
     return 130 if stop.is_set() else 0
 
 
@@ -212,6 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="directory of the bag, which must not exist")
     parser.add_argument("--duration", type=float, default=10.0, help="seconds to record (%(default)s)")
     parser.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="format (%(default)s)")
+    parser.add_argument(
+        "--compression", choices=("zstd", "none"), default="zstd", help="of the messages (%(default)s)"
+    )
     parser.add_argument("--checkpoint", default="", help="let this policy drive the arm, and record it too")
     options = parser.parse_args(argv)
     if not 0.5 <= options.duration <= 3600.0:

@@ -15,6 +15,7 @@ import pytest
 from ros_rig import wait_until
 from rosbags.highlevel import AnyReader
 
+from flashrt_ros.core.bag_source import BagSource
 from flashrt_ros.core.contract import load_contract
 from flashrt_ros.demo.recording import RobotView
 
@@ -166,11 +167,14 @@ def test_sample_bag_holds_every_stream_of_a_moving_arm(start, tmp_path, storage)
                 assert np.all((commanded >= robot.lower) & (commanded <= robot.upper))
     assert counts["/joint_states"] > 2 * counts["/base_camera/image_raw"] > 20
     assert np.ptp(np.array(positions), axis=0)[robot.angular].min() > 0.02
+    with BagSource(path, contract, samples=8) as source:  # as a calibration takes it
+        assert len(list(source)) == 8
+    assert source.warnings == []
 
 
 def test_sample_bag_stopped_early_is_still_a_bag(start, tmp_path) -> None:
     path = tmp_path / "bag"
-    recorder = start([*BAG, "--out", str(path), "--duration", "60"])
+    recorder = start([*BAG, "--out", str(path), "--duration", "60", "--compression", "none"])
     data = path / "bag.mcap"
     wait_until(lambda: data.exists() and data.stat().st_size > 2_000_000, 60, "a few messages in the bag")
     assert recorder.end(signal.SIGINT, timeout=10) == 130, recorder.output
