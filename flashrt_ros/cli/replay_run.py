@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,7 @@ from flashrt_ros.core.bag_source import BagSource
 from flashrt_ros.core.contract import RobotContract, load_contract
 from flashrt_ros.core.errors import CoreError
 from flashrt_ros.core.replay import Replay, replay
-from flashrt_runtime.cli.console import ERRORS, OUTPUT, print_json
+from flashrt_runtime.cli.console import OUTPUT, print_json, progress
 from flashrt_runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def run(options: Options, as_json: bool) -> None:
             decode=decoder(),
         ) as source:
             prompt = options.prompt or recorded_prompt(source)
-            with ERRORS.status("loading"):
+            with progress("loading", None):
                 policy = load_model(options.checkpoint, num_views=len(contract.views), **options.model)
             try:
                 contract.check_policy(policy.spec)
@@ -99,12 +98,11 @@ def recorded_prompt(source: BagSource) -> str:
 def _evaluate(
     source: BagSource, contract: RobotContract, policy: Policy, prompt: str, options: Options
 ) -> Replay:
-    with Progress(console=ERRORS, transient=True) as progress:
-        task = progress.add_task("predicting", total=options.samples)
+    with progress("predicting", options.samples) as advance:
 
         def predict(observation: Any) -> Any:
             actions = policy.predict(observation.policy_images, prompt, observation.state, seed=options.seed)
-            progress.advance(task)
+            advance()
             return actions
 
         return replay(source, contract, predict, policy.spec.horizon, options.samples)

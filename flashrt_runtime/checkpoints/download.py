@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TokenizerNotFoundError
+from ..progress import report
 
 BUCKET_PATH = "big_vision/paligemma_tokenizer.model"
 URL = f"https://storage.googleapis.com/{BUCKET_PATH}"
@@ -36,9 +37,12 @@ def download_tokenizer(target: Path, url: str = URL, timeout_s: float = 60.0) ->
         return False
 
     def read() -> bytes:
+        content = bytearray()
         with urllib.request.urlopen(url, timeout=timeout_s) as reply:
-            content: bytes = reply.read(SIZE + 1)
-        return content
+            while len(content) <= SIZE and (block := reply.read(1 << 16)):
+                content += block
+                report(len(content), SIZE)
+        return bytes(content)
 
     _store(target, url, read)
     return True

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..cache import cache_directory, content_digest
 from ..errors import CheckpointError, OptionError
+from ..progress import tracked
 from .layout import orbax_params
 from .orbax_names import parts_by_leaf, tensors_of
 from .safetensors_store import WEIGHTS_FILE, SafetensorsStore, SafetensorsWriter, read_header
@@ -89,7 +90,7 @@ def convert(params: Path, target: Path) -> None:
     sizes = dict(_sizes(params, arrays, table))
     writer = SafetensorsWriter(target, sizes, {"format": "pt", "converted_from": "openpi-orbax"})
     try:
-        for leaf, (name, array) in arrays.items():
+        for leaf, (name, array) in tracked(arrays.items(), len(arrays)):
             values = _read(params, name, array)
             for part in table[leaf]:
                 for key, tensor in tensors_of(values, part):

@@ -35,6 +35,7 @@ from ..config import (
     SiglipConfig,
 )
 from ..errors import OptionError
+from ..progress import tracked
 from .architecture import (
     EMBEDDING_KEY,
     GEMMA_DUMMY,
@@ -199,7 +200,9 @@ def write_weights(
     try:
         with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
             # The largest first: they are drawn by one thread each.
-            list(pool.map(write, sorted(shapes, key=lambda key: -prod(shapes[key]))))
+            drawn = pool.map(write, sorted(shapes, key=lambda key: -prod(shapes[key])))
+            for _ in tracked(drawn, len(shapes)):
+                pass
     except BaseException:
         writer.abort()
         raise

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
+from ..progress import tracked
 from .stats import read_json_object
 
 WEIGHTS_FILE = "model.safetensors"
@@ -183,7 +184,8 @@ def find_non_finite(store: SafetensorsStore, keys: Iterable[str]) -> str | None:
     A sum is NaN or infinite if any term is; only such tensors are looked at element by element (a finite
     float16 sum may overflow). One pass at memory bandwidth, no copies.
     """
-    for key in keys:
+    wanted = list(keys)
+    for key in tracked(wanted, len(wanted)):
         tensor = store.tensor(key)
         if not torch.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             return key

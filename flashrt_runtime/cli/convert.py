@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..checkpoints.orbax import convert_checkpoint
-from .console import ERRORS, OUTPUT, print_json
+from .console import OUTPUT, print_json, progress
 
 
 def convert_command(
@@ -19,7 +19,7 @@ def convert_command(
 ) -> None:
     """Convert an openpi Orbax checkpoint of any policy to safetensors, read with framework="torch"."""
     started = time.perf_counter()
-    with ERRORS.status("converting"):
+    with progress("converting", None):
         files = convert_checkpoint(checkpoint, out)
     if as_json:
         print_json({"checkpoint": str(out), "files": files})

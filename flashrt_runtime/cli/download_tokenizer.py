@@ -9,7 +9,7 @@ import typer
 
 from ..checkpoints import download
 from ..checkpoints.tokenizer import cache_file
-from .console import OUTPUT, print_json
+from .console import OUTPUT, print_json, progress
 
 
 def download_tokenizer_command(
@@ -21,7 +21,8 @@ def download_tokenizer_command(
 ) -> None:
     """Fetch PaliGemma's tokenizer and verify its checksum; does nothing when it is already there."""
     target = out or cache_file()
-    fetched = download.download_tokenizer(target, url)
+    with progress("fetching", None):
+        fetched = download.download_tokenizer(target, url)
     if as_json:
         print_json({"tokenizer": str(target), "fetched": fetched, "sha256": download.SHA256})
         return

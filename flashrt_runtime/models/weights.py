@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PolicyConfig
+from ..progress import tracked
 
 PALIGEMMA = "paligemma_with_expert.paligemma."
 LANGUAGE = f"{PALIGEMMA}model.language_model."
@@ -117,7 +118,8 @@ def load_weights(
     A layer that stores another form of its weight (8 bits) takes it in float32 through its `set_weight`.
     Host memory beyond the mapped file is one tensor at most.
     """
-    for source in sources(config):
+    wanted = sources(config)
+    for source in tracked(wanted, len(wanted)):
         owner_name, _, name = source.parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         declared = getattr(owner, name)
