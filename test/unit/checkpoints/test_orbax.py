@@ -60,8 +60,11 @@ def orbax(source, tmp_path, monkeypatch):
 LAYOUTS = [{}, {"value": True}, {"ocdbt": False}, {"driver": "zarr3"}, {"ocdbt": False, "driver": "zarr3"}]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "layout"),
+    [*((policy, layout) for policy in ("pi05", "pi0") for layout in LAYOUTS), ("pi0fast", {})],
+    ids=str,
+)
 def test_the_same_tensors_come_back(source, orbax, policy, layout):
     with (
         open_checkpoint(orbax(policy, **layout), framework="jax") as checkpoint,
@@ -194,7 +197,7 @@ def test_without_tensorstore(orbax, monkeypatch):
         open_checkpoint(orbax(), framework="jax")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["pi05", "pi0fast"])
 def test_converted_it_is_an_openpi_pytorch_checkpoint(source, orbax, tmp_path, policy):
     path, out = orbax(policy), tmp_path / "converted"
     done = CliRunner().invoke(app, ["convert", "--checkpoint", str(path), "--out", str(out), "--json"])

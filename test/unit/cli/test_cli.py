@@ -88,6 +88,7 @@ def test_info_as_json_is_only_json(flashrt, checkpoint):
     assert content["interface"]["horizon"] == 50
 
 
+@pytest.mark.slow
 def test_pi0fast_from_making_to_actions(flashrt, pictures, tmp_path):
     made = str(tmp_path / "fast")
     code, _, err = flashrt("make-checkpoint", "--policy", "pi0fast", "--preset", "demo_arm", "--out", made)
