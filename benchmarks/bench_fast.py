@@ -23,8 +23,11 @@ from benchmarks import timing
 from benchmarks.bench_policy import PROMPTS, Example, commit
 from benchmarks.random_policy import random_checkpoint
 from flashrt_runtime.engine import Engine
+from flashrt_runtime.engine.fused_decode import FusedDecode
 from flashrt_runtime.loading import Settings, build_policy
 from flashrt_runtime.models.pi0_fast import Pi0Fast, score
+from flashrt_runtime.ops import expert
+from flashrt_runtime.ops.expert import Epilogue
 from flashrt_runtime.options import PRECISIONS, Target
 from flashrt_runtime.policy import Policy
 
@@ -94,6 +97,42 @@ def step_times(engine: Engine, model: Pi0Fast) -> dict[str, float]:
     return found
 
 
+def kernel_times(model: Pi0Fast) -> dict[str, float]:
+    """Microseconds of each skinny kernel, the weights of all layers in turn."""
+    fused = model.fused
+    if not isinstance(fused, FusedDecode):
+        return {}
+    x = torch.ones(1, model.paligemma.width, dtype=torch.bfloat16, device=model.token.device)
+    normed = torch.ones(1, model.paligemma.width, device=model.token.device).to(torch.float8_e4m3fn)
+    gemm, cache, slots, heads = expert.skinny_gemm, model.cache, fused.slots, model.config.prefix
+    calls = {
+        "norm": lambda i, layer: layer.layer.input_norm(x, None, layer.qkv.input_scale),
+        "qkv": lambda i, layer: gemm(
+            normed, layer.qkv, Epilogue.ROPE, fused.q, rope=model.rope, prefix_length=model.slot,
+            k_cache=cache.k[i], v_cache=cache.v[i], heads=heads.num_heads, kv_heads=heads.num_kv_heads,
+            head_dim=heads.head_dim,
+        ),
+        "attention": lambda i, layer: expert.expert_attention(
+            fused.q, cache.k[i, :slots], cache.v[i, :slots], model.slot, fused.attended, layer.out.input_scale
+        ),
+        "out": lambda i, layer: gemm(fused.attended, layer.out, Epilogue.RESIDUAL, x),
+        "gate_up": lambda i, layer: gemm(
+            normed, layer.gate_up, Epilogue.GEGLU, fused.activated, out_scale=layer.down.input_scale
+        ),
+        "down": lambda i, layer: gemm(fused.activated, layer.down, Epilogue.RESIDUAL, x),
+    }  # fmt: skip
+    found = {}
+    with torch.inference_mode():
+        for name, call in calls.items():
+
+            def every(call: Any = call) -> None:
+                for index, layer in enumerate(fused.layers):
+                    call(index, layer)
+
+            found[name] = timing.graph_time(every) / len(fused.layers) * 1e3
+    return found
+
+
 def pruned_against_full(policy: Policy, model: Pi0Fast, example: Example, steps: int) -> dict[str, Any]:
     """Scores of the tokens that can occur, by the pruned head and out of the whole vocabulary's."""
     ids = model.scoring().ids
@@ -150,6 +189,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "ms_per_token_default": per_token(stepwise, model, args.replays // 10),
         "ms_per_token_one_graph": per_token(whole, model, args.replays // 10),
         "parts_ms": step_times(stepwise, model),
+        "kernels_us": kernel_times(model),
         "same_tokens_in_both_modes": all(np.array_equal(*pair) for pair in pairs),
         "distinct_tokens": len(np.unique(pairs[0][0])),
         "pruned_head": pruned_against_full(policy, model, example, 16),

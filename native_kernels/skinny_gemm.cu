@@ -13,7 +13,8 @@
 // How: every block copies its weights into shared memory with the bulk copy engine before it waits for the kernel in
 // front of it (programmatic dependent launch), so the weight stream does not stop at kernel boundaries. The tensor
 // cores see the activations as A (16 rows) and 8 features as B; the warps of a block split k and add up in shared
-// memory in a fixed order, so results are bit-identical from run to run.
+// memory in a fixed order, so results are bit-identical from run to run. A product too large for that streams its
+// weights from memory instead.
 #include "expert.h"
 #include "product_tiles.cuh"
 
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kStreamedBlocks = 2;  // a multiprocessor, of a product whose weights do not fit on the chip
 constexpr int kMaxNormWidth = 1024;
 constexpr int kNormVectors = kMaxNormWidth / (kWarpSize * 8);
 
@@ -250,8 +252,42 @@ __device__ __forceinline__ void accumulate(const SkinnyGemm& p, const Layout& la
   }
 }
 
-template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E>
-__global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm p, const Layout layout) {
+// The same with weights from global memory, a batch of k blocks in flight at once: for products of several waves, where
+// the pauses of blocks that first load and then add up would be a third of the time.
+template <bool Fp8, int RowTiles, int Tiles>
+__device__ __forceinline__ void accumulate_streamed(const SkinnyGemm& p, const Layout& layout,
+                                                    const unsigned char* tile, int begin, int end,
+                                                    float (&accumulator)[RowTiles][Tiles][4]) {
+  constexpr int kBatch = 8 / Tiles;
+  const int lane = threadIdx.x % kWarpSize, row = lane / 4, byte_in_block = lane % 4 * 16;
+  const int k_blocks = layout.k_bytes / kBlockBytes;
+  for (int first = begin; first < end; first += kBatch) {
+    uint4 b[kBatch][Tiles];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int t = 0; t < Tiles; ++t) {
+        const unsigned char* source = tile + (int64_t(t) * k_blocks + first + i) * kTileBytes;
+        b[i][t] = first + i < end ? __ldcs(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= end) break;
+      const int byte = (first + i) * kBlockBytes + byte_in_block;
+#pragma unroll
+      for (int r = 0; r < RowTiles; ++r) {
+        const uint4 low = global_row(p, r * 16 + row, byte, layout.k_bytes);
+        const uint4 high = global_row(p, r * 16 + row + 8, byte, layout.k_bytes);
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) multiply<Fp8>(accumulator[r][t], low, high, b[i][t]);
+      }
+    }
+  }
+}
+
+template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E, bool Streamed>
+__global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1) skinny_gemm_kernel(const SkinnyGemm p, const Layout layout) {
   constexpr int Tiles = E == SkinnyEpilogue::kGeglu || E == SkinnyEpilogue::kRope ? 2 : 1;
   constexpr int PaddedRows = 16 * RowTiles;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -264,21 +300,23 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
   const int units = min(layout.units_per_block, layout.units - first_unit);
   const int unit_bytes = Tiles * kTileFeatures * layout.k_bytes;
   const unsigned char* source = static_cast<const unsigned char*>(p.weights) + int64_t(first_unit) * unit_bytes;
+  if constexpr (!Streamed) {
 #if FLASHRT_DEVICE_HAS_BULK
-  if (threadIdx.x == 0) {
-    for (int u = 0; u < units; ++u) barrier_init(barriers + u, 1);
-    barrier_init_fence();
-    for (int u = 0; u < units; ++u) {
-      barrier_expect(barriers + u, unit_bytes);
-      bulk_copy(weights + u * unit_bytes, source + int64_t(u) * unit_bytes, unit_bytes, barriers + u);
+    if (threadIdx.x == 0) {
+      for (int u = 0; u < units; ++u) barrier_init(barriers + u, 1);
+      barrier_init_fence();
+      for (int u = 0; u < units; ++u) {
+        barrier_expect(barriers + u, unit_bytes);
+        bulk_copy(weights + u * unit_bytes, source + int64_t(u) * unit_bytes, unit_bytes, barriers + u);
+      }
     }
-  }
 #else
-  for (int byte = threadIdx.x * 16; byte < units * unit_bytes; byte += kThreads * 16) {
-    async_copy16(weights + byte, source + byte);
-  }
-  async_copy_wait();
+    for (int byte = threadIdx.x * 16; byte < units * unit_bytes; byte += kThreads * 16) {
+      async_copy16(weights + byte, source + byte);
+    }
+    async_copy_wait();
 #endif
+  }
   constexpr bool Rope = E == SkinnyEpilogue::kRope;
   constexpr int UnitElements = PaddedRows * kTileFeatures;
   constexpr int kAhead = 2;  // outputs of a thread whose operands are read ahead
@@ -318,7 +356,10 @@ __global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const SkinnyGemm 
   const int k_blocks = layout.k_bytes / kBlockBytes;
   const int begin = k_blocks * part / warps_per_unit, end = k_blocks * (part + 1) / warps_per_unit;
   float accumulator[RowTiles][Tiles][4] = {};
-  if (unit < units) {
+  if (unit < units && Streamed) {
+    const unsigned char* tile = source + int64_t(unit) * unit_bytes + lane * 16;
+    accumulate_streamed<Fp8, RowTiles, Tiles>(p, layout, tile, begin, end, accumulator);
+  } else if (unit < units) {
     const unsigned char* tile = weights + unit * unit_bytes + lane * 16;
     accumulate<Fp8, RowTiles, Tiles, Norm>(p, layout, x_shared, tile, barriers + unit, begin, end, accumulator);
   }
@@ -384,6 +425,24 @@ int plan(Layout* layout, int units_per_block, int tiles, int padded_rows, bool n
   return layout->barrier_offset + units_per_block * static_cast<int>(sizeof(uint64_t));
 }
 
+template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E, bool Streamed>
+cudaError_t launch_planned(const SkinnyGemm& p, const Layout& layout, int bytes, bool dependent, cudaStream_t stream) {
+  auto kernel = skinny_gemm_kernel<Fp8, RowTiles, Norm, E, Streamed>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((layout.units + layout.units_per_block - 1) / layout.units_per_block);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, layout);
+}
+
 template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E>
 cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
   constexpr int Tiles = E == SkinnyEpilogue::kGeglu || E == SkinnyEpilogue::kRope ? 2 : 1;
@@ -400,28 +459,24 @@ cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
   while (units_per_block < kWarps && (layout.units + units_per_block - 1) / units_per_block > limits.multiprocessors)
     units_per_block *= 2;
   int bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
-  // a product that needs several waves runs as small blocks: while one adds up, its neighbours' copies go on
-  const int budget = !Norm && bytes > limits.shared_bytes ? limits.shared_bytes / 4 : limits.shared_bytes;
-  while (bytes > budget && units_per_block > 1) {
+  const bool dependent = limits.major >= 9;
+  if constexpr (RowTiles == 1 && !Norm) {
+    if (bytes > limits.shared_bytes) {
+      const int resident = kStreamedBlocks * limits.multiprocessors;
+      for (units_per_block = 1; units_per_block < kWarps; units_per_block *= 2)
+        if ((layout.units + units_per_block - 1) / units_per_block <= resident) break;
+      layout.units_per_block = units_per_block;
+      layout.x_offset = layout.sum_offset = 0;
+      layout.barrier_offset = kWarps * Tiles * 16 * kTileFeatures * static_cast<int>(sizeof(float));
+      return launch_planned<Fp8, RowTiles, Norm, E, true>(p, layout, layout.barrier_offset, dependent, stream);
+    }
+  }
+  while (bytes > limits.shared_bytes && units_per_block > 1) {
     units_per_block /= 2;
     bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
   }
   if (bytes > limits.shared_bytes) return cudaErrorInvalidValue;
-
-  auto kernel = skinny_gemm_kernel<Fp8, RowTiles, Norm, E>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((layout.units + units_per_block - 1) / units_per_block);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = limits.major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, layout);
+  return launch_planned<Fp8, RowTiles, Norm, E, false>(p, layout, bytes, dependent, stream);
 }
 
 template <bool Fp8, bool Norm, SkinnyEpilogue E>
