@@ -287,7 +287,8 @@ __device__ __forceinline__ void accumulate_streamed(const SkinnyGemm& p, const L
 }
 
 template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E, bool Streamed>
-__global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1) skinny_gemm_kernel(const SkinnyGemm p, const Layout layout) {
+__global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1)
+    skinny_gemm_kernel(const SkinnyGemm p, const Layout layout) {
   constexpr int Tiles = E == SkinnyEpilogue::kGeglu || E == SkinnyEpilogue::kRope ? 2 : 1;
   constexpr int PaddedRows = 16 * RowTiles;
   extern __shared__ __align__(128) unsigned char shared[];
