@@ -7,7 +7,7 @@ DURATION ?= 20
 REPORT ?= demo_report
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-all faults soak parity-env lint kernels sample-bag clean
+.PHONY: help setup demo test test-all faults soak parity-env docs lint kernels sample-bag clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ soak: setup  ## the node for MINUTES=30 under random faults and prompt changes: 
 
 parity-env: setup  ## .venv-parity: LeRobot and openpi, to compare with (about 1.5 GB; torch is shared with .venv)
 	@scripts/parity_env.sh
+
+docs: setup  ## the documentation site, into build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 scripts/in_env.sh mkdocs build --quiet --strict && echo "build/site/index.html"
 
 lint: setup  ## ruff, mypy, clang-format, package.xml
 	@scripts/lint.sh
