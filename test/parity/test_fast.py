@@ -83,6 +83,23 @@ def test_tokens_and_logits_equal_lerobots(case, stored):
     assert np.abs(scores[[0, 1, -1]] - stored[f"{case.name}/logits"]).max() <= LOGITS
 
 
+@pytest.mark.parametrize("case", FAST_CASES[1::4], ids=lambda case: case.name)
+def test_what_a_graph_captures_equals_lerobot(case, stored):
+    """Padded prompt, lengths known to the device alone, one step after another: as the engine runs it."""
+    model = built(case, max_tokens=case.max_tokens)
+    images, present, tokens, valid = prompt(case)
+    text = tokens[valid]
+    padded = torch.cat((text, torch.full((250 - len(text),), 7)))
+    out = model.new_output(images.device)
+    with torch.inference_mode():
+        model.prefix_length.fill_(int(present.sum()) * model.config.vision.tokens + len(text))
+        model.prefill_padded(images[present], padded)
+        model.generate(None, torch.zeros(0, 0), out)
+        for _ in range(model.repeats(out)):
+            model.repeat(torch.zeros(0, 0), out)
+    np.testing.assert_array_equal(out.numpy(), stored[f"{case.name}/tokens"])
+
+
 def test_the_cases_cover_what_is_promised(stored):
     assert len(FAST_CASES) == 20
     assert {name.split("/")[0] for name in stored} == {case.name for case in FAST_CASES}
