@@ -212,9 +212,9 @@ def drift_table(rig: Rig, held: list[int], rest: list[int]) -> dict[str, Any]:
     def worst(runs: list[Stages]) -> dict[str, float]:
         found: dict[str, float] = {}
         for run, want in zip(runs, exact, strict=True):
+            true = stage_arrays(want)
             for name, array in stage_arrays(run).items():
-                true = stage_arrays(want)[name]
-                error = float(np.linalg.norm(array - true) / np.linalg.norm(true))
+                error = float(np.linalg.norm(array - true[name]) / np.linalg.norm(true[name]))
                 found[name] = max(error, found.get(name, 0.0))
         return found
 

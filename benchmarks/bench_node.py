@@ -155,6 +155,8 @@ def measure(seconds: float) -> Measured:
         try:
             running = PolicyStatus.STATE_RUNNING
             _spin(executor, 60.0, lambda: "status" in last and last["status"].state == running)
+            if "status" not in last or last["status"].state != running:
+                raise SystemExit(f"the node did not run within a minute; last it said: {last.get('status')}")
             _spin(executor, SETTLE)
             begin, cpu = time.monotonic(), _cpu_seconds(node.pid)
             _spin(executor, seconds)

@@ -24,6 +24,7 @@ from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timing import stamp_to_ns, to_s
 from flashrt_ros.msg import ActionChunk, PolicyStatus
 from flashrt_ros.runner import node_command
+from flashrt_ros.srv import SetPrompt
 
 HERE = Path(__file__).resolve().parent
 # What the machine's load may add to a time that is measured through two processes [s].
@@ -109,6 +110,7 @@ class FaultBench:
             self.set_parameters("/policy_node", {"limits.on_violation": "", "rates.inference": -1.0})
             for name in ("reset_fault", "resume"):
                 self.call(name)
+            self.rig.call(SetPrompt, "/policy_node/set_prompt", prompt="wave", reset=False)
 
     # Causes
 

@@ -111,7 +111,9 @@ def test_30_set_prompt_during_inference(bench: FaultBench, passed) -> None:
     bench.order("none", -1, sleep=0.25)
     wait_until(lambda: len(bench.chunks.messages) > 3, 10.0, "chunks")
     mark = time.monotonic()
-    bench.chunks.wait_for(since=mark)  # the next inference begins now and takes a quarter of a second
+    bench.chunks.wait_for(since=mark)  # the next inference begins within a frame, for a quarter of a second
+    placed = time.monotonic()
+    wait_until(lambda: time.monotonic() > placed + 0.1, 1.0, "the next inference to be on its way")
     begin = time.monotonic()
     assert set_prompt(bench, "open the gripper").success
     assert time.monotonic() - begin < 0.2, "the answer waited for the inference"

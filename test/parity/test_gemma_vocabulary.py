@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from gemma_vocabulary import VocabularyUnavailable, tokenizer_json, write_senten
 from parity_support import ROOT
 
 from flashrt_runtime.checkpoints.rules import lerobot_rules, openpi_rules
+from flashrt_runtime.config import DecodeConfig
+from flashrt_runtime.processing.fast_tokens import ActionTokens, FastProcessor
 from flashrt_runtime.processing.prompt import PromptEncoder
 
 PYTHON = ROOT / ".venv-parity" / "bin" / "python"
@@ -91,15 +94,25 @@ def lerobots(vocabulary, cases, tmp_path_factory) -> dict[str, list[list[int]]]:
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("policy", ["pi05", "pi0"])
+@pytest.mark.parametrize("policy", ["pi05", "pi0", "pi0fast"])
 def test_every_prompt_has_lerobots_ids(policy, model, cases, lerobots):
     encoder = PromptEncoder(model, policy, lerobot_rules(policy), 1000, 257152)
     wrong = []
     for case, expected in zip(cases, lerobots[policy], strict=True):
         found = encoder.encode(case["task"], np.float32(case["state"])).tolist()
+        if policy == "pi0fast":
+            assert found.pop() == 2  # the BOS that LeRobot's model appends, not its preprocessor
         if found != expected:
             wrong.append((case["task"], found, expected))
     assert not wrong, f"{len(wrong)} of {len(cases)}: {wrong[:2]}"
+
+
+def test_an_action_chunk_has_lerobots_ids(model, lerobots):
+    config = SimpleNamespace(vocab_size=257152, horizon=10, action_dim=7, decode=DecodeConfig())
+    tokens = ActionTokens.of(FastProcessor(ROOT / "test" / "data" / "fast"), model, config)
+    assert list(tokens.lead) == lerobots["lead"]
+    assert tokens.bar == lerobots["bar"]
+    assert (tokens.eos, tokens.first) == (1, 257152 - 1 - 128)
 
 
 def test_it_is_paligemmas(model):

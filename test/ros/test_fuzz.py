@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from diagnostic_msgs.msg import DiagnosticArray
 from malformed import BASE, JOINTS, WRIST, good_messages, malformed
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from ros_rig import wait_until
+from trajectory_msgs.msg import JointTrajectory
 
 from flashrt_ros.core.contract import load_contract
 from flashrt_ros.core.errors import IngestError
@@ -15,9 +22,12 @@ from flashrt_ros.core.ingest import Ingest, MeasuredPositions
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.refusals import MessageInspector, RefusedMessages
 from flashrt_ros.core.sync import NotReady, Synchroniser
-from flashrt_ros.nodes.streams import stream_callback
+from flashrt_ros.msg import ActionChunk, PolicyStatus
+from flashrt_ros.nodes.streams import STREAM_MESSAGES, stream_callback
 
 COUNT = 5_000
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = Path(__file__).with_name("stand_in_node.py")
 
 
 def test_five_thousand_malformed_messages_give_no_observation_and_are_counted_once_each() -> None:
@@ -67,3 +77,104 @@ def test_good_messages_are_not_counted() -> None:
     for name, message in good_messages(contract, 10**18).items():
         assert not inspector.inspect(name, 10**18, 10**18, message)
     assert refused.counts() == {}
+
+
+class Publisher:
+    """Publishes every stream of a contract from the test's own node, good messages also by themselves."""
+
+    def __init__(self, rig, contract) -> None:
+        qos = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
+        self._contract, self._node = contract, rig.node
+        self.topics = {
+            stream.name: rig.node.create_publisher(STREAM_MESSAGES[stream.type], stream.topic, qos)
+            for stream in contract.streams.values()
+        }
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def now(self) -> int:
+        return self._node.get_clock().now().nanoseconds
+
+    def _run(self) -> None:
+        while not self._stop.wait(1 / 30):
+            for name, message in good_messages(self._contract, self.now()).items():
+                self.topics[name].publish(message)
+
+    def __enter__(self) -> Publisher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def counted(report: DiagnosticArray) -> dict[str, int]:
+    """STREAM.refused.REASON -> count, as the node reports it."""
+    values = {entry.key: entry.value for entry in report.status[0].values}
+    return {key: int(value) for key, value in values.items() if ".refused." in key}
+
+
+@pytest.mark.slow
+def test_five_thousand_malformed_messages_over_dds_crash_nothing_and_command_nothing(
+    rig, policy_node, tmp_path
+) -> None:
+    """Alone they start nothing; between good ones they change nothing; the node goes on afterwards."""
+    text = (ROOT / "config" / "robots" / "demo_arm.yaml").read_text()
+    path = tmp_path / "robot.yaml"
+    for depth in ("depth: 5", "depth: 20"):
+        text = text.replace("reliability: best_effort, " + depth, "reliability: reliable, depth: 1000")
+    path.write_text(text)
+    contract = load_contract(path)
+    assert {stream.qos.depth for stream in contract.streams.values()} == {1000}
+    commands = rig.collect(JointTrajectory, "/arm_controller/joint_trajectory")
+    chunks = rig.collect(ActionChunk, "/policy_node/action_chunk")
+    statuses = rig.collect(PolicyStatus, "/policy_node/status")
+    reports = rig.collect(DiagnosticArray, "/diagnostics")
+    node = policy_node(robot=str(path), command=[sys.executable, "-P", str(STAND_IN)])
+    publisher = Publisher(rig, contract)
+    node.wait_for_line("active")
+    for name, topic in publisher.topics.items():
+        wait_until(lambda topic=topic: topic.get_subscription_count() == 1, 20.0, f"subscription of {name}")
+
+    local = MessageInspector(contract, RefusedMessages())
+    source = malformed(contract, np.random.default_rng(23), publisher.now)
+    sent = 0
+    while sent < COUNT:
+        bad = next(source)
+        if bad.deep:  # counted when it is used, which without good messages around it never is
+            continue
+        publisher.topics[bad.stream].publish(bad.message)
+        stamp = bad.message.header.stamp
+        stamp_ns = stamp.sec * 10**9 + stamp.nanosec
+        assert local.inspect(bad.stream, stamp_ns, publisher.now(), bad.message) in bad.reasons
+        sent += 1
+        time.sleep(0.001)
+    expected = {
+        f"{stream}.refused.{reason.name.lower()}": count
+        for stream, reasons in local.refused.counts().items()
+        for reason, count in reasons.items()
+    }
+    assert sum(expected.values()) == COUNT
+    reports.wait_for(lambda report: counted(report) == expected, timeout=30.0)
+    assert commands.messages == []
+    assert chunks.messages == []
+    assert node.running
+
+    middle = good_messages(contract, 0)[JOINTS].position
+    with publisher:
+        running = statuses.wait_for(lambda message: message.state == PolicyStatus.STATE_RUNNING, timeout=30.0)
+        assert running.reason == 0
+        for _ in range(1000):  # deep damage too, now that there is something to go with it
+            bad = next(source)
+            publisher.topics[bad.stream].publish(bad.message)
+            time.sleep(0.002)
+        mixed = time.monotonic()
+        chunks.wait_for(timeout=30.0, since=mixed)
+        wait_until(lambda: len(commands.since(mixed)) > 20, 30.0, "commands after the malformed messages")
+    for command in commands.messages:
+        for point in command.points:
+            np.testing.assert_allclose(point.positions, middle, atol=1e-6)
+    assert node.end() == 0, node.output
+    assert "Traceback" not in node.output
+    assert "callback failed" not in node.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,16 +15,19 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.clock import Clock
 from rclpy.qos import DurabilityPolicy, ReliabilityPolicy
 from rclpy.serialization import deserialize_message, serialize_message
+from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
-from flashrt_ros.core.contract import Qos, load_contract
+from flashrt_ros.core.commander import Output
+from flashrt_ros.core.contract import Qos, Stamp, known_contracts, load_contract
 from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.timeline import CommandKind
 from flashrt_ros.core.trajectory import TrajectoryPoints
 from flashrt_ros.msg import ActionChunk, PolicyStatus
 from flashrt_ros.nodes import status
 from flashrt_ros.nodes.exotic_images import cv_bridge_decoder
-from flashrt_ros.nodes.outputs import chunk_message, time_message, trajectory_message
+from flashrt_ros.nodes.outputs import Command, chunk_message, time_message, trajectory_message
 from flashrt_ros.nodes.pipeline import Pipeline
 from flashrt_ros.nodes.streams import qos_profile
 
@@ -65,6 +69,56 @@ def test_trajectory_message_survives_the_wire(contract) -> None:
     assert times == [(0, 0), (0, 20_000_000), (1, 40_000_000)]
     assert np.array_equal([point.positions for point in came.points], points.positions)
     assert np.array_equal([point.velocities for point in came.points], points.velocities)
+
+
+def commanded(contract) -> tuple[Output, np.ndarray]:
+    """A tick's output that commands 0, 1, 2, … for the action's joints."""
+    values = np.arange(float(contract.dof))
+    points = TrajectoryPoints(
+        np.array([0, 20_000_000]), np.stack([values, values + 0.5]), np.zeros((2, contract.dof))
+    )
+    has_points = contract.trajectory_lookahead > 0
+    output = Output(CommandKind.RUNNING, Reason.OK, "", values, points if has_points else None, (), 1, 0, 0)
+    return output, values
+
+
+@pytest.mark.parametrize("robot", known_contracts())
+def test_each_controller_gets_its_own_joints_by_the_robots_names(robot: str) -> None:
+    contract = load_contract(robot)
+    output, values = commanded(contract)
+    by_name = dict(zip(contract.action.joints, values, strict=True))
+    reached = []
+    for spec in contract.outputs:
+        message = Command(spec, contract).message(output, 3_000_000_005)
+        joints = spec.joints or contract.action.joints
+        wanted = [by_name[name] for name in joints]
+        reached += joints
+        if isinstance(message, Float64MultiArray):
+            assert list(message.data) == wanted
+            continue
+        assert message.joint_names == [contract.joints[name].in_messages for name in joints]
+        assert list(message.points[0].positions) == wanted
+        assert list(message.points[1].positions) == [value + 0.5 for value in wanted]
+        assert len(message.points[0].velocities) == len(joints)
+        assert (message.header.stamp.sec, message.header.stamp.nanosec) == (3, 5)
+        at_once = Command(replace(spec, stamp=Stamp.ZERO), contract).message(output, 3_000_000_005)
+        assert (at_once.header.stamp.sec, at_once.header.stamp.nanosec) == (0, 0)
+    assert sorted(reached) == sorted(contract.action.joints)
+    silence = replace(output, values=None, trajectory=None)
+    assert [Command(spec, contract).message(silence, 0) for spec in contract.outputs] == [None] * len(
+        contract.outputs
+    )
+
+
+def test_both_arms_of_aloha_have_the_same_names_on_their_own_topics() -> None:
+    contract = load_contract("aloha")
+    output, _ = commanded(contract)
+    left, right = (Command(spec, contract).message(output, 0) for spec in contract.outputs)
+    assert left.joint_names == right.joint_names
+    assert left.points[0].positions[0] == 0.0
+    assert right.points[0].positions[0] == 7.0
+    assert contract.shares_message_names
+    assert not load_contract("ur5e").shares_message_names
 
 
 def test_chunk_message_survives_the_wire(contract) -> None:

@@ -21,6 +21,8 @@ import transformers
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi0.processor_pi0 import make_pi0_pre_post_processors
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from lerobot.policies.pi0_fast.processor_pi0_fast import make_pi0_fast_pre_post_processors
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pi05.processor_pi05 import make_pi05_pre_post_processors
 from tokenizers import AddedToken, Tokenizer
@@ -36,17 +38,22 @@ def paligemma(file: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """Tokenise every case as pi05 and as pi0."""
+    """Tokenise every case as each policy; and what pi0_fast looks for in its output."""
     tokenizer = paligemma(sys.argv[1])
     assert len(tokenizer) == 257152
     tokenizer_processor.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
+    # the step that encodes actions, of which there are none here
+    tokenizer_processor.AutoProcessor = SimpleNamespace(from_pretrained=lambda *_, **__: None)
     cases = json.loads(Path(sys.argv[2]).read_text())
     found = {}
     for name, kind, make in (
         ("pi05", PI05Config, make_pi05_pre_post_processors),
         ("pi0", PI0Config, make_pi0_pre_post_processors),
+        ("pi0fast", PI0FastConfig, make_pi0_fast_pre_post_processors),
     ):
         found[name] = [tokens(kind, make, case) for case in cases]
+    found["lead"] = tokenizer.encode("Action: ", add_special_tokens=False)
+    found["bar"] = tokenizer.convert_tokens_to_ids("|")
     Path(sys.argv[3]).write_text(json.dumps(found))
 
 

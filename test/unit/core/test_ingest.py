@@ -198,3 +198,56 @@ def test_an_optional_camera_that_is_silent_is_absent(
     assert set(images) == {"base_0_rgb", "left_wrist_0_rgb"}
     assert images["left_wrist_0_rgb"] is None
     np.testing.assert_array_equal(images["base_0_rgb"], BASE)
+
+
+@pytest.mark.parametrize("padding", [0, 13])
+@pytest.mark.parametrize("crop", [None, "crop: {x: 4, y: 2, width: 8, height: 6}"])
+def test_raw_pixels_are_the_messages_own(
+    tmp_path: Path, demo_text: str, joint_message: Messages, padding: int, crop: str | None
+) -> None:
+    """From the message to the policy's argument nothing is copied, whatever the row padding and the crop."""
+    path = tmp_path / "robot.yaml"
+    path.write_text(demo_text.replace("view: base_0_rgb", f"view: base_0_rgb\n    {crop or 'crop: null'}"))
+    rows = np.concatenate([BASE.reshape(24, 96), np.full((24, padding), 9, np.uint8)], axis=1)
+    message = SimpleNamespace(
+        height=24, width=32, step=96 + padding, encoding="rgb8", data=array.array("B", rows.tobytes())
+    )
+    observation = Ingest(load_contract(path)).observe(
+        snapshot_of(joint_message, BASE, WRIST, base_camera=message)
+    )
+    image = observation.policy_images["base_0_rgb"]
+    assert image is not None
+    assert np.shares_memory(image, np.frombuffer(message.data, np.uint8))
+    np.testing.assert_array_equal(image, BASE[2:8, 4:12] if crop else BASE)
+
+
+def jpeg_of(image: np.ndarray) -> SimpleNamespace:
+    return SimpleNamespace(format="jpeg", data=cv2.imencode(".jpg", image)[1].tobytes())
+
+
+def test_three_compressed_cameras_are_decoded_in_their_own_places(
+    tmp_path: Path, demo_text: str, joint_message: Messages
+) -> None:
+    """On the pool's threads; the first bad one in the contract's order is reported, and once only."""
+    third = "  third: {topic: third, type: sensor_msgs/msg/CompressedImage, view: right_wrist_0_rgb}\n"
+    text = demo_text.replace("type: sensor_msgs/msg/Image", "type: sensor_msgs/msg/CompressedImage")
+    path = tmp_path / "robot.yaml"
+    path.write_text(text.replace("streams:\n", f"streams:\n{third}"))
+    told: list[tuple[str, Reason]] = []
+    ingest = Ingest(load_contract(path), on_refused=lambda *refused: told.append(refused))
+    shades = {"third": 10, "base_camera": 90, "wrist_camera": 200}
+    packed = {name: jpeg_of(np.full((96, 128, 3), shade, np.uint8)) for name, shade in shades.items()}
+    payloads = {**packed, "joint_states": joint_message(NAMES, VALUES)}
+    for _ in range(20):
+        whole = Snapshot({name: Stamped(1, 0, payload) for name, payload in payloads.items()}, 0)
+        images = ingest.observe(whole).images
+        assert [int(image.mean()) for image in images.values()] == [10, 90, 200]
+    noise = np.random.default_rng(4).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    data = jpeg_of(cv2.GaussianBlur(noise, (0, 0), 1)).data
+    broken = SimpleNamespace(format="jpeg", data=data[:800] + data[1500:])
+    bad = {**payloads, "base_camera": broken, "wrist_camera": broken}
+    damaged = Snapshot({name: Stamped(1, 0, payload) for name, payload in bad.items()}, 0)
+    for _ in range(3):
+        with pytest.raises(IngestError, match="base_camera: JPEG is damaged"):
+            ingest.observe(damaged)
+    assert told == [("base_camera", Reason.IMAGE_DECODE)]

@@ -264,3 +264,76 @@ def test_pushes_from_many_threads_while_selecting(demo: RobotContract) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def stream(
+    sync: Synchroniser, name: str, rate: float, *, offset_ms: float = 0.0, latency_ms: float = 5.0,
+    until_ms: float = 0.0, since_ms: float = 400.0,
+) -> None:
+    """A stream of `rate` Hz from `since_ms` to `until_ms` before NOW, its clock ahead by `offset_ms`, its
+    messages received `latency_ms` after they were taken."""
+    taken = since_ms
+    while taken >= until_ms + latency_ms:
+        received = MONO - round((taken - latency_ms) * MS)
+        sync.push(name, NOW - round((taken - offset_ms) * MS), received, f"{name}@{taken:g}")
+        taken -= 1000.0 / rate
+
+
+@pytest.mark.parametrize(("offset_ms", "outcome"), [
+    (-60.0, None), (-200.0, None), (-270.0, Reason.STALE_STAMP), (30.0, None), (90.0, Reason.CLOCK),
+])
+def test_a_camera_whose_clock_is_offset(
+    demo: RobotContract, offset_ms: float, outcome: Reason | None
+) -> None:
+    """Behind, it holds the others back as long as it looks fresh enough; ahead, it is found out."""
+    sync = Synchroniser(demo)
+    stream(sync, "base_camera", 30, offset_ms=offset_ms)
+    stream(sync, "wrist_camera", 30)
+    stream(sync, "joint_states", 100)
+    selected = sync.select(NOW, MONO)
+    if outcome is None:
+        assert ready(selected).skew <= demo.sync.max_skew
+        assert max(ages(ready(selected)).values()) <= 250
+    else:
+        problem = not_ready(selected)
+        assert (problem.reason, problem.stream) == (outcome, "base_camera")
+
+
+@pytest.mark.parametrize(("latency_ms", "outcome"), [(100.0, None), (300.0, Reason.STALE_STAMP)])
+def test_a_camera_that_is_late(demo: RobotContract, latency_ms: float, outcome: Reason | None) -> None:
+    """Its newest frame is old when it comes, though it comes steadily: the others are as old as that."""
+    sync = Synchroniser(demo)
+    stream(sync, "base_camera", 30)
+    stream(sync, "wrist_camera", 30, latency_ms=latency_ms, since_ms=600.0)
+    stream(sync, "joint_states", 100)
+    selected = sync.select(NOW, MONO)
+    if outcome is None:
+        snapshot = ready(selected)
+        assert ages(snapshot)["wrist_camera"] >= latency_ms
+        assert ages(snapshot)["joint_states"] >= latency_ms - 50
+        assert snapshot.skew <= 50 * MS
+    else:
+        assert (not_ready(selected).reason, not_ready(selected).stream) == (outcome, "wrist_camera")
+
+
+def test_one_camera_too_far_behind_the_others_is_skew(demo: RobotContract) -> None:
+    """Fresh enough for itself, but nothing of another stream is as old: that one has only just begun."""
+    sync = Synchroniser(demo)
+    stream(sync, "base_camera", 30, since_ms=60.0)
+    stream(sync, "wrist_camera", 30, latency_ms=150.0)
+    stream(sync, "joint_states", 100)
+    problem = not_ready(sync.select(NOW, MONO))
+    assert (problem.reason, problem.stream) == (Reason.SKEW, "wrist_camera")
+
+
+def test_simulated_time_may_stand_still_or_run_slowly(demo: RobotContract) -> None:
+    """Header ages count on the node's clock, receipt ages on the monotonic one; neither replaces one."""
+    sync = Synchroniser(demo)
+    for name in demo.streams:  # a paused simulator that goes on publishing the same instant
+        for age in (300, 200, 100, 1):
+            sync.push(name, NOW, MONO - age * MS, f"{name}@{age}")
+    assert ages(ready(sync.select(NOW, MONO))) == dict.fromkeys(demo.streams, 0)
+    # Paused altogether: stamps are as fresh as ever on the stopped clock, but nothing comes any more.
+    assert not_ready(sync.select(NOW, MONO + 400 * MS)).reason is Reason.STALE_RECEIPT
+    # A node that was not told to use simulated time sees stamps of long ago.
+    assert not_ready(sync.select(NOW + 10**18, MONO)).reason is Reason.STALE_STAMP

@@ -20,11 +20,14 @@ from flashrt_runtime.config import DecodeConfig
 from flashrt_runtime.errors import (
     ActionError,
     NoStopError,
+    NotSupportedYetError,
     ObservationError,
     OptionError,
     TokenizerNotFoundError,
 )
 from flashrt_runtime.models.pi0_fast import Pi0Fast, score
+from flashrt_runtime.options import resolve_target
+from flashrt_runtime.parity.report import drift_report
 
 LEROBOT_PI05 = Path(__file__).resolve().parents[2] / "data" / "lerobot" / "pi05"
 PROMPT = "pick up the red block"
@@ -322,6 +325,11 @@ def test_lerobots_layout(checkpoint: Path, tmp_path: Path) -> None:
     given["token_mask"] = np.append(given["token_mask"], True)
     np.testing.assert_array_equal(loaded.sample_tokens(**given, max_tokens=5), appended)
     loaded.close()
+
+
+def test_no_drift_report_without_a_flow(checkpoint: Path) -> None:
+    with pytest.raises(NotSupportedYetError, match="pi0fast has none"):
+        drift_report(checkpoint, "reference", resolve_target("cpu", "fp32"))
 
 
 def test_fp8_is_calibrated_like_any_policy(checkpoint: Path) -> None:
