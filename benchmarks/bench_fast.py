@@ -201,6 +201,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The figures as a table."""
+    rows = {
+        "prefill": f"{result['prefill_ms']:.2f} ms",
+        "a token, one graph per step": f"{result['ms_per_token_default']['p50']:.3f} ms",
+        "a token, the whole decode as one graph": f"{result['ms_per_token_one_graph']['p50']:.3f} ms",
+        "the same tokens in both modes": str(result["same_tokens_in_both_modes"]),
+        "pruned against full scoring": f"max-abs {result['pruned_head']['max_abs']:.1e}, same choice "
+        f"{result['pruned_head']['same_choice']}, {result['pruned_head']['ids']} ids",
+        "peak of the GPU's memory": f"{result['peak_gib']:.2f} GiB",
+    }
+    lines = [
+        f"{result['gpu']}, commit {result['commit']}, {result['precision']}, {result['views']} views, "
+        f"{result['tokens']} tokens, prompt of {result['prompt_tokens']}; random weights, published size.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "- `python -m benchmarks.bench_fast`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -212,7 +236,7 @@ def main() -> None:
     parser.add_argument("--size", default="full", choices=("tiny", "small", "full"))
     parser.add_argument("--replays", type=int, default=200)
     parser.add_argument("--commit", help="of the measured sources, where they are no checkout")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; a .md beside it holds the table")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_fast needs a CUDA GPU")
@@ -220,6 +244,7 @@ def main() -> None:
     print(text)
     if args.out is not None:
         args.out.write_text(text + "\n")
+        args.out.with_suffix(".md").write_text(markdown(json.loads(text)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,14 @@ from typing import Any
 # Wall, 2 views, 10 steps, chunk 10: measured side by side on one H200 with the same random checkpoint.
 ANCHORS = {"FlashRT 0.1.0 fp8": 14.68, "LeRobot 0.6.1 compiled": 57.1}
 FLOOR_MS = {1: 1.61, 2: 2.38, 3: 3.17}  # fp8, H200: the larger of operations and bytes over this GPU's rates
+# tables of other benchmarks: their Markdown output, kept in gpu/ beside the report
+SECTIONS = {
+    "16 bits against float32, realistic frames": "fidelity.md",
+    "The same with attention peaked": "fidelity_peaked.md",
+    "Pi0-FAST": "fast.md",
+    "Calibration": "calibration.md",
+    "From disk to the first action": "load.md",
+}
 STAGES = ("images", "vision", "embed", "prefix", "expert", "staging", "h2d", "d2h")
 
 
@@ -25,13 +33,13 @@ def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None
             "date": header["date"],
         }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (directory / "gpu_report.md").write_text(table(content), encoding="utf-8")
+    (directory / "gpu_report.md").write_text(table(content, directory / "gpu"), encoding="utf-8")
     chart(content, directory / "gpu_report.png")
     print(f"wrote {file}, gpu_report.md and gpu_report.png")
 
 
-def table(content: dict[str, Any]) -> str:
-    """The report as Markdown."""
+def table(content: dict[str, Any], directory: Path) -> str:
+    """The report as Markdown, with what other benchmarks left in `directory`."""
     latencies = {key: row for key, row in content.items() if isinstance(row, dict) and "graph_p50_ms" in row}
     peers = {key: row for key, row in content.items() if key.startswith("lerobot.")}
     lines = [
@@ -81,7 +89,11 @@ def table(content: dict[str, Any]) -> str:
             for name, row in rates.items()
             if isinstance(row, dict) and "us" in row
         ]
-    lines += ["", "Commands:", ""]
+    for title, name in SECTIONS.items():
+        file = directory / name
+        if file.is_file():
+            lines += ["", f"## {title}", "", file.read_text(encoding="utf-8").strip()]
+    lines += ["", "## Commands", ""]
     commands = dict.fromkeys(row["command"] for row in content.values() if isinstance(row, dict))
     return "\n".join([*lines, *(f"- `{command}`" for command in commands)]) + "\n"
 

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 FP8_CAPABILITY = (8, 9)
+SCALE_ALIGNMENT = 16
 
 
 def _native(x: Tensor) -> bool:
@@ -57,6 +58,15 @@ def _native(x: Tensor) -> bool:
 def quantise(x: Tensor, scale: Tensor) -> Tensor:
     """e4m3 of x / scale; see `reference.quantise`."""
     return prefix.quantise(x, scale) if _native(x) else reference.quantise(x, scale)
+
+
+def aligned(scale: Tensor) -> Tensor:
+    """The scalar on a 16-byte address, as cuBLASLt wants its scales: itself, or a copy of what it holds now.
+
+    Columns of a table that a fused kernel reads lie between such addresses. A captured graph copies anew at
+    each replay, so what calibration writes arrives.
+    """
+    return scale if scale.data_ptr() % SCALE_ALIGNMENT == 0 else scale.clone()
 
 
 def scaled_linear(
@@ -71,9 +81,8 @@ def scaled_linear(
         and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
     ):
         rows = x.reshape(-1, k)
-        out = torch._scaled_mm(
-            rows, weight.t(), x_scale, weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
-        )
+        scales = aligned(x_scale), aligned(weight_scale)
+        out = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
         return out.view(*x.shape[:-1], n)
     return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
 

@@ -212,6 +212,17 @@ def test_vision_attention(views: int, heads: int, quantised: bool) -> None:
     assert (plain - want).norm() / want.norm() < (4e-2 if quantised else 6e-3)
 
 
+def test_scales_may_be_columns_of_a_table() -> None:
+    """As the fused expert's are; cuBLASLt takes a scale on a 16-byte address only."""
+    table = torch.rand(3, 2, device="cuda") / 100
+    x, weight = torch.randn(10, 4096, device="cuda"), torch.randn(1024, 4096, device="cuda")
+    for scale in table.flatten():
+        operands = reference.quantise(x, scale), reference.quantise(weight, scale), scale, scale, None
+        got = ops.scaled_linear(*operands, torch.bfloat16).float()
+        want = reference.scaled_linear(*operands, torch.float32)
+        assert (got - want).norm() / want.norm() < 5e-3
+
+
 def test_refuses_what_does_not_fit() -> None:
     x, weight = torch.randn(4, 64, device="cuda"), torch.randn(64, device="cuda")
     for bad in (x.cpu(), x.double(), x.t()):

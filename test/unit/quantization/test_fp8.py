@@ -286,3 +286,15 @@ def test_cache_key_tells_contents_apart(checkpoints: dict[str, Path], tmp_path: 
     file.write_bytes(content)
     with open_checkpoint(copy, config="auto") as opened:
         assert WeightCache(opened, "fp8").path.name != name
+
+
+def test_scales_are_handed_on_aligned() -> None:
+    """Views between 16-byte addresses are copied, with what they hold then; others stay what they are."""
+    table = torch.zeros(8)
+    address = table.data_ptr() % ops.SCALE_ALIGNMENT // 4
+    for index in range(8):
+        table[index] = index + 1
+        got = ops.aligned(table[index])
+        assert got.data_ptr() % ops.SCALE_ALIGNMENT == 0
+        assert float(got) == index + 1
+        assert (got.data_ptr() == table[index].data_ptr()) == ((address + index) % 4 == 0)
