@@ -93,7 +93,7 @@ class BagSource:
         self._contract = contract
         self.decode = decode or rosbags_decoder()
         self._use_sim_time = use_sim_time
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
         self._ingest = Ingest(contract, fallback_decoder)
         self._offsets: dict[str, int] = {}  # header stamp - recorder's time of each stream [ns]
         self._jumped: set[str] = set()
@@ -156,11 +156,12 @@ class BagSource:
         self.used, self.warnings, self.skipped = 0, [], Counter()
         self._jumped.clear()
         self._ingest.reset()
+        random = np.random.default_rng(self._seed)
         pending = list(range(self.samples))
         spans = self.recorded
         self.warnings += self._gaps(spans)
         for _ in range(ATTEMPTS):
-            jitter = self._random.random(len(pending))
+            jitter = random.random(len(pending))
             wanted = at_fractions(spans, (np.array(pending) + jitter) / self.samples) if pending else []
             failed: list[int] = []
             for part, moment in zip(list(pending), self.observe(wanted), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -247,6 +248,101 @@ def test_bags_and_requests_of_no_use(node, home, tmp_path, bag) -> None:
     assert answer.code == CODES.CODE_OK
     assert (answer.samples_used, answer.artifact) == (64, "")
     node.reason(Reason.OK)
+
+
+@pytest.mark.slow
+def test_a_dataset_and_a_directory_of_images(node, tmp_path) -> None:
+    """The views are matched by name; what does not fit is said before a frame is read."""
+    import cv2
+
+    names = ("base_0_rgb", "left_wrist_0_rgb")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    entries = []
+    for index in range(6):
+        files = {name: f"{name}_{index}.png" for name in names}
+        for seed, file in enumerate(files.values()):
+            pixels = np.random.default_rng(10 * index + seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / file), pixels)
+        entries.append({"images": files, "prompt": "wave", "state": [0.01 * index] * 7})
+    (folder / "observations.json").write_text(json.dumps(entries))
+    node.start()
+    assert node.change("configure")
+    answer = node.calibrate(source="dataset", path=str(folder), samples=5)
+    assert (answer.code, answer.samples_used, answer.held_out) == (CODES.CODE_OK, 5, 1), answer.message
+    few = node.calibrate(source="dataset", path=str(folder), samples=30)
+    assert few.code == CODES.CODE_OK
+    assert 0 < few.samples_used <= 6  # as many as there are
+    assert "30 were asked for" in few.warnings[0]
+    task = node.calibrate(source="dataset", path=str(folder), task_filter="wave")
+    assert (task.code, task.reason) == (CODES.CODE_BAD_ARGUMENT, Reason.PARAMETER_INVALID)
+    (folder / "meta").mkdir()
+    broken = node.calibrate(source="dataset", path=str(folder))
+    assert (broken.code, broken.reason) == (CODES.CODE_BAD_DATA, Reason.DATASET_INVALID)
+    assert "info.json" in broken.message
+    dataset = write_dataset(tmp_path / "lerobot")
+    lerobot = node.calibrate(source="dataset", path=str(dataset), samples=4, task_filter="wave")
+    assert (lerobot.code, lerobot.samples_used) == (CODES.CODE_OK, 4), lerobot.message
+    nothing = node.calibrate(source="dataset", path=str(dataset), task_filter="dance")
+    assert (nothing.code, nothing.reason) == (CODES.CODE_BAD_DATA, Reason.DATASET_INVALID)
+
+
+def write_dataset(root: Path) -> Path:
+    """A LeRobot v2 dataset of one episode whose cameras are called as the demo arm's views."""
+    import cv2
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    names = ("base_0_rgb", "left_wrist_0_rgb")
+    rows = []
+    for index in range(12):
+        row: dict[str, object] = {"observation.state": [0.01 * index] * 7}
+        for seed, name in enumerate(names):
+            pixels = np.random.default_rng(10 * index + seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            encoded = cv2.imencode(".png", pixels)[1].tobytes()
+            row[f"observation.images.{name}"] = {"bytes": encoded, "path": None}
+        numbers = {"frame_index": index, "episode_index": 0, "index": index, "task_index": 0}
+        rows.append({**row, **numbers, "timestamp": index / 10})
+    features: dict[str, object] = {
+        f"observation.images.{name}": {"dtype": "image", "shape": [48, 64, 3]} for name in names
+    }
+    features["observation.state"] = {"dtype": "float32", "shape": [7]}
+    info = {
+        "codebase_version": "v2.1", "fps": 10, "features": features, "total_episodes": 1, "chunks_size": 1000,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+    }
+    for name in ("meta", "data/chunk-000"):
+        (root / name).mkdir(parents=True)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": "wave at them"}) + "\n")
+    episode = {"episode_index": 0, "tasks": ["wave at them"], "length": 12}
+    (root / "meta/episodes.jsonl").write_text(json.dumps(episode) + "\n")
+    parquet.write_table(arrow.Table.from_pylist(rows), root / "data/chunk-000/episode_000000.parquet")
+    return root
+
+
+@pytest.mark.slow
+def test_a_cancelled_activation_can_be_calibrated_from_a_bag(node, demo_robot, bag) -> None:
+    """The wait for live observations is cancelled: nothing is commanded, with a reason; held, a bag helps."""
+    node.start()
+    assert node.change("configure")
+    assert node.change("activate")
+    node.state(PolicyStatus.STATE_CALIBRATING)
+    assert node.trigger("cancel_calibration").success
+    cancelled = node.reason(Reason.CALIBRATION_CANCELLED)
+    assert cancelled.state == PolicyStatus.STATE_FAULT
+    assert "nothing is commanded" in cancelled.message
+    demo_robot()
+    node.statuses.wait_for(lambda message: message.stream_rates[0] > 5, timeout=60.0)
+    still = node.state(PolicyStatus.STATE_FAULT)
+    assert (still.reason, still.sequence) == (Reason.CALIBRATION_CANCELLED, 0)
+    assert node.trigger("hold").success
+    bad = node.calibrate(source="bag", path=str(bag / "metadata.yaml"))
+    assert bad.code == CODES.CODE_BAD_PATH
+    node.state(PolicyStatus.STATE_FAULT)
+    assert node.calibrate(source="bag", path=str(bag), samples=4).code == CODES.CODE_OK
+    assert node.trigger("resume").success
+    node.state(PolicyStatus.STATE_RUNNING)
 
 
 @pytest.mark.slow

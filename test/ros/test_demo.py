@@ -15,6 +15,7 @@ import pytest
 from ros_rig import wait_until
 from rosbags.highlevel import AnyReader
 
+from flashrt_ros.bringup import DEMO_PROMPT
 from flashrt_ros.core.bag_source import BagSource
 from flashrt_ros.core.contract import load_contract
 from flashrt_ros.demo.recording import RobotView
@@ -183,3 +184,24 @@ def test_sample_bag_stopped_early_is_still_a_bag(start, tmp_path) -> None:
     again = start([*BAG, "--out", str(path)])
     assert again.wait(30) == 2
     assert "exists" in again.output
+
+
+@pytest.mark.slow
+def test_a_recorded_policy_is_replayed_with_its_own_prompt(start, rig, checkpoint, tmp_path) -> None:
+    """The policy drives the arm and is recorded; `flashrt replay` then takes the prompt from its chunks."""
+    path, report = tmp_path / "bag", tmp_path / "report"
+    recorder = start([*BAG, "--out", str(path), "--duration", "4", "--checkpoint", str(checkpoint)])
+    assert recorder.wait(120) == 0, recorder.output
+    command = ["flashrt", "replay", str(path), "--checkpoint", str(checkpoint), "--robot", "demo_arm"]
+    done = subprocess.run(
+        [*command, "--out", str(report), "--samples", "4", "--json"],
+        env=rig.env, capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["prompt"] == DEMO_PROMPT
+    assert summary["commands"] == ["/arm_controller/joint_trajectory"]
+    assert summary["moments"] == 4
+    assert summary["actions_compared"] > 100
+    assert all(joint["mean"] is not None for joint in summary["joints"])
+    assert (report / "replay.png").stat().st_size > 10_000

@@ -97,6 +97,7 @@ def test_one_sample_from_each_part_and_another_for_another_seed(bag, demo) -> No
     for seed in (0, 0, 1):
         with BagSource(path, demo, samples=10, seed=seed) as source:
             taken.append([item.stamps["joint_states"] for item in source])
+            assert [item.stamps["joint_states"] for item in source] == taken[-1]
     assert taken[0] == taken[1] != taken[2]
     assert taken[0] == sorted(taken[0])
 
