@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 
-from ..errors import OptionError
+from ..errors import ActionError, CheckpointError, OptionError
 from .console import ERRORS, print_json, progress
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def serve_command(
                     calibration=calibration,
                 )
                 digests.append(policy.checkpoint_digest)
-                if not policy.calibrated:
-                    ERRORS.print("fp8 without a calibration: the first observation sets the scales")
+                warm_up(policy, prompt)
                 return policy
 
             worker = ModelWorker(load, settings.queue_size)
@@ -103,6 +103,27 @@ def serve_command(
                 soft_wrap=True,
             )
         server.serve(app, settings, sock)
+
+
+def warm_up(policy: Policy, prompt: str | None) -> None:
+    """What the first request would wait for, or fail at: the tokenizer, and a first inference.
+
+    Raises TokenizerNotFoundError, PromptError. An fp8 policy without a calibration is left alone: what it
+    sees first sets its scales.
+    """
+    try:
+        policy.set_prompt(prompt or "wait")
+        if not policy.calibrated:
+            ERRORS.print("fp8 without a calibration: the first observation sets the scales")
+            return
+        size = policy.spec.state_dim
+        images = [np.zeros((224, 224, 3), np.uint8) for _ in policy.spec.views]
+        policy.predict(images, None, None if size is None else np.zeros(size, np.float32), seed=0)
+    except (ActionError, CheckpointError) as error:  # black images may give nothing usable
+        ERRORS.print(f"warming up: {error}", highlight=False, markup=False, soft_wrap=True)
+    except BaseException:
+        policy.close()
+        raise
 
 
 def parse_cameras(arguments: list[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from . import metrics, wire
-from .body import BodyBudget
 from .layouts import check_layout
 from .multipart import media_type
 from .openpi import add_openpi_route
@@ -28,6 +27,8 @@ from .worker import ModelWorker, Prediction
 
 DESCRIPTION = """Actions of a vision-language-action policy. One observation is computed at a time.
 The same port speaks openpi's websocket policy protocol at `/`."""
+
+DRAINED = 1 << 20  # bytes of a refused body that are read and dropped to keep the connection
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body cannot be read", "model": ErrorResponse},
@@ -68,7 +69,7 @@ def create_app(worker: ModelWorker, settings: ServerSettings, checkpoint_digest:
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
         service.refused("http", _client(request), refusal)
-        return _answer(refusal)
+        return _answer(refusal, unread=_unread(request))
 
     return app
 
@@ -77,20 +78,26 @@ def _client(request: Request) -> str:
     return f"{request.client.host}:{request.client.port}" if request.client else "unknown"
 
 
-def _answer(refusal: Refusal) -> Response:
+def _unread(request: Request) -> bool:
+    """Whether so much of the body is still to come that the connection is better closed than drained."""
+    if getattr(request.state, "body_read", False):
+        return False
+    announced = request.headers.get("content-length", "")
+    return "transfer-encoding" in request.headers or int(announced if announced.isdecimal() else 0) > DRAINED
+
+
+def _answer(refusal: Refusal, unread: bool = False) -> Response:
     headers = {}
     if refusal.retry_after_s is not None:
         headers["Retry-After"] = f"{refusal.retry_after_s:.0f}"
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if refusal.status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body is not read
+    if unread or refusal.status == 408:
+        headers["Connection"] = "close"
     return JSONResponse(refusal.as_json(), refusal.status, headers)
 
 
 def _add_predict(app: FastAPI, service: Service) -> None:
-    budget = BodyBudget(service.settings)
-
     @app.post(
         "/predict",
         response_model=PredictResponse,
@@ -105,7 +112,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         service.worker.check_room()
         content_type = request.headers.get("content-type", "")
         try:
-            async with budget.read(request) as body:
+            async with service.budget.read(request) as body:
                 answer = service.predict("http", started, lambda: service.reader.read(content_type, body))
                 prediction = await _unless_disconnected(request, answer)
         except ClientDisconnect:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from fastapi import Request
 
@@ -39,6 +39,7 @@ class BodyBudget:
                         self._check_size(held)
                         self._check_budget()
                         chunks.append(chunk)
+                request.state.body_read = True
             except TimeoutError:
                 raise Refusal(
                     408,
@@ -48,6 +49,16 @@ class BodyBudget:
             yield b"".join(chunks)
         finally:
             self.used -= held
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Count a websocket's message while it is worked on. Raises Refusal (429)."""
+        self.used += count
+        try:
+            self._check_budget()
+            yield
+        finally:
+            self.used -= count
 
     def _check_size(self, count: int) -> None:
         limit = self.settings.max_body_bytes

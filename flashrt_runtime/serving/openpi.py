@@ -9,6 +9,7 @@ its connection.
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse
 from . import wire
 from .refusals import Refusal
 from .service import Service
-from .worker import Prediction
+from .worker import Observation, Prediction
 
 UNREADABLE = 1007
 INTERNAL_ERROR = 1011
@@ -73,9 +74,9 @@ async def _serve(websocket: WebSocket, service: Service, client: str) -> None:
         try:
             if content is None:
                 raise wire.malformed("a text frame came, expected a binary one")
-            prediction = await service.predict(
-                "openpi", started, lambda content=content: service.reader.message(wire.unpack(content))  # type: ignore[misc]
-            )
+            with service.budget.hold(len(content)):
+                read = partial(_read, service, content)
+                prediction = await service.predict("openpi", started, read)
         except Refusal as refusal:
             service.refused("openpi", client, refusal)
             await websocket.send_text(f"{refusal.code}: {refusal.message}")
@@ -85,6 +86,10 @@ async def _serve(websocket: WebSocket, service: Service, client: str) -> None:
             continue
         await websocket.send_bytes(_answer(service, prediction, previous_s))
         previous_s = time.monotonic() - started
+
+
+def _read(service: Service, content: bytes) -> tuple[Observation, float]:
+    return service.reader.message(wire.unpack(content))
 
 
 def _answer(service: Service, prediction: Prediction, previous_s: float | None) -> bytes:

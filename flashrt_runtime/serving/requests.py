@@ -11,6 +11,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from ..inputs import Images
 from ..spec import PolicySpec
 from . import wire
 from .images import decode_image, from_base64
@@ -18,7 +19,7 @@ from .layouts import as_numbers, as_pixels, layout_of
 from .multipart import media_type, parts_of
 from .refusals import Refusal, invalid
 from .settings import ServerSettings
-from .worker import Observation, Pixels
+from .worker import Observation
 
 MAX_PROMPT = 4096
 MAX_STATE = 1024
@@ -44,9 +45,9 @@ class PredictRequest(pydantic.BaseModel):
         },
     )
 
-    images: list[str] | dict[str, str] = pydantic.Field(
+    images: list[str] | dict[str, str | None] = pydantic.Field(
         description="Base64 of JPEG or PNG files, or of raw RGB pixels with image_shape: one for every view, "
-        "as a list in the policy's order or by view name.",
+        "as a list in the policy's order or by view name, null for a camera that the robot does not have.",
         min_length=1,
         max_length=MAX_IMAGES,
     )
@@ -121,17 +122,27 @@ class Reader:
             request = PredictRequest.model_validate_json(body)
         except pydantic.ValidationError as error:
             raise invalid(_first_problems(error)) from error
-        names = list(request.images) if isinstance(request.images, dict) else None
-        texts = list(request.images.values()) if isinstance(request.images, dict) else request.images
-        labels = names or [f"images[{index}]" for index in range(len(texts))]
-        shapes = _shapes(request.image_shape, names, len(texts))
-        pixels = [
-            decode_image(label, from_base64(label, text), shape, self.settings.max_pixels)
-            for label, text, shape in zip(labels, texts, shapes, strict=True)
-        ]
-        images = dict(zip(names, pixels, strict=True)) if names else pixels
+        images = self._json_images(request)
         state = None if request.state is None else as_numbers("state", request.state)
         return self._observation(images, state, request.prompt, request.seed, request.deadline_ms)
+
+    def _json_images(self, request: PredictRequest) -> Images:
+        given = request.images
+        by_name: Mapping[str, str | None] = (
+            given
+            if isinstance(given, dict)
+            else {f"images[{index}]": text for index, text in enumerate(given)}
+        )
+        shapes = _shapes(request.image_shape, list(by_name), len(by_name))
+        pixels = {
+            name: None
+            if text is None
+            else decode_image(name, from_base64(name, text), shape, self.settings.max_pixels)
+            for (name, text), shape in zip(by_name.items(), shapes, strict=True)
+        }
+        if isinstance(given, dict):
+            return pixels
+        return [image for image in pixels.values() if image is not None]
 
     def multipart(self, boundary: str | None, body: bytes) -> tuple[Observation, float]:
         """One file for every view, named after it; other fields as in JSON, their values written as JSON."""
@@ -164,10 +175,13 @@ class Reader:
         images = layout.read_images(content, self.spec, self.settings.cameras)
         return self._observation(images, layout.read_state(content), prompt, seed, limit, layout.encode)
 
-    def _own_images(self, content: Mapping[str, Any]) -> list[Pixels] | dict[str, Pixels]:
+    def _own_images(self, content: Mapping[str, Any]) -> Images:
         images = content.get("images")
         if isinstance(images, Mapping) and 0 < len(images) <= MAX_IMAGES:
-            return {str(name): as_pixels(str(name), value) for name, value in images.items()}
+            return {
+                str(name): None if value is None else as_pixels(str(name), value)
+                for name, value in images.items()
+            }
         if isinstance(images, list) and 0 < len(images) <= MAX_IMAGES:
             return [as_pixels(f"images[{index}]", value) for index, value in enumerate(images)]
         raise invalid(
@@ -177,7 +191,7 @@ class Reader:
 
     def _observation(
         self,
-        images: list[Pixels] | dict[str, Pixels],
+        images: Images,
         state: NDArray[np.float32] | None,
         prompt: Any,
         seed: Any,

@@ -30,9 +30,10 @@ def _json(service: Service) -> dict[str, Any]:
     schema = PredictRequest.model_json_schema()
     properties = schema["properties"]
     views = list(spec.views)
+    absent = {"anyOf": [BASE64, {"type": "null"}]}
     by_name = {
         "type": "object",
-        "properties": dict.fromkeys(views, BASE64),
+        "properties": {view: absent if view in spec.optional_views else BASE64 for view in views},
         "required": views,
         "additionalProperties": False,
     }

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 5
 MAX_HEAD_BYTES = 32 * 1024
+MAX_HTTP_CONNECTIONS = 448  # beside the websockets: together half of the usual limit of open files
 
 
 class TimedProtocol(H11Protocol):
@@ -79,7 +80,7 @@ def uvicorn_config(app: FastAPI, settings: ServerSettings, **options: Any) -> uv
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        limit_concurrency=2 * settings.max_connections,  # of both kinds: room for /health when one is full
+        limit_concurrency=settings.max_connections + MAX_HTTP_CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
         access_log=False,
         log_config=None,

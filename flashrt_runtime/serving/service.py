@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .. import __version__
+from .body import BodyBudget
 from .metrics import Metrics
 from .refusals import Refusal, Reporter, refusal_of
 from .requests import Reader
@@ -28,6 +29,7 @@ class Service:
         self.worker, self.settings, self.digest = worker, settings, checkpoint_digest
         self.reader = Reader(worker.spec, settings)
         self.reporter = Reporter()
+        self.budget = BodyBudget(settings)
         self.metrics = Metrics(lambda: worker.waiting, lambda: self.problem() is None)
         labels = (worker.spec.config, worker.precision, checkpoint_digest, __version__)
         self.metrics.policy.labels(*labels).set(1)

@@ -18,10 +18,10 @@ class ServerSettings:
     byte of a request to its answer, 504 beyond it; a request may ask for less. max_body_bytes: of one HTTP
     body or websocket message (413, 1009). max_buffered_bytes: of all bodies being read at once (429).
     receive_timeout_s: for the head of a request, and again for its body (closed, 408). max_pixels: of one
-    decoded image. max_connections: HTTP and websocket connections, each. default_prompt: for requests
-    without one. layout: openpi observations are read as this layout ("auto": by their keys). cameras: the
-    key of a view's image in an openpi observation, by view, where the layout does not know it. stuck_after_s:
-    an inference that takes longer makes /health answer 503. token: what a client must present.
+    decoded image. max_connections: openpi's websockets. default_prompt: for requests without one. layout:
+    openpi observations are read as this layout ("auto": by their keys). cameras: the key of a view's image in
+    an openpi observation, by view, where the layout does not know it. stuck_after_s: an inference that takes
+    longer makes /health answer 503. token: what a client must present.
     """
 
     queue_size: int = 16
@@ -30,7 +30,7 @@ class ServerSettings:
     max_buffered_bytes: int = 256 * MEBIBYTE
     receive_timeout_s: float = 10.0
     max_pixels: int = 4096 * 4096
-    max_connections: int = 256
+    max_connections: int = 64
     default_prompt: str | None = None
     layout: str = "auto"
     cameras: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FlashRTError
+from ..inputs import Images, State
 from ..spec import PolicySpec
 from .refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
-Pixels = NDArray[np.uint8]
 FAILURES_UNTIL_UNHEALTHY = 3
 SEED_BITS = 53  # what a JSON number holds exactly everywhere
 
@@ -36,9 +36,9 @@ class Predicts(Protocol):
 
     def predict(
         self,
-        images: Sequence[Pixels] | Mapping[str, Pixels],
+        images: Images,
         prompt: str | None = None,
-        state: NDArray[np.floating] | Sequence[float] | None = None,
+        state: State | None = None,
         *,
         seed: int | None = None,
     ) -> NDArray[np.float32]: ...
@@ -48,12 +48,12 @@ class Predicts(Protocol):
 
 @dataclass(frozen=True)
 class Observation:
-    """predict's arguments. images: (H, W, 3) uint8 RGB, a list in the policy's order or by view name; state:
-    robot's units or None; seed: None lets the server draw one; finish: applied to the actions (a layout's
-    way back to the robot's convention).
+    """predict's arguments. images: (H, W, 3) uint8 RGB, a list in the policy's order or by view name, where
+    None stands for a camera that the robot does not have; state: robot's units or None; seed: None lets the
+    server draw one; finish: applied to the actions (a layout's way back to the robot's convention).
     """
 
-    images: list[Pixels] | dict[str, Pixels]
+    images: Images
     prompt: str
     state: NDArray[np.float32] | None = None
     seed: int | None = None

@@ -137,6 +137,25 @@ def test_mistakes_of_serve_are_one_line(flashrt, checkpoint, arguments, message)
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((), "no PaliGemma tokenizer"), (("--prompt", "pick " * 300), "tokens")],
+    ids=["no tokenizer", "long prompt"],
+)
+def test_what_every_request_would_fail_at_is_told_at_the_start(
+    flashrt, tmp_path, monkeypatch, options, message
+):
+    pytest.importorskip("fastapi")
+    path = make_checkpoint(tmp_path / "policy", preset="demo_arm")
+    if not options:
+        (path / "tokenizer.model").unlink()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("FLASH_RT_PALIGEMMA_TOKENIZER", raising=False)
+    code, out, err = flashrt("serve", "--checkpoint", path, "--port", 0, "--hardware", "cpu", *options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 def test_serve_without_its_packages_names_the_extra(flashrt, checkpoint, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("flashrt_runtime.serving")]:
         monkeypatch.delitem(sys.modules, name)

@@ -52,6 +52,20 @@ def test_images_as_a_list_are_in_the_policys_order(served, policy, pictures):
     np.testing.assert_array_equal(np.array(answer["actions"], np.float32), expected(policy, pictures))
 
 
+def test_a_camera_that_is_not_there_is_said_to_be(served, policy, pictures):
+    images = {VIEWS[0]: text(encoded(pictures[VIEWS[0]])), VIEWS[1]: None}
+    answer = served.http.post("/predict", json=request_body(images=images)).json()
+    one = {VIEWS[0]: pictures[VIEWS[0]], VIEWS[1]: None}
+    np.testing.assert_array_equal(np.array(answer["actions"], np.float32), expected(policy, one))
+    body = wire.pack({"images": one, "state": np.array(HOME), "prompt": PROMPT, "seed": 3})
+    headers = {"Content-Type": "application/msgpack"}
+    packed = served.http.post("/predict", content=body, headers=headers).json()
+    assert packed["actions"] == answer["actions"]
+    nothing = served.http.post("/predict", json=request_body(images=dict.fromkeys(VIEWS)))
+    assert nothing.status_code == 422
+    assert "no image of" in nothing.json()["detail"]
+
+
 def test_jpeg_images(served):
     images = {view: text(encoded(picture(index), "JPEG")) for index, view in enumerate(VIEWS)}
     assert served.http.post("/predict", json=request_body(images=images)).status_code == 200

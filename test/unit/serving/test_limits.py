@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,10 +15,21 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from serving_support import Gate, Shared, request_body, served_by_command, text, wait_for
+from serving_support import (
+    HOME,
+    VIEWS,
+    Gate,
+    Shared,
+    picture,
+    request_body,
+    served_by_command,
+    text,
+    wait_for,
+)
+from websockets.sync.client import connect
 
 from flashrt_runtime.errors import OptionError
-from flashrt_runtime.serving import listen
+from flashrt_runtime.serving import listen, wire
 
 GIGABYTE = 1 << 30
 MEBIBYTE = 1 << 20
@@ -194,6 +206,40 @@ def test_an_announced_gigabyte_is_413_before_it_is_sent(policy, serve, caplog):
     assert b"413 " in answer_of(stream)
     stream.close()
     assert len(lines(caplog, "413 body_too_large")) == 1
+
+
+def test_what_is_refused_early_is_not_drained(policy, serve):
+    """A body that nobody wants could go on for ever: the answer ends the connection."""
+    server = serve(Shared(policy), token="a-long-secret")
+    for headers in ([f"Content-Length: {GIGABYTE}"], ["Transfer-Encoding: chunked"]):
+        with connected(server) as stream:
+            stream.sendall(raw_request(b"", *headers))
+            answer = rest_of(stream)
+            assert b"401 Unauthorized" in answer
+            assert b"connection: close" in answer.lower()
+    with connected(server) as stream:  # a body of a usual size is, so that the connection can be kept
+        for _ in range(2):
+            stream.sendall(raw_request(bytes(100_000)))
+            assert b"connection: close" not in answer_of(stream).lower()
+
+
+def test_messages_in_work_are_bounded(gate, serve):
+    server = serve(gate, max_body_bytes=400_000, max_buffered_bytes=700_000)
+    message = wire.pack({"images": dict.fromkeys(VIEWS, picture(0)), "state": HOME, "prompt": "a", "seed": 1})
+    sockets = [connect(f"ws://{server.host}:{server.port}", compression=None) for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        for socket_ in sockets:
+            stack.enter_context(socket_).recv()
+        for socket_ in sockets[:2]:
+            socket_.send(message)
+        assert gate.entered.acquire(timeout=30)
+        wait_for(lambda: server.service.budget.used == 2 * len(message))
+        sockets[2].send(message)
+        assert sockets[2].recv().startswith("memory_full")
+        gate.open.set()
+        for socket_ in sockets[:2]:
+            assert wire.unpack(socket_.recv())["seed"] == 1
+    wait_for(lambda: server.service.budget.used == 0)
 
 
 def resident(pid: int) -> int:
