@@ -51,29 +51,34 @@ def fuzz(operation, base: str, count: int, statuses: collections.Counter) -> Non
     if operation.body:
         modes.append(schemathesis.GenerationMode.NEGATIVE)
     for mode in modes:
-        sent = 0
+        fuzz_mode(operation, mode, base, count // len(modes), statuses)
 
-        @hypothesis.settings(
-            max_examples=count // len(modes),
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(hypothesis.HealthCheck),
-            phases=[hypothesis.Phase.generate],
-        )
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-        def send(case, valid=mode is schemathesis.GenerationMode.POSITIVE):
-            nonlocal sent
-            sent += 1
-            if sent % 2 and valid and isinstance(case.body, dict):
-                towards_the_model(case.body)
-            answer = case.call(base_url=base, timeout=TIMEOUT_S)
-            statuses[answer.status_code] += 1
-            if operation.path == "/predict" and answer.status_code != 200:
-                content = answer.json()
-                assert set(content) <= {"error", "detail"}, content
 
-        send()
-        while sent < count // len(modes):  # a small space of inputs is exhausted early
-            statuses[operation.Case().call(base_url=base, timeout=TIMEOUT_S).status_code] += 1
-            sent += 1
+def fuzz_mode(operation, mode, base: str, count: int, statuses: collections.Counter) -> None:
+    valid = mode is schemathesis.GenerationMode.POSITIVE
+    sent = 0
+
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    def send(case):
+        nonlocal sent
+        sent += 1
+        if sent % 2 and valid and isinstance(case.body, dict):
+            towards_the_model(case.body)
+        answer = case.call(base_url=base, timeout=TIMEOUT_S)
+        statuses[answer.status_code] += 1
+        if operation.path == "/predict" and answer.status_code != 200:
+            content = answer.json()
+            assert set(content) <= {"error", "detail"}, content
+
+    send()
+    while sent < count:  # a small space of inputs is exhausted early
+        statuses[operation.Case().call(base_url=base, timeout=TIMEOUT_S).status_code] += 1
+        sent += 1
