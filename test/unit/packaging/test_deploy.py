@@ -224,7 +224,7 @@ def test_the_sros2_policy_allows_what_the_node_and_the_contract_use():
     own = set(re.findall(r"""["'](~/\w+)["']""", sources))
     assert own, "no name found: this test reads the wrong files"
     everything = set().union(*allowed.values())
-    assert own <= everything, f"policy.xml lacks {sorted(own - everything)}"
+    assert own <= everything, f"deploy/sros2/policy.xml lacks {sorted(own - everything)}"
     assert {"~/hold", "~/resume", "~/reset", "~/reset_fault"} <= allowed["services reply"]
     robot = policy_of("demo_robot")
     assert streams <= robot["topics publish"]
