@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,10 @@ from .requests import Reader
 from .settings import ServerSettings
 from .worker import ModelWorker, Observation, Prediction
 
+logger = logging.getLogger(__name__)
+
 DECODING_THREADS = 2
+CLOSE_TIMEOUT_S = 10.0
 
 Read = Callable[[], tuple[Observation, float]]
 
@@ -109,6 +113,7 @@ class Service:
         }
 
     def close(self) -> None:
-        """End the threads; the policy is freed."""
+        """End the threads; the policy is freed, unless an inference under way does not end in time."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        self.worker.close()
+        if not self.worker.close(CLOSE_TIMEOUT_S):
+            logger.error("the inference under way has not ended in %g s: left alone", CLOSE_TIMEOUT_S)

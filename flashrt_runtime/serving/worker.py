@@ -133,12 +133,16 @@ class ModelWorker:
             return f"the last {self._failures} inferences failed"
         return None
 
-    def close(self, timeout_s: float | None = None) -> None:
-        """End the thread after the inference under way; what waits is refused. May be called twice."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """End the thread after the inference under way; what waits is refused. May be called twice.
+
+        False when that inference has not ended after the timeout: the thread, a daemon, is left to it.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _check_room(self) -> None:
         if self._closing:

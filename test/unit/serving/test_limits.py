@@ -223,6 +223,21 @@ def test_what_is_refused_early_is_not_drained(policy, serve):
             assert b"connection: close" not in answer_of(stream).lower()
 
 
+def test_a_robot_that_drops_its_websocket_during_an_inference(gate, serve, caplog):
+    server = serve(gate)
+    message = wire.pack({"images": dict.fromkeys(VIEWS, picture(0)), "state": HOME, "prompt": "a", "seed": 1})
+    with connect(f"ws://{server.host}:{server.port}", compression=None) as websocket:
+        websocket.recv()
+        websocket.send(message)
+        assert gate.entered.acquire(timeout=30)
+        websocket.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake: the cable was pulled
+    gate.open.set()
+    wait_for(lambda: server.metric("flashrt_websocket_connections") == 0)
+    wait_for(lambda: server.service.budget.used == 0)
+    assert not [record for record in caplog.records if record.exc_info], "a traceback for a client that left"
+    assert server.http.post("/predict", json=request_body()).status_code == 200
+
+
 def test_messages_in_work_are_bounded(gate, serve):
     server = serve(gate, max_body_bytes=400_000, max_buffered_bytes=700_000)
     message = wire.pack({"images": dict.fromkeys(VIEWS, picture(0)), "state": HOME, "prompt": "a", "seed": 1})

@@ -123,6 +123,16 @@ def test_closing_finishes_what_runs_and_refuses_what_waits(gate):
         submit(worker)
 
 
+def test_closing_does_not_wait_for_ever(gate):
+    slow, worker = gate
+    running = submit(worker)
+    assert slow.entered.acquire(timeout=30)
+    assert worker.close(0.05) is False
+    slow.open.set()
+    assert running.result(30).seed == 1
+    assert worker.close(30) is True
+
+
 def test_a_stuck_inference_and_a_row_of_failures_are_problems(gate):
     slow, worker = gate
     running = submit(worker)
