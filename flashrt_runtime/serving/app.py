@@ -7,10 +7,11 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
@@ -28,6 +29,7 @@ from .worker import ModelWorker, Prediction
 DESCRIPTION = """Actions of a vision-language-action policy. One observation is computed at a time.
 The same port speaks openpi's websocket policy protocol at `/`."""
 
+PAGE_MAY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 DRAINED = 1 << 20  # bytes of a refused body that are read and dropped to keep the connection
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -59,7 +61,12 @@ def create_app(worker: ModelWorker, settings: ServerSettings, checkpoint_digest:
         await asyncio.to_thread(service.close)
 
     app = FastAPI(
-        title="flashrt", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+        title="flashrt",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's page loads its scripts from the internet, where a robot has none
+        redoc_url=None,
     )
     app.state.service = service
     _add_predict(app, service)
@@ -183,6 +190,12 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return (
             PlainTextResponse("OK\n") if problem is None else PlainTextResponse(f"failing: {problem}\n", 503)
         )
+
+    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_MAY})
 
     @app.get("/metrics", summary="Prometheus metrics", responses={401: REFUSALS[401]})
     async def prometheus(request: Request) -> Response:

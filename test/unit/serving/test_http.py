@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -212,7 +215,14 @@ def test_openapi_page_describes_predict(served):
     assert set(body) == {"application/json", "multipart/form-data", "application/msgpack"}
     assert "image_shape" in body["application/json"]["schema"]["properties"]
     assert {"422", "429", "504"} < set(schema["paths"]["/predict"]["post"]["responses"])
-    assert served.http.get("/docs").status_code == 200
+
+
+def test_the_page_needs_no_internet(served):
+    page = served.http.get("/docs")
+    assert page.status_code == 200
+    assert "openapi.json" in page.text
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|import\(|@import""", page.text)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
 def test_a_token(policy, serve):
@@ -255,3 +265,38 @@ def test_a_policy_without_statistics_says_so_and_is_no_clients_mistake(tmp_path,
     answer = serve(load_model(path, hardware="cpu")).http.post("/predict", json=request_body())
     assert answer.status_code == 500, answer.text
     assert "statistics" in answer.json()["detail"]
+
+
+# Just enough of a browser: elements that keep their text, and a fetch that gives the schema.
+BROWSER = """
+const lines = [];
+function element() {
+  return {
+    set textContent(text) { lines.push(text); },
+    appendChild(child) { return child; },
+  };
+}
+globalThis.document = { createElement: element, getElementById: element };
+globalThis.fetch = async () => ({ json: async () => JSON.parse(process.argv[2]) });
+setTimeout(() => console.log(lines.join("\\n")), 50);
+"""
+
+
+def test_the_page_shows_every_route_and_field(served, tmp_path):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no JavaScript here: node is not installed")
+    page = served.http.get("/docs").text
+    script = tmp_path / "page.js"
+    script.write_text(BROWSER + re.search(r"<script>(.*)</script>", page, re.DOTALL)[1])
+    schema = served.http.get("/openapi.json").text
+    done = subprocess.run([node, script, schema], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert "openapi.json cannot be read" not in done.stdout
+    for route in ("POST /predict", "GET /health", "GET /healthz", "GET /metrics"):
+        assert route in shown
+    for field in ("images", "image_shape", "prompt", "seed", "deadline_ms", *VIEWS):
+        assert field in shown
+    assert "list of 7: number or null (optional)" in shown
+    assert "422: The observation does not fit the policy" in shown
