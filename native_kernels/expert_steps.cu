@@ -113,7 +113,8 @@ struct Expert : Layer<Fp8> {
     const int index = row * p.action_dim + output;
     const float before = p.x[index], change = -velocity / p.steps;
     float after = before + change;
-    if (p.guide_gain != nullptr) {
+    // where the weight is zero every bit stays as it is, whatever the target holds
+    if (p.guide_gain != nullptr && p.guide_weight[index] != 0.0f) {
       const float time = 1.0f - static_cast<float>(step) / p.steps;
       after += p.guide_gain[step] / p.steps * p.guide_weight[index] *
                (p.guide_target[index] - before - time * p.steps * change);

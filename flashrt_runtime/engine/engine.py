@@ -63,11 +63,10 @@ class Engine:
     ) -> None:
         self.model = model
         self.rtc = rtc
-        if rtc != "off" and isinstance(model, FlowPolicy) and model.fused_expert is not None:
+        if rtc == "trained" and isinstance(model, FlowPolicy) and model.fused_expert is not None:
             logger.warning(
-                "rtc=%s: the expert by the model's own loop, which is slower: the fused kernel follows no "
-                "guidance",
-                rtc,
+                "rtc=trained: the expert by the model's own loop, which is slower: the fused kernel has one "
+                "flow time for all actions"
             )
         self.device = device
         self.autotune = max(1, int(autotune))
@@ -105,6 +104,7 @@ class Engine:
             extra=GuideArrays.layout(config) if self.rtc != "off" else None,
         )
         self.guide = Guide(**self.staging.extra, trained=self.rtc == "trained") if self.rtc != "off" else None
+        self.unguided = GuideArrays.none(config).arrays() if self.rtc != "off" else None
 
     def images(self) -> Tensor:
         """The staged images as the vision tower takes them."""
@@ -191,9 +191,7 @@ class Engine:
         if self.begun is not images:
             self._upload_images(images)
         self.begun = None
-        extra = None
-        if self.rtc != "off":
-            extra = (GuideArrays.none(self.model.config) if guide is None else guide).arrays()
+        extra = self.unguided if guide is None else guide.arrays()
         self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
         self.staging.upload()
 
@@ -244,12 +242,12 @@ class Engine:
             logger.warning(
                 "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
             )
-            before = self.staging, self.graphs, self.repeats
+            before = self.staging, self.guide, self.graphs, self.repeats
             try:
                 self._allocate(needed)
                 self.capture()
             except BaseException:  # the graphs in force read the buffers they were captured with
-                self.staging, self.graphs, self.repeats = before
+                self.staging, self.guide, self.graphs, self.repeats = before
                 raise
         # a calibration on the caller's stream writes scales and cache that the graph reads and writes
         self.before.record(torch.cuda.current_stream(self.device))

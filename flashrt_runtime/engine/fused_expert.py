@@ -20,6 +20,7 @@ from ..layers.gemma import GemmaLayer
 from ..layers.linear import Linear
 from ..layers.norms import EPS
 from ..models import FlowPolicy, Pi0, Pi05
+from ..models.flow import Guide
 from ..ops import expert_steps as steps_op
 from ..ops import native
 from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
@@ -101,9 +102,13 @@ class FusedExpert:
         scaled = (linear for name in ("out", "down") for linear in self.linears[name])
         return not observing and all(linear.input_scale is not None for linear in scaled)
 
-    def integrate(self, x: Tensor) -> None:
-        """`FlowPolicy.integrate` for x: (horizon, action_dim) float32, in place."""
+    def integrate(self, x: Tensor, guide: Guide | None = None) -> None:
+        """`FlowPolicy.integrate` for x: (horizon, action_dim) float32, in place; see `ExpertKernel`."""
         model = self.model
+        guidance = None
+        if guide is not None:
+            weight = guide.weight.unsqueeze(-1).expand_as(x).contiguous()
+            guidance = steps_op.Guidance(guide.gains, weight, guide.target)
         steps_op.expert_steps(
             self.weights,
             self.buffers,
@@ -114,6 +119,7 @@ class FusedExpert:
             model.cache.k,
             model.cache.v,
             EPS,
+            guidance,
         )
 
 

@@ -27,8 +27,8 @@ class ExpertKernel(Protocol):
         """Whether it can stand in for the loop now."""
         ...
 
-    def integrate(self, x: Tensor) -> None:
-        """As `FlowPolicy.integrate`."""
+    def integrate(self, x: Tensor, guide: Guide | None = None) -> None:
+        """As `FlowPolicy.integrate`, but for trained guides; the frozen rows are left as they come out."""
         ...
 
 
@@ -139,15 +139,17 @@ class FlowPolicy(PrefixPolicy):
         """Integrate dx/dt = v from t = 1 to 0 with num_steps Euler steps, in place.
 
         x: (horizon, action_dim) float32. Reads the prefix from `cache` and its length from `prefix_length`
-        (int32 scalar on the device). Follows `guide`, of which the fused expert knows nothing.
+        (int32 scalar on the device). Follows `guide`; the fused expert has one flow time for all rows, so it
+        cannot follow a trained one.
         """
-        guide = self.guide
-        if guide is None and self.fused_expert is not None and self.fused_expert.ready():
-            self.fused_expert.integrate(x)
-            return
-        self.begin_suffix()
-        for step in range(self.config.num_steps):
-            ops.euler_step(x, self.guided_velocity(x, step, guide), -1.0 / self.config.num_steps)
+        guide, fused = self.guide, self.fused_expert
+        trained = guide is not None and guide.trained
+        if fused is not None and fused.ready() and not trained:
+            fused.integrate(x, guide)
+        else:
+            self.begin_suffix()
+            for step in range(self.config.num_steps):
+                ops.euler_step(x, self.guided_velocity(x, step, guide), -1.0 / self.config.num_steps)
         if guide is not None:
             guide.overwrite(x)
 

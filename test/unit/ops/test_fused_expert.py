@@ -9,6 +9,7 @@ from flashrt_runtime import models
 from flashrt_runtime.config import GEMMA_300M, GemmaConfig, PolicyConfig, SiglipConfig
 from flashrt_runtime.engine import fused_expert
 from flashrt_runtime.models import FlowPolicy, Pi05
+from flashrt_runtime.models.flow import Guide, guided
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, swap_linears
 
@@ -58,7 +59,7 @@ def float32_twin(model: FlowPolicy, policy: PolicyConfig, device: str) -> FlowPo
         setattr(twin.get_submodule(owner), attribute, torch.nn.Parameter(value, requires_grad=False))
     if isinstance(model, Pi05):
         twin.prepare_conditioning = lambda _: None
-        twin.styles = model.styles
+        twin.styles, twin.clean_style = model.styles, model.clean_style
     twin.prepare(torch.device(device))
     twin.cache.k.copy_(model.cache.k)
     twin.cache.v.copy_(model.cache.v)
@@ -97,6 +98,48 @@ def test_same_actions_as_the_loop(fp8: bool, policy: str, horizon: int) -> None:
     loop_error, error = (((x - exact).norm() / (exact - noise).norm()).item() for x in (loop, fused))
     assert error < 1.5 * loop_error + 1e-3, f"relative error {error:.2e}, of the loop {loop_error:.2e}"
     assert error < (6e-2 if fp8 else 3e-2), f"relative error {error:.2e}"
+
+
+def guide(horizon: int) -> Guide:
+    """Random, with rows of weight zero and of weight one; three frozen."""
+    weight = torch.rand(horizon, device="cuda")
+    weight[::4], weight[1::4] = 0.0, 1.0
+    frozen = torch.arange(horizon, device="cuda") < 3
+    gains = torch.rand(10, device="cuda") * 2
+    return Guide(torch.randn(horizon, 32, device="cuda"), weight, frozen, gains, trained=False)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", ["pi0", "pi05"])
+@pytest.mark.parametrize("horizon", [1, 10, 50])
+def test_guided_as_the_loop_is(policy: str, horizon: int) -> None:
+    torch.manual_seed(horizon)
+    model = random_model(config(horizon, policy), False, "cuda")
+    for cache in (model.cache.k, model.cache.v):
+        cache.normal_()
+    model.cache.length = model.prefix_bound = PREFIX
+    model.prefix_length.fill_(PREFIX)
+    noise, given = torch.randn(horizon, 32, device="cuda"), guide(horizon)
+    loop, fused, plain, zero = (noise.clone() for _ in range(4))
+    with guided(model, given):
+        model.integrate(loop)
+    fused_expert.attach(model, torch.device("cuda"))
+    assert model.fused_expert is not None
+    with guided(model, given):
+        model.integrate(fused)
+    model.integrate(plain)
+    error = ((fused - loop).norm() / (loop - noise).norm()).item()
+    assert error < 5e-2, f"relative error {error:.2e}"
+    assert torch.equal(fused[given.frozen], given.target[given.frozen])
+    assert (fused - plain).norm() > 0.2 * (plain - noise).norm()
+    nothing = Guide(
+        torch.full_like(given.target, float("nan")), torch.zeros_like(given.weight),
+        torch.zeros_like(given.frozen), given.gains, trained=False,
+    )  # fmt: skip
+    with guided(model, nothing):
+        model.integrate(zero)
+    assert torch.equal(zero.view(torch.int32), plain.view(torch.int32))
 
 
 @pytest.mark.gpu
