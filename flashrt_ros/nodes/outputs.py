@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COMMAND_DEPTH = 10
 
-_OUTPUT_MESSAGES: dict[OutputType, type] = {
+MESSAGES: dict[OutputType, type] = {
     OutputType.JOINT_TRAJECTORY: JointTrajectory,
     OutputType.FLOAT64_MULTI_ARRAY: Float64MultiArray,
 }
@@ -114,7 +114,7 @@ class CommandPublisher:
         self._topics = [
             (
                 Command(output, contract),
-                node.create_publisher(_OUTPUT_MESSAGES[output.type], output.topic, COMMAND_DEPTH),
+                node.create_publisher(MESSAGES[output.type], output.topic, COMMAND_DEPTH),
             )
             for output in contract.outputs
         ]

@@ -87,6 +87,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "delta actions": list(checkpoint.delta_actions) if checkpoint.delta_actions else None,
             "horizon": config.horizon,
             "action rate Hz": checkpoint.action_rate_hz,
+            "action representation": checkpoint.action_representation,
             "prompt capacity": config.prompt_capacity,
             "denoise steps": None if fast else config.num_steps,
             "tokenizer": _tokenizer(checkpoint),

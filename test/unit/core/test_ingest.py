@@ -251,3 +251,15 @@ def test_three_compressed_cameras_are_decoded_in_their_own_places(
         with pytest.raises(IngestError, match="base_camera: JPEG is damaged"):
             ingest.observe(damaged)
     assert told == [("base_camera", Reason.IMAGE_DECODE)]
+
+
+def test_one_message_for_both_arms_names_joints_as_the_contract_does(joint_message: Messages) -> None:
+    """Two arms share their drivers' names: a message that held both by them would be ambiguous."""
+    contract = load_contract("aloha")
+    names = list(contract.action.joints)
+    message = joint_message(names, np.linspace(0.0, 1.3, 14))
+    reader = JointReader(contract, contract_names=True)
+    state = reader.state({"left_joint_states": message, "right_joint_states": message})
+    np.testing.assert_allclose(state[[0, 3, 7]], [0.0, 0.3, 0.7], rtol=1e-6)
+    with pytest.raises(IngestError, match=r"joint waist, shoulder, .* is not in the message"):
+        JointReader(contract).state({"left_joint_states": message, "right_joint_states": message})
