@@ -287,7 +287,7 @@ def test_bodies_together_are_bounded(policy, serve):
         stream.sendall(raw_request(bytes(MEBIBYTE + 4096), f"Content-Length: {2 * MEBIBYTE}"))
     answers = []
     for stream in streams:
-        stream.settimeout(1)
+        stream.settimeout(0.3)
         try:
             answers.append(answer_of(stream))
         except TimeoutError:
@@ -334,7 +334,7 @@ def test_the_answer_of_a_port_in_use_names_it(served):
 
 def test_clients_that_come_and_go_leave_nothing(served):
     before = served.service.worker.waiting
-    for _ in range(20):
+    for _ in range(5):
         with httpx.Client(base_url=f"http://{served.host}:{served.port}") as client:
             assert client.get("/healthz").is_success
     assert served.service.worker.waiting == before
