@@ -79,7 +79,8 @@ class Staging:
         parts, offset = self.host_parts, 0
         for index, image in enumerate(images):
             parts["views"][index] = (offset, image.shape[0], image.shape[1])
-            parts["frames"][offset : offset + image.size] = image.reshape(-1)
+            # Into the image's own shape: flattening rows with padding, or a crop, would copy them once more.
+            parts["frames"][offset : offset + image.size].reshape(image.shape)[...] = image
             offset += image.size
         return offset
 

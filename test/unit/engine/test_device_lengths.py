@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +94,28 @@ def test_staging_is_one_block() -> None:
     for (offset, height, width), image in zip(staging.views.tolist(), images, strict=True):
         bytes_ = staging.frames[offset : offset + height * width * 3]
         assert torch.equal(bytes_.view(height, width, 3), torch.from_numpy(image))
+
+
+def test_staging_copies_padded_and_cropped_images_once() -> None:
+    """Straight from the camera message's buffer into the block: no image-sized array in between."""
+    message = np.random.default_rng(0).integers(0, 256, (480, 2000), dtype=np.uint8)
+    padded = message[:, :1920].reshape(480, 640, 3)
+    assert np.shares_memory(padded, message)
+    images = [padded, padded[40:440, 100:500]]
+    staging = Staging(2, 8, 32, (10, 32), torch.zeros(10, 32), 640 * 480 * 3 + 400 * 400 * 3, CPU)
+    staging.write_images(images)
+    tracemalloc.start()
+    try:
+        count = staging.write_images(images)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
+    staging.upload_images(count)
+    staging.upload()
+    for (offset, height, width), image in zip(staging.views.tolist(), images, strict=True):
+        frame = staging.frames[offset : offset + height * width * 3].view(height, width, 3)
+        assert np.array_equal(frame.numpy(), image)
 
 
 def test_staging_holds_further_inputs_before_the_frames() -> None:
