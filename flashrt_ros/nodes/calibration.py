@@ -52,9 +52,12 @@ class Refused(Exception):
         super().__init__(message)
 
 
-UNLOADED = Refused(
-    Response.CODE_CANCELLED, "the policy was unloaded meanwhile", Reason.CALIBRATION_CANCELLED
-)
+def unloaded() -> Refused:
+    """Of a calibration whose policy is gone."""
+    text = "the policy was unloaded meanwhile"
+    return Refused(Response.CODE_CANCELLED, text, Reason.CALIBRATION_CANCELLED)
+
+
 # Refusals that say nothing about calibrations; what was reported before stays.
 NO_FAILURE = (Response.CODE_ACTIVE, Response.CODE_BUSY, Response.CODE_NOT_CONFIGURED)
 
@@ -102,7 +105,7 @@ class Calibrations:
             return
 
         def finish(done: Any) -> None:
-            error = UNLOADED if done.cancelled() else done.exception()
+            error = unloaded() if done.cancelled() else done.exception()
             # What kept the node from commanding before still does unless there are scales now.
             pipeline.calibration = None if _calibrated(pipeline) else before
             self._finish(reply, error)
@@ -346,7 +349,7 @@ def _refusal(error: BaseException) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, WorkerStoppedError) or not isinstance(error, Exception):
-        return UNLOADED
+        return unloaded()
     reason = reason_of(error, Reason.CALIBRATION_FAILED)
     if isinstance(error, errors.CalibrationCancelledError):
         return Refused(Response.CODE_CANCELLED, describe(error), reason)
@@ -378,7 +381,7 @@ def _calibrated(pipeline: Pipeline) -> bool:
 
 
 def _policy(pipeline: Pipeline) -> Any:
-    """The loaded policy, with the calibration that only flashrt_runtime's own has. Raises UNLOADED."""
+    """The loaded policy, with the calibration that only flashrt_runtime's own has. Raises Refused."""
     if pipeline.policy is None:
-        raise UNLOADED
+        raise unloaded()
     return pipeline.policy

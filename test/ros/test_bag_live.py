@@ -19,9 +19,10 @@ from ros_rig import DomainLock, wait_until
 
 from benchmarks.synthetic_bag import MS, Entry, write_bag
 from flashrt_ros.core.bag_reader import open_bag
-from flashrt_ros.core.bag_source import BagSource
+from flashrt_ros.core.bag_source import BagSource, Moment
 from flashrt_ros.core.contract import RobotContract, load_contract
 from flashrt_ros.core.timing import to_ns
+from flashrt_ros.nodes.decoding import ros_decoder
 from flashrt_ros.nodes.pipeline import Pipeline
 from flashrt_ros.nodes.streams import STREAM_MESSAGES, qos_profile, subscribe
 
@@ -96,20 +97,27 @@ def spinning() -> Iterator[tuple[Any, Any]]:
     ("keywords", "storage"),
     [
         ({"encoding": "rgb8", "padding": 12}, {"storage": "mcap"}),
-        ({"encoding": "bgr8"}, {"storage": "sqlite3", "compression": "message"}),
+        pytest.param(
+            {"encoding": "bgr8"}, {"storage": "sqlite3", "compression": "message"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["rgb8 with padding, mcap", "bgr8, sqlite3 with compressed messages"],
 )
 def test_live_and_bag_show_the_policy_the_same(tmp_path, keywords, storage) -> None:
     """Every message of the bag goes over DDS, one after the other; after each camera image the node infers
-    as it does on a robot. At every such moment the bag, read by seeking, gives the same bytes."""
+    as it does on a robot. At every such moment the bag, read by seeking, gives the same bytes, decoded by ROS
+    or without it."""
     contract = patient(load_contract("demo_arm"))
     path = write_bag(tmp_path / "bag", contract, 1.5, change=uneven, **keywords, **storage)
     policy = ShownPolicy(contract.action.joints)
     live = _play(path, contract, policy)
     assert len(live) == len(policy.shown) > 30
-    with BagSource(path, contract) as source:
-        moments = list(source.observe(live))
+    for decode in (None, ros_decoder()):
+        with BagSource(path, contract, decode=decode) as source:
+            _check_same(live, list(source.observe(live)), policy)
+
+
+def _check_same(live: list[int], moments: list[Moment], policy: ShownPolicy) -> None:
     for time_, moment, (images, state) in zip(live, moments, policy.shown, strict=True):
         observation = moment.observation
         assert observation is not None, f"{time_}: {moment.problem}"

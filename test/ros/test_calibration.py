@@ -208,6 +208,7 @@ def test_activation_waits_for_eight_live_observations(node, home, demo_robot) ->
     node.state(PolicyStatus.STATE_RUNNING)
 
 
+@pytest.mark.slow  # each bag by itself is a fast test of core
 def test_bags_and_requests_of_no_use(node, home, tmp_path, bag) -> None:
     """Fault rows 28 and 29, and frozen cameras: an answer with a code, a reason on ~/status and
     /diagnostics, and the next, good bag is taken."""
