@@ -105,9 +105,9 @@ struct ExpertSteps {
   int64_t in_bias_stride;
   const float* out_weight;  // float32 (action_dim, 1024)
   const float* out_bias;
-  const void* mix_weights;  // pi0, else null: bf16 packed chunks of (1024, 1024), h = W_mix silu(W_in x + b) + b_mix
-  const float* mix_bias;    // float32 (1024)
-  const float* guide_gain;  // (steps) g, or null for no guidance: x += D + g_k/n * weight * (target - x - t_k n D)
+  const void* mix_weights;    // pi0, else null: bf16 packed chunks of (1024, 1024), h = W_mix silu(W_in x + b) + b_mix
+  const float* mix_bias;      // float32 (1024)
+  const float* guide_gain;    // (steps) g, or null for no guidance: x += D + g_k/n * weight * (target - x - t_k n D)
   const float* guide_weight;  // (rows, action_dim), with D the Euler step, n the steps and t_k = 1 - k/n
   const float* guide_target;
   void* exchange;     // scratch of expert_exchange_bytes(rows), whatever it holds

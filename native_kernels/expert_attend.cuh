@@ -12,7 +12,7 @@ constexpr int kHeadRowBytes = kHeadDim * 2;
 constexpr int kHeadVectors = kHeadRowBytes / 16;
 constexpr int kRowStride = kHeadRowBytes + 16;  // bytes; ldmatrix rows fall into different banks
 constexpr int kMaxTiles = kExpertMaxRows / kTileRows;
-constexpr int kLaneKeys = 4;                    // keys of a block a lane of the softmax holds: at most 128 in all
+constexpr int kLaneKeys = 4;  // keys of a block a lane of the softmax holds: at most 128 in all
 static_assert(kWarps == kTileRows && kHeadVectors == kWarpSize);
 
 // Where a block's operands lie in dynamic shared memory, in bytes. All but K and V lie where the products add up: every
@@ -23,9 +23,7 @@ struct Layout {
   int parts;       // of a dot product, for different warps: few queries leave warps idle
   int k, v, q, score, probability, row_scale;
 
-  __host__ static int keys_of_block(int capacity) {
-    return ((capacity + kSplits - 1) / kSplits + 15) / 16 * 16;
-  }
+  __host__ static int keys_of_block(int capacity) { return ((capacity + kSplits - 1) / kSplits + 15) / 16 * 16; }
   __host__ __device__ int score_stride() const { return block_keys + 4; }        // floats
   __host__ __device__ int probability_stride() const { return block_keys + 8; }  // bf16
 };
@@ -115,8 +113,8 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
       for (int i = 0; i < 4; ++i)
         mma_bf16(sum[i], a[i][0], a[i][1], a[i][2], a[i][3], b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
     }
-    float* target = reinterpret_cast<float*>(shared + layout.score) + (slice * kTileRows + lane / 4) * stride + n +
-                    lane % 4 * 2;
+    float* target =
+        reinterpret_cast<float*>(shared + layout.score) + (slice * kTileRows + lane / 4) * stride + n + lane % 4 * 2;
     *reinterpret_cast<float2*>(target) = make_float2((sum[0][0] + sum[1][0]) + (sum[2][0] + sum[3][0]),
                                                      (sum[0][1] + sum[1][1]) + (sum[2][1] + sum[3][1]));
     *reinterpret_cast<float2*>(target + 8 * stride) = make_float2((sum[0][2] + sum[1][2]) + (sum[2][2] + sum[3][2]),
@@ -209,7 +207,7 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
 #pragma unroll
   for (int tile = 0; tile < kMaxTiles; ++tile) {
     if (tile >= layout.tiles) break;
-    const float(&values)[2][4] = sum[tile];
+    const float (&values)[2][4] = sum[tile];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile * kTileRows + lane / 4 + half * 8;
@@ -266,7 +264,7 @@ __device__ __forceinline__ void merge(const Parts& parts, const Inbox& inbox, in
                                       int64_t other, float scale) {
   const int lane = thread_id() % kWarpSize, split = lane / 4;
   const uint2(&part)[2] = parts.part;
-  const uint32_t(&sum)[2] = parts.sum;
+  const uint32_t (&sum)[2] = parts.sum;
   float maximum = fmaxf(__uint_as_float(sum[0]), __uint_as_float(sum[1]));
 #pragma unroll
   for (int offset = 4; offset < kWarpSize; offset *= 2)

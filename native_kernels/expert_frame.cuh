@@ -118,8 +118,7 @@ struct Frame {
       squares += __shfl_xor_sync(0xffffffffu, squares, offset);
     if (m >= p.rows) return;
     if (column % 2 == 0)
-      publish(exchange().buffer<Normed>(copy) +
-                  activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
+      publish(exchange().buffer<Normed>(copy) + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
               other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
     if (column == 1)
       publish(exchange().buffer<SquaresOf>(copy) + square_offset(m) + block_id() * kTileRows * 4, other,

@@ -152,41 +152,41 @@ __device__ __forceinline__ float round_bf16(float value) { return to_float(from_
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-  // The blocks' parts of the sums of squares of a tile's rows: asked for with the activations, added up behind the
-  // product. A block's sixteen rows are neighbours, so that no two blocks write into one sector.
-  __device__ __forceinline__ int square_offset(int row) {
-    return (row / kTileRows * kBlocks * kTileRows + row % kTileRows) * 4;
-  }
-  struct Squares {
-    uint4 part;  // of four rows and one block
-    const unsigned char* from;
-    int rows;  // how many of the four there are
+// The blocks' parts of the sums of squares of a tile's rows: asked for with the activations, added up behind the
+// product. A block's sixteen rows are neighbours, so that no two blocks write into one sector.
+__device__ __forceinline__ int square_offset(int row) {
+  return (row / kTileRows * kBlocks * kTileRows + row % kTileRows) * 4;
+}
+struct Squares {
+  uint4 part;  // of four rows and one block
+  const unsigned char* from;
+  int rows;  // how many of the four there are
 
-    __device__ __forceinline__ void ask(const unsigned char* squares, int tile, int all_rows) {
-      from = squares + square_offset(tile * kTileRows) + thread_id() * 16;
-      rows = all_rows - tile * kTileRows - static_cast<int>(thread_id() % 4) * 4;
-      part = rows > 0 ? look(from) : make_uint4(0, 0, 0, 0);
-    }
-    __device__ __forceinline__ bool missing() const {
-      return (rows > 0 && part.x == kAbsent) || (rows > 1 && part.y == kAbsent) || (rows > 2 && part.z == kAbsent) ||
-             (rows > 3 && part.w == kAbsent);
-    }
-    // This warp's sums, four rows each in its first four lanes.
-    __device__ __forceinline__ float4 settle() {
-      for (int polls = 0; __any_sync(0xffffffffu, missing()); count_poll(polls))
-        if (missing()) part = look(from);
-      float4 sum = make_float4(__uint_as_float(part.x), __uint_as_float(part.y), __uint_as_float(part.z),
-                               __uint_as_float(part.w));
+  __device__ __forceinline__ void ask(const unsigned char* squares, int tile, int all_rows) {
+    from = squares + square_offset(tile * kTileRows) + thread_id() * 16;
+    rows = all_rows - tile * kTileRows - static_cast<int>(thread_id() % 4) * 4;
+    part = rows > 0 ? look(from) : make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ bool missing() const {
+    return (rows > 0 && part.x == kAbsent) || (rows > 1 && part.y == kAbsent) || (rows > 2 && part.z == kAbsent) ||
+           (rows > 3 && part.w == kAbsent);
+  }
+  // This warp's sums, four rows each in its first four lanes.
+  __device__ __forceinline__ float4 settle() {
+    for (int polls = 0; __any_sync(0xffffffffu, missing()); count_poll(polls))
+      if (missing()) part = look(from);
+    float4 sum =
+        make_float4(__uint_as_float(part.x), __uint_as_float(part.y), __uint_as_float(part.z), __uint_as_float(part.w));
 #pragma unroll
-      for (int offset = 4; offset < kWarpSize; offset *= 2) {
-        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
-        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
-        sum.z += __shfl_xor_sync(0xffffffffu, sum.z, offset);
-        sum.w += __shfl_xor_sync(0xffffffffu, sum.w, offset);
-      }
-      return sum;
+    for (int offset = 4; offset < kWarpSize; offset *= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
+      sum.z += __shfl_xor_sync(0xffffffffu, sum.z, offset);
+      sum.w += __shfl_xor_sync(0xffffffffu, sum.w, offset);
     }
-  };
+    return sum;
+  }
+};
 
 }  // namespace expert
 }  // namespace flashrt

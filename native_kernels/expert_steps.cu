@@ -138,7 +138,7 @@ struct Expert : Layer<Fp8> {
                 exchange().other(step), pack_bf16(value, next));
       __syncthreads();  // the sums of the last product have been read
       this->template narrow_product<kMix>(exchange().template buffer<kMixed>(step), step, 0,
-                         [&](float sum, const Residual&) { value = sum + mix_bias; });
+                                          [&](float sum, const Residual&) { value = sum + mix_bias; });
     }
     h = round_bf16(value);
     this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(visit, factor);
@@ -162,8 +162,8 @@ struct Expert : Layer<Fp8> {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         if (step > 0 && absent(x[i])) x[i] = await(actions + (first + i) * 16);
-        sum += w[i].x * __uint_as_float(x[i].x) + w[i].y * __uint_as_float(x[i].y) +
-               w[i].z * __uint_as_float(x[i].z) + w[i].w * __uint_as_float(x[i].w);
+        sum += w[i].x * __uint_as_float(x[i].x) + w[i].y * __uint_as_float(x[i].y) + w[i].z * __uint_as_float(x[i].z) +
+               w[i].w * __uint_as_float(x[i].w);
       }
     }
     return sum;
@@ -287,8 +287,8 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
   if (major < 9) return cudaErrorNotSupported;  // the bulk copy engine
-  if (p.rows < 1 || p.rows > kExpertMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows ||
-      p.action_dim < 4 || p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
+  if (p.rows < 1 || p.rows > kExpertMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows || p.action_dim < 4 ||
+      p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
     return cudaErrorInvalidValue;
   return p.fp8 ? launch<true>(p, stream) : launch<false>(p, stream);
 }

@@ -33,18 +33,18 @@ __device__ constexpr Product kShapes[kProducts + 1] = {{kWidth, kQkvHeads * kHea
 
 template <bool Fp8, int P>
 struct Shape {
-  static constexpr bool E4m3 = Fp8 && P != kMix;                // the weights
+  static constexpr bool E4m3 = Fp8 && P != kMix;               // the weights
   static constexpr bool Wide = E4m3 && kShapes[P].tiles == 2;  // met by activations of 16 bits
   static constexpr int Tiles = kShapes[P].tiles;
   static constexpr int Units = kShapes[P].n / (Tiles * kTileFeatures);
   static constexpr int UnitBytes = Tiles * kTileFeatures * kShapes[P].k * (E4m3 ? 1 : 2);
-  static constexpr int Chunks = UnitBytes / kChunkBytes;            // a unit's
-  static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;   // k blocks of a chunk
-  static constexpr int Own = Blocks / kWarps;                       // of them a warp's
-  static constexpr int Vectors = Wide ? 2 : 1;                      // 16-byte pieces of a k block of activations
+  static constexpr int Chunks = UnitBytes / kChunkBytes;                   // a unit's
+  static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;          // k blocks of a chunk
+  static constexpr int Own = Blocks / kWarps;                              // of them a warp's
+  static constexpr int Vectors = Wide ? 2 : 1;                             // 16-byte pieces of a k block of activations
   static constexpr int RowBytes = kShapes[P].k * (E4m3 && !Wide ? 1 : 2);  // of the activations
-  static constexpr int Batches = Chunks * Own * Vectors > 4 ? 2 : 1;  // of activations: registers are short
-  static constexpr int Pieces = Chunks * Own * Vectors / Batches;     // of a row a thread holds at once
+  static constexpr int Batches = Chunks * Own * Vectors > 4 ? 2 : 1;       // of activations: registers are short
+  static constexpr int Pieces = Chunks * Own * Vectors / Batches;          // of a row a thread holds at once
   static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0);
 };
 
@@ -229,24 +229,30 @@ __device__ __forceinline__ void publish(void* address, int64_t other, uint2 word
 }
 
 // The exchange in global memory: two copies of these buffers, for a multiple of 16 rows; bytes of a row.
-enum Buffer : int { kNormedQkv, kNormedMlp, kSquaresQkv, kSquaresMlp, kQ, kKv, kAttendedRows, kHidden, kLast, kMixed,
-                    kActions, kInbox, kStats, kBuffers };
-constexpr int kSplits = 16;                          // blocks of a head
+enum Buffer : int {
+  kNormedQkv,
+  kNormedMlp,
+  kSquaresQkv,
+  kSquaresMlp,
+  kQ,
+  kKv,
+  kAttendedRows,
+  kHidden,
+  kLast,
+  kMixed,
+  kActions,
+  kInbox,
+  kStats,
+  kBuffers
+};
+constexpr int kSplits = 16;  // blocks of a head
 constexpr int kSplitColumns = kHeadDim / kSplits;
 __host__ __device__ constexpr int bytes_before(int buffer) {
-  constexpr int bytes[kBuffers] = {kWidth * 2,
-                                   kWidth * 2,
-                                   kBlocks * 4,
-                                   kBlocks * 4,
-                                   kAttended * 2,
-                                   2 * kHeadDim * 2,
-                                   kAttended * 2,
-                                   kMlp * 2,
-                                   kWidth * 2,
-                                   kWidth * 2,
-                                   kMaxActionDim * 4,
-                                   kHeads * kSplits * kSplits * kSplitColumns * 2,
-                                   kHeads * kSplits * 4};
+  constexpr int bytes[kBuffers] = {
+      kWidth * 2,          kWidth * 2,       kBlocks * 4,       kBlocks * 4,
+      kAttended * 2,       2 * kHeadDim * 2, kAttended * 2,     kMlp * 2,
+      kWidth * 2,          kWidth * 2,       kMaxActionDim * 4, kHeads * kSplits * kSplits * kSplitColumns * 2,
+      kHeads * kSplits * 4};
   int sum = 0;
   for (int i = 0; i < buffer; ++i) sum += bytes[i];
   return sum;
