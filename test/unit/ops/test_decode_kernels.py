@@ -175,9 +175,11 @@ def test_a_token_through_the_kernels_equals_the_layers(model: Pi0Fast, gap: int)
     for cache in (3, 4):  # keys and values
         close(found["kernels"][cache][0, new], found["layers"][cache][0, new].float(), 6e-3)
     for at in range(3):
+        # peaked attention makes 8 bits cost a quarter here; a wrong token costs all of it
         off = {name: distance(found[name][at], found["exact"][at]) for name in ("layers", "kernels")}
-        assert 0.01 < off["kernels"] < 1.3 * off["layers"] + 0.01, off
-        assert off["layers"] < 0.2, off
+        assert 0.01 < off["kernels"] < 1.2 * off["layers"] + 0.01, off
+        assert off["layers"] < 0.4, off
+        assert distance(found["kernels"][at], found["layers"][at]) < 0.15
     changed = (found["kernels"][0].float() - found["kernels"][1].float()).norm()
     assert changed > 0.1 * found["kernels"][0].float().norm(), "another token, the same state: nothing tested"
 
