@@ -185,6 +185,7 @@ def play(
             robot.positions = robot.rng.uniform([-1.0, 0.0], [1.0, 0.5])
         elif name == "stall":
             robot.now += 150_000_000
+            robot.before = None  # the next command starts from where the robot is found then
         else:
             robot.blind = bool(argument)
     return robot
