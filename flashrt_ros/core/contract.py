@@ -165,6 +165,7 @@ def _joint(spec: Mapping[str, Any], gripper: Mapping[str, Any] | None) -> JointS
         limits=limits,
         policy_name=spec.get("policy_name", spec["name"]),
         message_name=spec.get("message_name", ""),
+        action_line=None if gripper is None else _gripper_action_line(gripper),
     )
 
 
@@ -177,8 +178,19 @@ def _straight_line(spec: Mapping[str, Any]) -> tuple[float, float]:
 
 def _gripper_line(gripper: Mapping[str, Any]) -> tuple[float, float]:
     """(gain, offset) through a gripper's two ends, as in contract_model."""
-    closed, policy_closed = float(gripper["closed"]), float(gripper.get("policy_closed", 0.0))
-    gain = (float(gripper.get("policy_open", 1.0)) - policy_closed) / (float(gripper["open"]) - closed)
+    return _line(gripper, float(gripper.get("policy_closed", 0.0)), float(gripper.get("policy_open", 1.0)))
+
+
+def _gripper_action_line(gripper: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(gain, offset) of its actions; None where they are those of its state."""
+    if "action_closed" not in gripper:
+        return None
+    return _line(gripper, float(gripper["action_closed"]), float(gripper["action_open"]))
+
+
+def _line(gripper: Mapping[str, Any], policy_closed: float, policy_open: float) -> tuple[float, float]:
+    closed = float(gripper["closed"])
+    gain = (policy_open - policy_closed) / (float(gripper["open"]) - closed)
     return gain, policy_closed - gain * closed
 
 

@@ -86,6 +86,11 @@ def _check_grippers(grippers: Mapping[str, Any], joints: Sequence[Mapping[str, A
         ends = gripper.get("policy_closed", 0.0), gripper.get("policy_open", 1.0)
         if ends[0] == ends[1]:
             yield path, f"gripper {name}: policy_closed and policy_open are both {ends[0]}"
+        if ("action_closed" in gripper) != ("action_open" in gripper):
+            yield path, f"gripper {name}: action_closed and action_open come together: give both or none"
+        elif "action_open" in gripper and gripper["action_closed"] == gripper["action_open"]:
+            text = f"gripper {name}: action_closed and action_open are both {gripper['action_open']}"
+            yield path, text
 
 
 def _duplicates(names: Sequence[str], path: YamlPath, what: str) -> Iterator[Problem]:

@@ -10,13 +10,14 @@ two ends instead:
 
     policy value = policy_closed + (robot value - closed) / (open - closed) * (policy_open - policy_closed)
 
-which is the same straight line with gain = (policy_open - policy_closed) / (open - closed).
+which is the same straight line with gain = (policy_open - policy_closed) / (open - closed). Where actions
+have another line than the state (openpi's ALOHA), action_closed and action_open give it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -140,7 +141,7 @@ class JointLimits:
 @dataclass(frozen=True)
 class JointSpec:
     """One joint; sign, scale and offset as in the module's formula. message_name: its name in ROS messages,
-    "" where it is `name`."""
+    "" where it is `name`. action_line: gain and offset of its actions, None where they are the state's."""
 
     name: str
     unit: str
@@ -150,6 +151,7 @@ class JointSpec:
     limits: JointLimits | None
     policy_name: str
     message_name: str = ""
+    action_line: tuple[float, float] | None = None
 
     @property
     def in_messages(self) -> str:
@@ -159,6 +161,14 @@ class JointSpec:
     @property
     def gain(self) -> float:
         return self.sign * self.scale
+
+    @property
+    def commanded(self) -> JointSpec:
+        """This joint with the sign, scale and offset of its actions."""
+        if self.action_line is None:
+            return self
+        gain, offset = self.action_line
+        return replace(self, sign=-1 if gain < 0 else 1, scale=abs(gain), offset=offset, action_line=None)
 
 
 class JointMapping:
@@ -284,8 +294,8 @@ class RobotContract:
 
     @property
     def action_joints(self) -> tuple[JointSpec, ...]:
-        """Specs of the commanded joints, in action order."""
-        return tuple(self.joints[name] for name in self.action.joints)
+        """Specs of the commanded joints, in action order, with the mapping of actions."""
+        return tuple(self.joints[name].commanded for name in self.action.joints)
 
     def message_names(self, joints: Sequence[str]) -> tuple[str, ...]:
         """The names that these joints of the contract have in ROS messages."""

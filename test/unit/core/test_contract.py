@@ -201,6 +201,11 @@ MISTAKES = [
      "closed and open are both 0.04"),
     ("limits: {on_", "grippers: {gripper: {closed: 0, open: 1, policy_open: 0}}\nlimits: {on_", "grippers:",
      "policy_closed and policy_open are both 0"),
+    ("limits: {on_", "grippers: {gripper: {closed: 0, open: 1, action_open: 2}}\nlimits: {on_", "grippers:",
+     "action_closed and action_open come together"),
+    ("limits: {on_",
+     "grippers: {gripper: {closed: 0, open: 1, action_closed: 2, action_open: 2}}\nlimits: {on_",
+     "grippers:", "action_closed and action_open are both 2"),
     ("  period: 0.02", "  period: 0.02\n  dof: 6", "dof: 6", "action.dof is 6, but action.joints names 7"),
     ("lookahead: 0.1}", "lookahead: 0.1, joints: [elbow, hand]}", "lookahead: 0.1",
      "joint hand is not commanded; action.joints are"),
@@ -344,6 +349,18 @@ def test_a_gripper_is_the_straight_line_through_its_ends(
     plain = load(demo_text.replace("limits: {on_", "grippers: {elbow: {closed: 1, open: -1}}\nlimits: {on_"))
     assert plain.joints["elbow"].gain == -0.5
     assert plain.joints["elbow"].offset == 0.5
+
+
+def test_a_grippers_actions_may_have_a_line_of_their_own(
+    load: Callable[[str], RobotContract], demo_text: str
+) -> None:
+    ends = "{closed: 0.0, open: 0.04, policy_closed: 100, policy_open: 0, action_closed: 1, action_open: -1}"
+    contract = load(demo_text.replace("limits: {on_", f"grippers: {{gripper: {ends}}}\nlimits: {{on_"))
+    np.testing.assert_allclose(JointMapping([contract.joints["gripper"]]).to_policy([[0.01]]), [[75]])
+    action = np.array([[0.0] * 6 + [0.5]])
+    np.testing.assert_allclose(contract.actions_to_robot(action)[0, 6], 0.01)
+    back = contract.actions_to_policy(contract.actions_to_robot(action))
+    np.testing.assert_allclose(back, action, atol=1e-12)
 
 
 def test_a_gripper_replaces_the_joints_own_numbers(
