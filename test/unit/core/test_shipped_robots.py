@@ -17,10 +17,11 @@ from flashrt_ros.core.contract import (
     load_contract,
 )
 from flashrt_ros.core.errors import PolicyMismatchError
-from flashrt_ros.core.ingest import Ingest, MeasuredPositions
+from flashrt_ros.core.ingest import Ingest, JointReader, MeasuredPositions
 from flashrt_ros.core.sync import Snapshot, Stamped, Synchroniser
 from flashrt_ros.core.timeline import Accepted, CommandKind
 from flashrt_runtime.checkpoints.presets import PRESETS, Preset, preset_named
+from flashrt_runtime.serving import layouts
 
 ROOT = Path(__file__).resolve().parents[3]
 REAL = ("aloha", "so101", "ur5e")
@@ -153,3 +154,72 @@ def test_a_chunk_reaches_the_robot_within_its_limits(contract: RobotContract, pr
         assert (output.trajectory is not None) == wants_points
         position = output.positions
     assert np.abs(position - start).max() > 1e-4
+
+
+ARM = [0.1, -0.2, 0.3, -0.4, 0.5, -0.6]
+# By robot: a state in robot units and what the policy is told; a policy's action and where the robot goes.
+# Written out, since a round trip through a wrong sign, unit or offset comes back unharmed.
+NUMBERS = {
+    "demo_arm": (
+        [*ARM, 0.04], [*ARM, 0.04],
+        [*ARM, 0.01], [*ARM, 0.01],
+    ),
+    "so101": (
+        [1.5707963, -0.7853982, 0.5235988, -1.0471976, 3.1415927, 1.74], [90, -45, 30, -60, 180, 100],
+        [90, -45, 30, -60, 180, 0], [1.5707963, -0.7853982, 0.5235988, -1.0471976, 3.1415927, -0.17],
+    ),
+    "ur5e": (
+        [*ARM, 0.8], [*ARM, 1.0],
+        [*ARM, 0.25], [*ARM, 0.2],
+    ),
+    "libero_franka": (
+        [0.1, -0.2, 0.3, 1.5, -0.5, 0.25, 0.04, -0.04], [0.1, -0.2, 0.3, 1.5, -0.5, 0.25, 0.04, -0.04],
+        [1, -1, 0.5, 1, -1, 0.5, 1], [0.05, -0.05, 0.025, 0.5, -0.5, 0.25, -0.02],
+    ),
+    "aloha": (
+        [0.1, -0.96, 1.16, -0.4, 0.5, -0.6, 1.6296, 0.1, -0.96, 1.16, -0.4, 0.5, -0.6, 0.5476],
+        [0.1, 0.96, -1.16, -0.4, 0.5, -0.6, 1.0, 0.1, 0.96, -1.16, -0.4, 0.5, -0.6, 0.0],
+        [0.1, 0.96, -1.16, -0.4, 0.5, -0.6, 0.5, 0.1, 0.96, -1.16, -0.4, 0.5, -0.6, -1.0],
+        [0.1, -0.96, 1.16, -0.4, 0.5, -0.6, 1.0476, 0.1, -0.96, 1.16, -0.4, 0.5, -0.6, -0.4524],
+    ),
+}
+
+
+def test_a_state_and_an_action_by_the_numbers(contract: RobotContract) -> None:
+    state, told, action, commanded = NUMBERS[contract.robot]
+    names = [name for _, name in streams(contract)]
+    payloads = joint_messages(contract, dict(zip(names, state, strict=True)))
+    np.testing.assert_allclose(JointReader(contract).state(payloads), told, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(contract.actions_to_robot([action])[0], commanded, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        contract.actions_to_policy(np.array([commanded])), [action], rtol=1e-6, atol=1e-5
+    )
+
+
+def test_aloha_is_mapped_as_openpis_own_server_maps_it() -> None:
+    """By layout aloha of the server: grippers in fractions of the finger's travel there, in rad here."""
+    contract = load_contract("aloha")
+    grippers, others = layouts.ALOHA_GRIPPERS, [i for i in range(14) if i not in layouts.ALOHA_GRIPPERS]
+    actions = np.random.default_rng(2).uniform(-1.0, 1.0, (5, 14))
+    ours, theirs = contract.actions_to_robot(actions), layouts.policy_to_aloha(actions.astype(np.float32))
+    travel = layouts.COMMAND_OPEN - layouts.COMMAND_CLOSED
+    np.testing.assert_allclose(ours[:, others], theirs[:, others], rtol=1e-6)
+    np.testing.assert_allclose(
+        ours[:, grippers], layouts.COMMAND_CLOSED + travel * theirs[:, grippers], rtol=1e-5, atol=1e-6
+    )
+    for limits in (contract.joints[f"{side}_gripper"].limits for side in ("left", "right")):
+        assert limits is not None
+        assert (limits.lower, limits.upper) == (layouts.COMMAND_CLOSED, layouts.COMMAND_OPEN)
+
+    pose = np.random.default_rng(3).uniform(-0.5, 1.4, 14)
+    angle = pose[grippers]
+    finger = layouts.HORN_M * np.sin(angle) + np.sqrt(layouts.ARM_M**2 - (layouts.HORN_M * np.cos(angle))**2)
+    robot = pose.copy()
+    span = layouts.FINGER_OPEN_M - layouts.FINGER_CLOSED_M
+    robot[grippers] = (finger - layouts.FINGER_CLOSED_M) / span
+    names = [name for _, name in streams(contract)]
+    payloads = joint_messages(contract, dict(zip(names, pose, strict=True)))
+    np.testing.assert_allclose(
+        JointReader(contract).state(payloads), layouts.aloha_to_policy(robot.astype(np.float32)),
+        rtol=1e-4, atol=1e-5,
+    )
