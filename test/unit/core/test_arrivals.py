@@ -107,6 +107,8 @@ class Robot:
         if output.values is None:
             self.before = None
             return
+        if self.commands[-1].stalled:  # it holds where the arm is now, not where it was sent
+            self.before = None
         representation = self.contract.action.representation
         step = self.commander.limiter.velocity * (self.contract.rates.control_period / 1e9)
         move = {
