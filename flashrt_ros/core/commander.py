@@ -104,10 +104,14 @@ class Commander:
         return None if violation is None else Dropped(violation.reason, str(violation))
 
     def pause(self, reason: Reason, message: str, *, bounded: bool) -> None:
-        """Drop what plays and hold from the next tick on until `resume`; a pause in force is replaced.
+        """Drop what plays and hold from the next tick on until `resume`; another pause in force is replaced.
 
-        bounded: after the hold deadline there is silence, as after starvation.
+        bounded: after the hold deadline there is silence, as after starvation. To ask again for the pause in
+        force changes nothing: the deadline is that of the first time.
         """
+        now = self._pause
+        if now is not None and (now.reason, now.message, now.until is not None) == (reason, message, bounded):
+            return
         until = self._clock() + self._hold_deadline if bounded else None
         self._pause = Pause(reason, message, until)  # before the fence: a chunk must not slip in between
         self.timeline.bump_generation()

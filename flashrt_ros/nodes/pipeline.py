@@ -263,11 +263,15 @@ class Pipeline:
         self.held = True
         self._apply_pause()
 
-    def resume(self) -> None:
-        """Follow chunks again, unless a fault is latched."""
-        self.held = False
-        self._apply_pause()
+    def resume(self) -> Problem | None:
+        """Follow chunks again; with a fault nothing changes, also no hold, and that fault is returned."""
+        with self._pausing:
+            if (fault := self.fault) is not None:
+                return fault
+            self.held = False
+            self._put_in_force()
         self.wake()
+        return None
 
     def raise_fault(self, problem: Problem) -> None:
         """Report a problem; it latches if it is of a kind that does."""
@@ -291,12 +295,15 @@ class Pipeline:
 
     def _apply_pause(self) -> None:
         with self._pausing:
-            if (fault := self.latch.fault) is not None:
-                self.commander.pause(fault.reason, str(fault), bounded=True)
-            elif self.held:
-                self.commander.pause(Reason.HELD, Reason.HELD.text, bounded=False)
-            else:
-                self.commander.resume()
+            self._put_in_force()
+
+    def _put_in_force(self) -> None:
+        if (fault := self.latch.fault) is not None:
+            self.commander.pause(fault.reason, str(fault), bounded=True)
+        elif self.held:
+            self.commander.pause(Reason.HELD, Reason.HELD.text, bounded=False)
+        else:
+            self.commander.resume()
 
     def wake(self) -> None:
         """Something new may have come: let the worker look."""

@@ -81,9 +81,8 @@ def _hold(pipeline: Pipeline) -> str:
 def _resume(pipeline: Pipeline) -> str:
     if not pipeline.active:
         return NOT_ACTIVE
-    pipeline.resume()
-    fault = pipeline.fault
-    return "" if fault is None else f"a fault is latched ({fault}): the robot stays held"
+    fault = pipeline.resume()
+    return "" if fault is None else f"a fault is latched ({fault}): nothing was changed"
 
 
 def _reset(pipeline: Pipeline) -> str:

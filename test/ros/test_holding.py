@@ -17,6 +17,7 @@ from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind
 from flashrt_ros.msg import PolicyStatus
+from flashrt_ros.nodes import safety
 from flashrt_ros.nodes.status import policy_status
 
 
@@ -97,7 +98,7 @@ def test_failures_in_a_row_latch_and_reset_goes_on(driver: Driver) -> None:
     assert "~/reset_fault" in message.message
     tried = len(driver.policy.prompts)
     broken.clear()
-    driver.pipeline.resume()
+    assert driver.pipeline.resume() == driver.pipeline.fault
     wait_until(lambda: len(driver.commands) >= len(kinds) + 10, 10.0, "ten ticks")
     assert driver.commands[-1][0].values is None, "resume does not reset a fault"
     assert len(driver.policy.prompts) == tried, "nothing is computed in fault"
@@ -178,6 +179,36 @@ def test_a_fault_outlives_deactivation_and_a_hold_does_not(driver: Driver) -> No
     driver.commands.clear()
     driver.pipeline.start()
     wait_until(lambda: running(driver), 10.0, "it runs")
+
+
+def test_a_refused_resume_changes_nothing(driver: Driver) -> None:
+    driver.begin()
+    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.pipeline.hold()
+    driver.pipeline.raise_fault(Problem(Reason.COMMAND_CONFLICT, "", "someone else"))
+    assert "someone else" in safety._resume(driver.pipeline)
+    assert driver.pipeline.held
+    driver.pipeline.reset_fault()
+    count = len(driver.commands)
+    wait_until(lambda: len(driver.commands) >= count + 20, 10.0, "twenty ticks")
+    assert {output.reason for output in since(driver, count + 1)} == {Reason.HELD}
+    assert {output.kind for output in since(driver, count + 1)} == {CommandKind.HOLDING}
+    assert safety._resume(driver.pipeline) == ""
+    wait_until(lambda: driver.commands[-1][0].kind is CommandKind.RUNNING, 10.0, "it goes on")
+
+
+def test_no_service_prolongs_the_hold_of_a_fault(driver: Driver) -> None:
+    driver.begin()
+    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.pipeline.raise_fault(Problem(Reason.COMMAND_CONFLICT, "", "someone else"))
+    end = time.monotonic() + 10.0
+    while driver.commands[-1][0].values is not None and time.monotonic() < end:
+        assert safety._resume(driver.pipeline)
+        assert not safety._hold(driver.pipeline)
+        time.sleep(0.05)
+    assert driver.commands[-1][0].kind is CommandKind.STOPPED
+    holding = [output for output, _ in driver.commands if output.kind is CommandKind.HOLDING]
+    assert len(holding) <= 51  # the deadline of one second at 50 Hz
 
 
 def test_a_new_episode_drops_what_plays_and_forgets_camera_formats(driver: Driver) -> None:

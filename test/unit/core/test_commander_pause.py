@@ -67,6 +67,21 @@ def test_a_bounded_pause_falls_silent_after_the_hold_deadline(small: Small) -> N
     assert commander.farewell() is None
 
 
+def test_a_bounded_pause_asked_for_again_ends_when_it_would_have(small: Small) -> None:
+    clock = Clock()
+    commander = commander_of(small(hold_deadline=0.2), clock=clock)
+    submit(commander, 0.01, 0.1)
+    commander.tick()
+    kinds = []
+    for _ in range(12):
+        commander.pause(Reason.INFERENCE_ERROR, "broken", bounded=True)
+        kinds.append(commander.tick().kind)
+        clock.advance(0.02)
+    assert kinds == [CommandKind.HOLDING] * 10 + [CommandKind.STOPPED] * 2
+    commander.pause(Reason.HELD, "wait", bounded=False)
+    assert commander.tick().reason is Reason.HELD
+
+
 @pytest.mark.parametrize("representation", ["delta", "velocity"])
 def test_a_pause_of_increments_or_velocities_commands_zero(small: Small, representation: str) -> None:
     lookahead = 0.0 if representation == "velocity" else 0.1
