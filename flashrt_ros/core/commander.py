@@ -148,16 +148,17 @@ class Commander:
         return self._stalled() if command.stalled else self._limited(command)
 
     def _paused(self, pause: Pause) -> Output:
-        """Hold what was commanded last; silence when that is nothing, or once the pause's bound is over."""
-        self.timeline.watch()
-        if pause.until is not None and self._clock() >= pause.until:
+        """Hold what was commanded last, after a stall where the robot is; silence when nothing was commanded,
+        or once the pause's bound is over."""
+        stalled = self.timeline.watch()
+        if pause.until is not None and self._clock() >= pause.until and not stalled:
             if self.timeline.kind is not CommandKind.STOPPED:
                 self.timeline.stop(pause.reason)
             return self._silence(pause.reason, pause.message)
         command = self.timeline.hold_command()
         if command is None or self._reference is None:
             return self._quiet(pause)
-        held = self._limited(command)
+        held = self._stalled() if stalled else self._limited(command)
         return self._quiet(pause) if held.values is None else replace(
             held, reason=pause.reason, message=pause.message
         )
@@ -169,20 +170,28 @@ class Commander:
 
     def _stalled(self) -> Output:
         """Hold where the robot is now: while no tick came it may have gone on along its last lookahead."""
+        self._speed = None
         try:
-            self._reference, self._speed = self.limiter.check_start(self._measured()), None
+            self._reference = self.limiter.check_start(self._measured())
+            self.timeline.confirm(self._reference)
         except CoreError as error:
-            self.timeline.stop(error.reason)
-            return self._silence(error.reason, str(error))
-        self.timeline.confirm(self._reference)
+            if self._representation is not Representation.VELOCITY:  # zero is right wherever the robot is
+                self.timeline.stop(error.reason)
+                return self._silence(error.reason, str(error))
         command = self.timeline.hold_command()
         return self._silence(self.timeline.idle_reason) if command is None else self._limited(command)
 
     def farewell(self) -> Output | None:
         """The last message before going silent (deactivate, shutdown): a hold. None when nothing was
-        commanded."""
+        commanded, or when ticks had stopped coming and the robot's position is not known."""
+        stalled = self.timeline.watch()
         command = self.timeline.hold_command()
-        return None if command is None or self._reference is None else self._limited(command)
+        if command is None or self._reference is None:
+            return None
+        if self._representation is Representation.VELOCITY:
+            self._speed = None  # nothing follows that could brake further: zero, whatever the acceleration
+        output = self._stalled() if stalled else self._limited(command)
+        return None if output.values is None else output
 
     def reset(self) -> int:
         """Fence and forget everything; call it while no control thread runs. Returns the new generation."""

@@ -291,11 +291,11 @@ class Timeline:
             self._kind = CommandKind.HOLDING
             return replace(self._hold(self._last, self._reason or Reason.STARVED), stalled=stalled)
 
-    def watch(self) -> None:
+    def watch(self) -> bool:
         """Tell that the control thread is alive but asks for no command now: a chunk waiting for its first
-        tick expires after the open-loop cap."""
+        tick expires after the open-loop cap. Returns whether ticks had stopped coming (Command.stalled)."""
         with self._lock:
-            self._watch(self._clock())
+            return self._watch(self._clock())
 
     def _watch(self, now: int) -> bool:
         """Drop the plan when ticks had stopped coming (returned) or it waited too long to be started."""

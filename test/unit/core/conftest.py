@@ -4,6 +4,7 @@ Messages here are stand-ins with the attributes of the ROS types: core is duck-t
 real ones are in test/ros.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from flashrt_ros.core.contract import (
 )
 from flashrt_ros.core.timing import to_ns
 
+sys.path.append(str(Path(__file__).parent))  # the helpers beside the tests
 ROBOTS = Path(__file__).resolve().parents[3] / "config" / "robots"
 
 

@@ -1,10 +1,10 @@
 """Timeline and limiter together: what is published for arbitrary chunks, every representation, both modes."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
+from commander_rig import PERIOD, Clock, commander_of, constant, published, submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,52 +15,6 @@ from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import Accepted, CommandKind, Dropped
 
 Small = Callable[..., RobotContract]
-PERIOD = 20_000_000
-
-
-class Arm:
-    """Measured joint positions, or the error that reading them raises."""
-
-    def __init__(self, *positions: float) -> None:
-        self.positions = np.array(positions)
-        self.error: Exception | None = None
-
-    def __call__(self) -> np.ndarray:
-        if self.error is not None:
-            raise self.error
-        return self.positions.copy()
-
-
-class Clock:
-    """Monotonic time [ns] that the test moves by hand."""
-
-    now = 10**12
-
-    def __call__(self) -> int:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += round(seconds * 1e9)
-
-
-def commander_of(
-    contract: RobotContract, *start: float, clock: Clock | None = None
-) -> tuple[Commander, Arm]:
-    arm = Arm(*(start or (0.0, 0.1)))
-    return Commander(contract, arm, clock or Clock()), arm
-
-
-def submit(commander: Commander, actions: Any) -> Accepted | Dropped:
-    return commander.submit(actions, commander.mark_observation())
-
-
-def constant(*row: float, count: int = 20) -> np.ndarray:
-    return np.tile(row, (count, 1))
-
-
-def published(output: Output) -> np.ndarray:
-    assert output.values is not None
-    return output.values
 
 
 def test_silent_until_a_chunk_comes(small: Small) -> None:
@@ -143,40 +97,6 @@ def test_a_chunk_that_waits_for_a_measured_position_expires(small: Small) -> Non
     assert (output.kind, output.reason, output.values) == (CommandKind.WAITING, Reason.CHUNK_LATE, None)
     submit(commander, constant(0.01, 0.1))
     assert commander.tick().index == 0
-
-
-@pytest.mark.parametrize("representation", ["absolute", "delta", "velocity"])
-def test_after_a_stall_of_the_control_thread_it_holds_where_the_arm_is(
-    small: Small, representation: str
-) -> None:
-    clock = Clock()
-    lookahead = 0.0 if representation == "velocity" else 0.1
-    commander, arm = commander_of(small(representation=representation, lookahead=lookahead), clock=clock)
-    submit(commander, constant(0.01, 0.1))
-    assert commander.tick().kind is CommandKind.RUNNING
-    arm.positions = np.array([0.4, 0.3])  # it went on along its lookahead
-    clock.advance(0.15)
-    held = [commander.tick() for _ in range(2)]
-    for output in held:
-        assert (output.kind, output.reason) == (CommandKind.HOLDING, Reason.CONTROL_STALLED)
-        expected = [0.4, 0.3] if representation == "absolute" else [0.0, 0.0]
-        np.testing.assert_allclose(published(output), expected)
-        if output.trajectory is not None:
-            np.testing.assert_allclose(output.trajectory.positions[0], [0.4, 0.3])
-
-
-def test_after_a_stall_without_a_measured_position_it_stops(small: Small) -> None:
-    clock = Clock()
-    commander, arm = commander_of(small(), clock=clock)
-    submit(commander, constant(0.01, 0.1))
-    commander.tick()
-    arm.error = IngestError(Reason.STALE_RECEIPT, "joint_states", "gone")
-    clock.advance(0.15)
-    for _ in range(2):
-        output = commander.tick()
-        assert (output.kind, output.reason, output.values) == (
-            CommandKind.STOPPED, Reason.STALE_RECEIPT, None
-        )
 
 
 def test_no_start_from_far_outside_the_limits(small: Small) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from commander_rig import Clock
 
 from flashrt_ros.core.commander import Commander
 from flashrt_ros.core.contract import RobotContract
@@ -11,18 +12,6 @@ from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind, Dropped
 
 Small = Callable[..., RobotContract]
-
-
-class Clock:
-    """Monotonic time [ns] that the test moves by hand."""
-
-    now = 10**12
-
-    def __call__(self) -> int:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += round(seconds * 1e9)
 
 
 def commander_of(contract: RobotContract, clock: Clock | None = None) -> Commander:
