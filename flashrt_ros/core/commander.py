@@ -30,7 +30,8 @@ class Output:
     values: (dof,) float64 in the contract's action representation and robot units. trajectory: the same
     command and its lookahead as positions, None when no output is a JointTrajectory. violations: wishes
     clamped or refused now. sequence and index: chunk in force and its action, 0 and -1 when there is none.
-    positions: (dof,) where the command leads to, in robot units; None with silence.
+    positions: (dof,) where the command leads to, in robot units; None with silence. refused: what was due was
+    not sent and its chunk dropped, for `reason`.
     """
 
     kind: CommandKind
@@ -43,6 +44,7 @@ class Output:
     index: int
     generation: int
     positions: FloatArray | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +268,5 @@ class Commander:
         """Drop the chunk and hold; with nothing to hold yet, stay silent."""
         self.timeline.refuse(reason)
         command = self.timeline.hold_command()
-        if command is None:
-            return self._silence(reason, message, violations)
-        return replace(self._limited(command), reason=reason, message=message, violations=violations)
+        held = self._silence(reason, message) if command is None else self._limited(command)
+        return replace(held, reason=reason, message=message, violations=violations, refused=True)

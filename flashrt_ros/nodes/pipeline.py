@@ -379,6 +379,8 @@ class Pipeline:
         for violation in output.violations:
             self.measured.violations[violation.reason] += 1
             self.last_violation = (now, Problem(violation.reason, "", str(violation)))
+        if output.refused:
+            self._report(Problem(output.reason, "", f"chunk dropped when it was due: {output.message}"))
         self.output = output
 
     def _on_control_error(self, error: Exception) -> None:

@@ -144,6 +144,29 @@ def test_a_position_outside_the_limits_latches_at_once_when_rejected(rejecting: 
     assert max(values[6] for values in sent) <= 0.04
 
 
+def test_a_position_refused_when_it_is_due_latches_as_well(rejecting: Driver) -> None:
+    """The limit becomes narrower under a chunk that was accepted; no other comes meanwhile."""
+    go_on = threading.Event()
+
+    def block(prompt: str) -> None:
+        if rejecting.chunks:
+            assert go_on.wait(20.0)
+
+    rejecting.policy.behave = block
+    rejecting.begin()
+    pipeline = rejecting.pipeline
+    try:
+        wait_until(lambda: len(running(rejecting)) >= 5, 30.0, "five commands")
+        pipeline.commander.limiter.upper[0] = rejecting.commands[-1][0].values[0]
+        wait_until(lambda: pipeline.fault, 10.0, "the fault")
+    finally:
+        go_on.set()
+    assert pipeline.fault.reason is Reason.LIMIT_POSITION
+    assert "when it was due" in str(pipeline.fault)
+    assert pipeline.measured.problems[Reason.LIMIT_POSITION] == 1
+    wait_until(lambda: rejecting.commands[-1][0].values is None, 10.0, "silence after the hold deadline")
+
+
 def test_a_position_outside_the_limits_is_clamped_otherwise(driver: Driver) -> None:
     driver.policy.behave = lambda prompt: (time.sleep(0.6), beyond())[1]
     driver.begin()

@@ -145,9 +145,24 @@ def test_reject_at_the_tick_holds_or_waits_and_says_why(small: Small) -> None:
     output = commander.tick()
     assert (output.kind, output.reason, output.values) == (CommandKind.WAITING, Reason.LIMIT_VELOCITY, None)
     assert output.violations
+    assert output.refused
     assert commander.tick().kind is CommandKind.WAITING
     assert isinstance(submit(commander, constant(0.5, 0.1)), Accepted)
-    assert commander.tick().kind is CommandKind.RUNNING
+    running = commander.tick()
+    assert (running.kind, running.refused) == (CommandKind.RUNNING, False)
+
+
+def test_reject_at_the_tick_tells_once_that_a_chunk_was_refused(small: Small) -> None:
+    """The limits become narrower under a chunk that plays."""
+    commander, _ = commander_of(small(on_violation="reject"))
+    submit(commander, np.column_stack([0.01 * np.arange(1, 21), np.full(20, 0.1)]))
+    sent = [published(commander.tick())[0] for _ in range(3)][-1]
+    commander.adopt_limits(small(on_violation="reject", limits=((-1.0, 0.035, 1.0), (0.0, 0.5, 2.0))))
+    outputs = [commander.tick() for _ in range(3)]
+    assert [output.refused for output in outputs] == [True, False, False]
+    for output in outputs:
+        assert (output.kind, output.reason) == (CommandKind.HOLDING, Reason.LIMIT_POSITION)
+        assert published(output)[0] == sent
 
 
 def test_bumped_generation_holds_reset_forgets(small: Small) -> None:
