@@ -13,19 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from builtin_interfaces.msg import Duration
 from numpy.typing import NDArray
 from rclpy.node import Node
-from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+from trajectory_msgs.msg import JointTrajectory
 
-from flashrt_ros.core.chunk import check_chunk
-from flashrt_ros.core.contract import OnViolation, Representation, RobotContract, RtcMode
+from flashrt_ros.core.contract import Representation, RobotContract, RtcMode
 from flashrt_ros.core.errors import CoreError, IngestError, WorkerStoppedError
 from flashrt_ros.core.images import image_from_message
 from flashrt_ros.core.ingest import JointReader, NamedValues
-from flashrt_ros.core.limits import Limiter
 from flashrt_ros.core.reasons import Reason
-from flashrt_ros.core.timing import NS_PER_S, to_s
+from flashrt_ros.core.single_chunk import SingleChunk, single_chunk
+from flashrt_ros.core.timing import to_s
 from flashrt_ros.srv import GetActionChunk
 from flashrt_runtime.errors import OptionError, PromptError
 from flashrt_runtime.guidance import Guidance
@@ -33,11 +31,19 @@ from flashrt_runtime.guidance import Guidance
 from .deferred import DeferredService, Reply
 from .exotic_images import cv_bridge_decoder
 from .failures import describe
+from .outputs import trajectory_message
 from .pipeline import Pipeline
 from .policy_runner import PolicyLike
 
 Response = GetActionChunk.Response
 UNLOADED = "the policy was unloaded meanwhile"
+_CODES = {
+    Reason.CHUNK_NOT_FINITE: Response.CODE_INFERENCE,
+    Reason.CHUNK_SHAPE: Response.CODE_INFERENCE,
+    Reason.LIMIT_POSITION: Response.CODE_LIMIT,
+    Reason.LIMIT_VELOCITY: Response.CODE_LIMIT,
+    Reason.LIMIT_ACCELERATION: Response.CODE_LIMIT,
+}
 
 
 class Refused(Exception):
@@ -50,13 +56,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class _Answer:
-    """positions (n, dof) in robot units, None for velocity actions; velocities (n, dof); actions (n, dof) as
-    the policy gave them, where they may be sent back."""
+    """inference_time [s]; actions (n, dof) as the policy gave them, where they may be sent back."""
 
-    positions: NDArray[np.float64] | None
-    velocities: NDArray[np.float64] | None
+    chunk: SingleChunk
     inference_time: float
-    actions: NDArray[np.float32] | None = None
+    actions: NDArray[np.float32] | None
 
 
 class ChunkService:
@@ -114,7 +118,8 @@ class ChunkService:
 
     def _fill(self, response: Any, pipeline: Pipeline, request: Any) -> None:
         answer = self._infer(pipeline, request)
-        response.chunk = _trajectory(answer, pipeline.contract)
+        response.chunk = _trajectory(answer.chunk, pipeline.contract)
+        response.message = answer.chunk.note
         response.native_control_period = to_s(pipeline.contract.action.period)
         response.inference_time = answer.inference_time
         if answer.actions is not None:
@@ -142,8 +147,9 @@ class ChunkService:
         except Exception as error:
             raise Refused(Response.CODE_INFERENCE, describe(error)) from error
         elapsed = time.perf_counter() - begin
-        answer = _limited(contract.actions_to_robot(actions), measured, contract, elapsed)
-        return answer if contract.timeline.rtc.mode is RtcMode.OFF else replace(answer, actions=actions)
+        chunk = _limited(contract.actions_to_robot(actions), measured, contract)
+        sent_back = None if contract.timeline.rtc.mode is RtcMode.OFF else actions
+        return _Answer(chunk, elapsed, sent_back)
 
 
 def _guidance(request: Any, contract: RobotContract) -> Guidance | None:
@@ -213,41 +219,20 @@ def _state(request: Any, contract: RobotContract) -> tuple[NDArray[np.float32], 
 
 
 def _limited(
-    actions: NDArray[np.float64], measured: NDArray[np.float64], contract: RobotContract, elapsed: float
-) -> _Answer:
-    """The chunk within the contract's limits, starting from where the robot is."""
-    limiter = Limiter(contract)
-    periods = np.full(len(actions), contract.action.period, dtype=np.int64)
+    actions: NDArray[np.float64], measured: NDArray[np.float64], contract: RobotContract
+) -> SingleChunk:
     try:
-        rows = check_chunk(actions, contract.dof)
-        start = limiter.check_start(measured)
-        if contract.on_violation is OnViolation.REJECT:
-            violation = limiter.first_violation(rows, start, periods)
-            if violation is not None:
-                raise Refused(Response.CODE_LIMIT, str(violation))
-        limited = limiter.apply_path(rows, start, periods)
+        return single_chunk(actions, measured, contract)
     except CoreError as error:
-        finite = error.reason is not Reason.CHUNK_NOT_FINITE and error.reason is not Reason.CHUNK_SHAPE
-        code = Response.CODE_BAD_STATE if finite else Response.CODE_INFERENCE
-        raise Refused(code, str(error)) from error
-    if contract.action.representation is Representation.VELOCITY:
-        return _Answer(None, limited.values, elapsed)
-    return _Answer(limited.positions, None, elapsed)
+        raise Refused(_CODES.get(error.reason, Response.CODE_BAD_STATE), str(error)) from error
 
 
-def _trajectory(answer: _Answer, contract: RobotContract) -> JointTrajectory:
+def _trajectory(chunk: SingleChunk, contract: RobotContract) -> JointTrajectory:
     """Header stamp 0: starts when it is received."""
-    rows = answer.positions if answer.positions is not None else answer.velocities
-    assert rows is not None
-    field = "positions" if answer.positions is not None else "velocities"
-    message = JointTrajectory(joint_names=list(contract.message_names(contract.action.joints)))
-    for index, row in enumerate(np.ascontiguousarray(rows, dtype=np.float64)):
-        due = _duration(index * contract.action.period)
-        values = {field: array.array("d", row.tobytes())}
-        message.points.append(JointTrajectoryPoint(time_from_start=due, **values))
+    names = contract.message_names(contract.action.joints)
+    if contract.action.representation is not Representation.VELOCITY:
+        return trajectory_message(chunk.points, names, 0)
+    message = trajectory_message(replace(chunk.points, velocities=chunk.values), names, 0)
+    for point in message.points:  # a velocity policy says nothing of positions
+        point.positions = array.array("d")
     return message
-
-
-def _duration(nanoseconds: int) -> Duration:
-    seconds, rest = divmod(nanoseconds, NS_PER_S)
-    return Duration(sec=seconds, nanosec=rest)

@@ -64,15 +64,24 @@ def test_a_chunk_for_an_observation_and_what_is_refused(configured, ask, observa
     """All in one node, which takes seconds to start."""
     configured(prompt="")
     answer = ask(**observation)
-    assert (answer.status, answer.message) == (CODES.CODE_OK, "")
+    assert answer.status == CODES.CODE_OK
     assert tuple(answer.chunk.joint_names) == contract.action.joints
     assert answer.native_control_period == pytest.approx(0.02)
     due = [stamp_to_ns(point.time_from_start) for point in answer.chunk.points]
-    assert due == [20_000_000 * index for index in range(50)]
+    assert due == [20_000_000 * index for index in range(1, 51)]
     positions = np.array([point.positions for point in answer.chunk.points])
     limits = [joint.limits for joint in contract.action_joints]
-    steps = np.abs(np.diff(positions, axis=0, prepend=[HOME]))
-    assert (steps <= np.array([limit.velocity for limit in limits]) * 0.02 * (1 + 1e-6)).all()
+    speed = np.array([limit.velocity for limit in limits]) * (1 + 1e-6)
+    # As a controller drives it: from where the robot is, at time 0, to each point when that is due.
+    slopes = np.diff(positions, axis=0, prepend=[HOME]) / np.diff(due, prepend=0)[:, None] * 1e9
+    assert (np.abs(slopes) <= speed).all()
+    velocities = np.array([point.velocities for point in answer.chunk.points])
+    assert velocities.shape == positions.shape
+    assert (np.abs(velocities) <= speed).all()
+    assert not velocities[-1].any()
+    # HOME is not where the random policy wants to be: the first action is out of reach.
+    assert "limited: " in answer.message
+    assert "beyond the limit" in answer.message
     assert (positions >= [limit.lower for limit in limits]).all()
     assert (positions <= [limit.upper for limit in limits]).all()
     assert answer.inference_time > 0.0
