@@ -144,41 +144,44 @@ class Ingest:
     def observe(self, snapshot: Snapshot) -> Observation:
         """Decode a set of messages, several compressed cameras at a time.
 
-        Raises IngestError naming the stream and what is wrong with its message.
+        Raises IngestError naming the stream and what is wrong with its message. An optional camera whose
+        image is refused is absent, as if it were silent.
         """
         payloads = {name: item.payload for name, item in snapshot.messages.items()}
         state = self._joints.state(payloads)
-        present = [stream for stream in self._contract.image_streams if stream.name in payloads]
-        decoded = self._decoded(present, payloads)
-        images = {stream.view: image for stream, image in zip(present, decoded, strict=True) if stream.view}
-        stamps = {name: item.stamp for name, item in snapshot.messages.items()}
+        sent = [stream for stream in self._contract.image_streams if stream.name in payloads]
+        decoded = self._decoded(sent, payloads)
+        present = [stream for stream in sent if stream.name in decoded]
+        images = {stream.view: decoded[stream.name] for stream in present if stream.view}
+        refused = {stream.name for stream in sent} - decoded.keys()
+        stamps = {name: item.stamp for name, item in snapshot.messages.items() if name not in refused}
         newest = max((stamps[stream.name] for stream in present), default=0)
         absent = tuple(view for view in self._contract.views if view not in images)
         return Observation(images, state, stamps, newest, absent)
 
-    def _decoded(self, streams: Sequence[StreamSpec], payloads: Mapping[str, Any]) -> list[RgbImage]:
-        """One image per stream; compressed ones beyond the first on the pool's threads."""
+    def _decoded(self, streams: Sequence[StreamSpec], payloads: Mapping[str, Any]) -> dict[str, RgbImage]:
+        """Images by stream, without optional ones that were refused; compressed ones beyond the first on the
+        pool's threads."""
         packed = [stream for stream in streams if stream.type is StreamType.COMPRESSED_IMAGE]
         waiting = {
             stream.name: decoder_pool().submit(self._decode, stream, payloads[stream.name])
             for stream in packed[1:]
         }
+        found: dict[str, RgbImage] = {}
         try:
-            return [
-                self._checked(
-                    stream,
-                    payloads[stream.name],
-                    waiting[stream.name].result()
-                    if stream.name in waiting
-                    else self._decode(stream, payloads[stream.name]),
-                )
-                for stream in streams
-            ]
-        except DamagedImageError as error:
-            self._tell(error.stream, error.reason, payloads[error.stream])
-            raise
+            for stream in streams:
+                message, pending = payloads[stream.name], waiting.get(stream.name)
+                try:
+                    whole = self._decode(stream, message) if pending is None else pending.result()
+                    found[stream.name] = self._checked(stream, message, whole)
+                except IngestError as error:
+                    if isinstance(error, DamagedImageError):
+                        self._tell(stream.name, error.reason, message)
+                    if not stream.optional:
+                        raise
         finally:
             wait(waiting.values())  # none may still read a message once this has returned
+        return found
 
     def _decode(self, stream: StreamSpec, message: Any) -> RgbImage:
         return image_from_message(

@@ -17,7 +17,7 @@ class Observation:
     state: (state_dim,) float32 in the policy's units and order.
     stamps: stream name -> header stamp of the message used [ns, ROS time].
     newest_image_stamp: largest stamp among the image streams [ns, ROS time].
-    absent: views of optional streams that had no fitting message.
+    absent: views of optional streams that had no fitting message, or one that was refused.
     """
 
     images: Mapping[str, NDArray[np.uint8]]

@@ -16,6 +16,7 @@ from flashrt_ros.core.contract import RobotContract, load_contract
 from flashrt_ros.core.errors import IngestError
 from flashrt_ros.core.ingest import Ingest, JointReader, MeasuredPositions
 from flashrt_ros.core.reasons import Reason
+from flashrt_ros.core.refusals import MessageInspector, RefusedMessages
 from flashrt_ros.core.sync import Snapshot, Stamped, Synchroniser
 
 Messages = Callable[..., SimpleNamespace]
@@ -198,6 +199,44 @@ def test_an_optional_camera_that_is_silent_is_absent(
     assert set(images) == {"base_0_rgb", "left_wrist_0_rgb"}
     assert images["left_wrist_0_rgb"] is None
     np.testing.assert_array_equal(images["base_0_rgb"], BASE)
+
+
+@pytest.mark.parametrize("kind", ["damaged", "not an image", "another size"])
+def test_an_optional_camera_that_sends_garbage_is_absent_too(
+    tmp_path: Path, demo_text: str, joint_message: Messages, kind: str
+) -> None:
+    """Unplugging it would not stop the robot; neither may a bad frame. The needed camera's still does."""
+    text = demo_text.replace("type: sensor_msgs/msg/Image", "type: sensor_msgs/msg/CompressedImage")
+    path = tmp_path / "robot.yaml"
+    path.write_text(text.replace("view: left_wrist_0_rgb", "view: left_wrist_0_rgb\n    optional: true"))
+    contract, told = load_contract(path), RefusedMessages()
+    inspector, ingest = MessageInspector(contract, told), Ingest(contract, on_refused=told.count)
+    noise = np.random.default_rng(4).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    good = jpeg_of(cv2.GaussianBlur(noise, (0, 0), 1))
+    torn = good.data[:800] + good.data[1500:]
+    bad, reason = {
+        "damaged": (SimpleNamespace(format="jpeg", data=torn), Reason.IMAGE_DECODE),
+        "not an image": (SimpleNamespace(format="jpeg", data=b"soup" * 99), Reason.IMAGE_ENCODING),
+        "another size": (jpeg_of(noise[:48]), Reason.IMAGE_SIZE),
+    }[kind]
+
+    def sent(base: SimpleNamespace, wrist: SimpleNamespace) -> Snapshot:
+        payloads = {"base_camera": base, "wrist_camera": wrist, "joint_states": joint_message(NAMES, VALUES)}
+        for name, payload in payloads.items():
+            inspector.inspect(name, 0, 0, payload)
+        stamps = {"base_camera": 30, "wrist_camera": 40, "joint_states": 35}
+        return Snapshot({name: Stamped(stamps[name], 0, item) for name, item in payloads.items()}, 10)
+
+    assert ingest.observe(sent(good, good)).absent == ()
+    observation = ingest.observe(sent(good, bad))
+    assert observation.absent == ("left_wrist_0_rgb",)
+    assert list(observation.images) == ["base_0_rgb"]
+    assert observation.newest_image_stamp == 30
+    assert sorted(observation.stamps) == ["base_camera", "joint_states"]
+    assert told.counts() == {"wrist_camera": {reason: 1}}
+    assert ingest.observe(sent(good, good)).absent == (), "it comes back by itself"
+    with pytest.raises(IngestError, match="base_camera"):
+        ingest.observe(sent(bad, good))
 
 
 @pytest.mark.parametrize("padding", [0, 13])
