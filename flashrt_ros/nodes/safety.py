@@ -92,9 +92,7 @@ def _reset(pipeline: Pipeline) -> str:
 
 def _reset_fault(pipeline: Pipeline, conflict: Problem | None) -> str:
     latched = pipeline.latch.fault
-    if latched is None:
-        return "" if pipeline.fault is None else str(pipeline.fault)
-    if latched.reason is Reason.COMMAND_CONFLICT and conflict is not None:
+    if latched is not None and latched.reason is Reason.COMMAND_CONFLICT and conflict is not None:
         return f"the fault is still there: {conflict.message}"
-    pipeline.reset_fault()
-    return ""
+    pipeline.reset_fault()  # also ends a row of failures that has not latched yet
+    return "" if pipeline.fault is None else str(pipeline.fault)

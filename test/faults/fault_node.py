@@ -77,15 +77,17 @@ def _not_finite(value: float) -> Any:
     return _with(lambda actions: actions.__setitem__((7, 2), value))
 
 
-def _open_gripper(actions: np.ndarray) -> None:
-    actions[:, 6] = 0.02 + np.linspace(0.0, 0.07, len(actions))
+def _past_the_gripper(actions: np.ndarray) -> None:
+    """Slowly from where the gripper is past its nearer limit, 0 or 0.04 m, within the open-loop cap."""
+    way = 0.05 if actions[0, 6] >= 0.02 else -0.05
+    actions[:, 6] = actions[0, 6] + np.linspace(0.0, way, len(actions))
 
 
 FAULTS = {
     "none": lambda actions: actions,
     "nan": _not_finite(np.nan),
     "inf": _not_finite(np.inf),
-    "position": _with(_open_gripper),  # slowly, and past the limit within the open-loop cap
+    "position": _with(_past_the_gripper),
     "velocity": _with(lambda actions: actions.__setitem__((slice(20, None), 5), actions[20:, 5] + 0.3)),
     "seam": _with(lambda actions: actions.__setitem__((slice(None), 5), actions[:, 5] + 1.0)),
 }

@@ -118,6 +118,27 @@ def test_fewer_failures_than_that_latch_nothing(driver: Driver) -> None:
     assert driver.pipeline.measured.dropped[Reason.CHUNK_NOT_FINITE] >= 18
 
 
+def test_a_reset_ends_a_row_of_failures_before_it_latches(driver: Driver) -> None:
+    """One failure that was on its way when the fault was reset must not latch again at once."""
+    def fail(prompt: str) -> None:
+        if broken.is_set():
+            raise RuntimeError("no luck")
+
+    broken = threading.Event()
+    driver.policy.behave = fail
+    driver.begin()
+    wait_until(lambda: len(driver.chunks) >= 2, 30.0, "two chunks")
+    driver.pipeline.latch.max_failures = 10_000
+    broken.set()
+    wait_until(lambda: driver.pipeline.latch.failures >= 20, 30.0, "twenty failures")
+    driver.pipeline.latch.max_failures = 15
+    driver.pipeline.reset_fault()
+    broken.clear()
+    before = len(driver.chunks)
+    wait_until(lambda: len(driver.chunks) > before, 10.0, "it goes on")
+    assert driver.pipeline.fault is None
+
+
 @pytest.fixture
 def rejecting():
     made = Driver(replace(load_contract("demo_arm"), on_violation=OnViolation.REJECT))
