@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rclpy.clock import Clock
 
+from flashrt_ros.core.clock_rate import ClockRate
 from flashrt_ros.core.commander import Commander
 from flashrt_ros.core.contract import RatesSpec, RobotContract
 from flashrt_ros.core.freshness import next_frame_is_better
@@ -91,6 +92,8 @@ class PolicyRunner:
         self.wait_for_frame = True  # see core.freshness
         self._last_inference = 0  # [ns]
         self._jumps = 0  # clock jumps of the streams that have been dealt with
+        self.clock_rate = ClockRate()  # of a simulated clock
+        self._told_rate = False
 
     def adopt(self, policy: PolicyLike, prompt: str) -> None:
         """Check a policy just loaded against the contract, set its prompt ("" for none) and keep it.
@@ -124,11 +127,13 @@ class PolicyRunner:
         self.guide.forget()
         self._used = {}
         self._jumps = self._synchroniser.clock_jumps
+        self.clock_rate.reset()
 
     def infer(self, wanted: Callable[[], bool]) -> Prediction | None:
         """One chunk from the newest observation; None when there is nothing new or nothing usable, or when
         `wanted` says no."""
         self.fence_clock_jumps()
+        self._watch_clock_rate()
         # The mark first: if a stop comes after the question, its fence is newer than the mark.
         mark = self._commander.mark_observation()
         policy = self.policy
@@ -168,6 +173,16 @@ class PolicyRunner:
         self._commander.timeline.bump_generation()
         text = "header stamps jumped back: the actions of the time before were dropped"
         self._report(Problem(Reason.CLOCK, "", text))
+
+    def _watch_clock_rate(self) -> None:
+        """Report a simulated clock that does not keep real time, once until it does again."""
+        if not getattr(self._clock, "ros_time_is_active", False):
+            return
+        self.clock_rate.add(self._clock.now().nanoseconds, time.monotonic_ns())
+        problem = self.clock_rate.problem
+        if problem is not None and not self._told_rate:
+            self._report(problem)
+        self._told_rate = problem is not None
 
     def _observe(self, selected: Snapshot) -> Observation:
         """Decode, and note how long everything before the model took."""

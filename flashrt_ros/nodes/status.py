@@ -83,7 +83,7 @@ def current_problem(pipeline: Pipeline, now: int) -> Problem:
         return Problem(output.reason, "", output.message)
     if violation is not None and now - violation[0] < VIOLATION_SHOWN:
         return violation[1]
-    return NONE
+    return pipeline.runner.clock_rate.problem or NONE
 
 
 def diagnostics(
@@ -122,6 +122,8 @@ def diagnostics(
         if pipeline.control is not None:
             values["control_ticks_missed"] = str(pipeline.control.missed)
             values["control_errors"] = str(pipeline.control.errors)
+        if (rate := pipeline.runner.clock_rate.factor) is not None:
+            values["real_time_factor"] = f"{rate:.3f}"
         values["clock_jumps"] = str(pipeline.synchroniser.clock_jumps)
         values["failures_in_a_row"] = str(pipeline.latch.failures)
     entry.values = [KeyValue(key=key, value=value) for key, value in values.items()]
