@@ -329,6 +329,12 @@ class RobotContract:
         """Longest lookahead among the outputs [ns]; 0 when none is a JointTrajectory."""
         return max(output.lookahead for output in self.outputs)
 
+    @property
+    def outliving(self) -> tuple[str, ...]:
+        """Topics whose last command goes on moving the robot if this node dies: velocities."""
+        velocity = self.action.representation is Representation.VELOCITY
+        return tuple(output.topic for output in self.outputs) if velocity else ()
+
     def check_policy(self, spec: PolicySpecLike) -> None:
         """Raise PolicyMismatchError unless the checkpoint of `spec` fits; see policy_check."""
         check_policy(self, spec)

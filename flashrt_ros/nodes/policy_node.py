@@ -254,6 +254,11 @@ class PolicyNode(LifecycleNode):
             f"configured: {values.checkpoint} on robot {contract.robot}, "
             f"precision {pipeline.policy.precision}, commands on {', '.join(self._commands.topics())}"
         )
+        if contract.outliving:
+            self.get_logger().warning(
+                f"velocities on {', '.join(contract.outliving)}: if this node is killed the robot "
+                "goes on with the last one, unless its controller has a command timeout"
+            )
 
     def _release(self) -> None:
         """Back to nothing, from any state; may be called twice."""

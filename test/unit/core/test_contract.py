@@ -524,6 +524,16 @@ def test_a_checkpoint_that_names_no_representation_gives_absolute_actions(
     contract.check_policy(policy(action_representation="delta"))
 
 
+def test_only_velocities_outlive_the_node(load: Callable[[str], RobotContract], demo_text: str) -> None:
+    """A trajectory ends, a position is where the arm stays; a velocity goes on."""
+    kind = "std_msgs/msg/Float64MultiArray"
+    assert load(demo_text).outliving == ()
+    positions = demo_text.replace("trajectory_msgs/msg/JointTrajectory, lookahead: 0.1", kind)
+    assert load(positions).outliving == ()
+    velocities = positions.replace("representation: absolute", "representation: velocity")
+    assert load(velocities).outliving == ("arm_controller/joint_trajectory",)
+
+
 def test_an_optional_camera_cannot_serve_a_needed_view(
     load: Callable[[str], RobotContract], demo_text: str
 ) -> None:
