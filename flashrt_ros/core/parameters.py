@@ -1,6 +1,6 @@
 """The policy node's parameters: this dataclass is the one source of names, types, defaults, bounds and words.
 
-The node declares what stands here, and docs/node.md has its table from here (scripts/parameter_table.py).
+The node declares what stands here, and docs/node.md has its table from here (scripts/node_tables.py).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from flashrt_ros.srv import Calibrate
 from flashrt_runtime import errors
 
 from .decoding import ros_decoder
-from .deferred import DeferredService, Reply
+from .deferred import UNLOADED, DeferredService, Refused, Reply
 from .exotic_images import cv_bridge_decoder
 from .failures import describe, reason_of
 
@@ -44,18 +44,9 @@ PATIENCE = to_ns(10.0)  # how long ~/calibrate waits for a live observation [ns]
 ENDING = 2.0  # how long an activation waits for the end of a cancelled calibration [s]
 
 
-class Refused(Exception):
-    """Why there was no calibration: one of Response.CODE_*, its words and reason."""
-
-    def __init__(self, code: int, message: str, reason: Reason = Reason.PARAMETER_INVALID) -> None:
-        self.code, self.reason = code, reason
-        super().__init__(message)
-
-
 def unloaded() -> Refused:
     """Of a calibration whose policy is gone."""
-    text = "the policy was unloaded meanwhile"
-    return Refused(Response.CODE_CANCELLED, text, Reason.CALIBRATION_CANCELLED)
+    return Refused(Response.CODE_CANCELLED, UNLOADED, Reason.CALIBRATION_CANCELLED)
 
 
 # Refusals that say nothing about calibrations; what was reported before stays.

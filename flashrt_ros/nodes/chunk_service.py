@@ -28,7 +28,7 @@ from flashrt_ros.srv import GetActionChunk
 from flashrt_runtime.errors import OptionError, PromptError
 from flashrt_runtime.guidance import Guidance
 
-from .deferred import DeferredService, Reply
+from .deferred import UNLOADED, DeferredService, Refused, Reply
 from .exotic_images import cv_bridge_decoder
 from .failures import describe
 from .outputs import trajectory_message
@@ -36,7 +36,6 @@ from .pipeline import Pipeline
 from .policy_runner import PolicyLike
 
 Response = GetActionChunk.Response
-UNLOADED = "the policy was unloaded meanwhile"
 _CODES = {
     Reason.CHUNK_NOT_FINITE: Response.CODE_INFERENCE,
     Reason.CHUNK_SHAPE: Response.CODE_INFERENCE,
@@ -44,14 +43,6 @@ _CODES = {
     Reason.LIMIT_VELOCITY: Response.CODE_LIMIT,
     Reason.LIMIT_ACCELERATION: Response.CODE_LIMIT,
 }
-
-
-class Refused(Exception):
-    """Why there is no chunk: one of Response.CODE_* and its words."""
-
-    def __init__(self, code: int, message: str) -> None:
-        self.code = code
-        super().__init__(message)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,19 @@ from typing import Any
 
 from rclpy.node import Node
 
+from flashrt_ros.core.reasons import Reason
+
+UNLOADED = "the policy was unloaded meanwhile"
+
+
+class Refused(Exception):
+    """Why a request gets no result: one of its response's CODE_*, the words, and the reason where one is
+    reported."""
+
+    def __init__(self, code: int, message: str, reason: Reason = Reason.PARAMETER_INVALID) -> None:
+        self.code, self.reason = code, reason
+        super().__init__(message)
+
 
 class Reply:
     """The answer to one request: `send` it once, from any thread."""
