@@ -235,10 +235,10 @@ class Commander:
         )
 
     def _start(self) -> FloatArray:
-        """Position that this command moves on from; velocities do not know where they lead, so it is
-        measured."""
+        """Position that this command moves on from; velocities and increments that leave as such do not know
+        where they lead, so it is measured."""
         assert self._reference is not None
-        if self._representation is Representation.VELOCITY:
+        if self.limiter.from_measured:
             try:
                 return self.limiter.check_start(self._measured())
             except CoreError:

@@ -9,9 +9,9 @@ and for joints with an acceleration limit, with v the speed commanded before, |(
 acceleration limit * dt, and slow enough to stop before the position limit (see braking.py).
 
 What leaves here keeps them, whatever comes in. The one case where they cannot hold, a start outside the
-position limits by more than one step, is refused (`check_start`). Velocity commands are judged from
-measured positions, which may overshoot: then a joint outside its limits may stand or move back, never
-further out.
+position limits by more than one step, is refused (`check_start`). Velocities, and increments that leave as
+such (no output is a trajectory), lead from where the robot really is, so they are judged from measured
+positions, which may overshoot: then a joint outside its limits may stand or move back, never further out.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class Limiter:
         self.acceleration = np.array([limit.acceleration or np.inf for limit in limits])
         self.bounds_acceleration = bool(np.isfinite(self.acceleration).any())
         self._representation = contract.action.representation
+        increments = self._representation is Representation.DELTA and not contract.trajectory_lookahead
+        self.from_measured = self._representation is Representation.VELOCITY or increments
         self._control_period = contract.rates.control_period
 
     def check_chunk(self, actions: ArrayLike) -> FloatArray:
@@ -88,14 +90,14 @@ class Limiter:
         """Measured joint positions (dof,) from which commands may start.
 
         Raises StartError (JOINT_NOT_FINITE, or START_OUTSIDE_LIMITS when a joint lies further outside its
-        position limits than one control period at its velocity limit can bring back). Velocity commands may
-        start anywhere.
+        position limits than one control period at its velocity limit can bring back). Commands judged from
+        measured positions may start anywhere.
         """
         start = np.array(measured, dtype=np.float64)
         if start.shape != self.lower.shape or not np.isfinite(start).all():
             text = f"expected {len(self.names)} finite joint positions, got {start.tolist()}"
             raise StartError(Reason.JOINT_NOT_FINITE, text)
-        if self._representation is Representation.VELOCITY:
+        if self.from_measured:
             return start
         reach = self._steps(np.array([self._control_period]))[0]
         for index in np.flatnonzero((start < self.lower - reach) | (start > self.upper + reach)):
@@ -152,6 +154,12 @@ class Limiter:
         steps: FloatArray = self.velocity * (periods[:, None] / NS_PER_S) * (1.0 - MARGIN)
         return steps
 
+    def _bounds(self, before: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Positions allowed after `before` (…, dof)."""
+        if not self.from_measured:
+            return self.lower, self.upper
+        return np.minimum(self.lower, before), np.maximum(self.upper, before)
+
     def _targets(self, rows: FloatArray, start: FloatArray, periods: NDArray[np.int64]) -> FloatArray:
         if self._representation is Representation.ABSOLUTE:
             return rows
@@ -163,16 +171,15 @@ class Limiter:
     def _within(
         self, targets: FloatArray, start: FloatArray, periods: NDArray[np.int64], speed: FloatArray
     ) -> bool:
-        changes = np.diff(targets, axis=0, prepend=start[None, :])
-        inside = (targets >= self.lower) & (targets <= self.upper) & (np.abs(changes) <= self._steps(periods))
+        before = np.concatenate([start[None, :], targets[:-1]])
+        changes, (lower, upper) = targets - before, self._bounds(before)
+        inside = (targets >= lower) & (targets <= upper) & (np.abs(changes) <= self._steps(periods))
         if not inside.all() or not self.bounds_acceleration:
             return bool(inside.all())
-        seconds, before = periods[:, None] / NS_PER_S, targets - changes
+        seconds = periods[:, None] / NS_PER_S
         speeds = changes / seconds
         earlier = np.concatenate([speed[None, :], speeds[:-1]])
-        low, high = speed_bounds(
-            earlier, before - self.lower, self.upper - before, self.acceleration, seconds, MARGIN
-        )
+        low, high = speed_bounds(earlier, before - lower, upper - before, self.acceleration, seconds, MARGIN)
         return bool(((speeds >= low) & (speeds <= high)).all())
 
     def _clamp(
@@ -182,9 +189,7 @@ class Limiter:
         values, positions = np.empty_like(rows), np.empty_like(rows)
         for index, step in enumerate(self._steps(periods)):
             seconds = float(periods[index]) / NS_PER_S
-            lower, upper = self.lower, self.upper
-            if self._representation is Representation.VELOCITY:
-                lower, upper = np.minimum(lower, start), np.maximum(upper, start)
+            lower, upper = self._bounds(start)
             target = self._targets(rows[index : index + 1], start, periods[index : index + 1])[0]
             target = np.clip(target, start - step, start + step)
             if self.bounds_acceleration:
@@ -206,7 +211,7 @@ class Limiter:
     ) -> tuple[Violation, ...]:
         """Violations of the first wish (n, dof) that has any."""
         before, seconds = np.concatenate([start[None, :], targets[:-1]]), periods[:, None] / NS_PER_S
-        bounded = np.clip(targets, self.lower, self.upper)
+        bounded = np.clip(targets, *self._bounds(before))
         slack = TOLERANCE * np.maximum(1.0, np.abs(bounded))
         speeds = (bounded - before) / seconds
         earlier = np.concatenate([speed[None, :], speeds[:-1]])
@@ -220,8 +225,9 @@ class Limiter:
         if not len(rows):
             return ()
         row = rows[0]
+        limits = np.clip(targets[row], self.lower, self.upper)
         return (
-            *self._named(Reason.LIMIT_POSITION, beyond[0][row], targets[row], bounded[row]),
+            *self._named(Reason.LIMIT_POSITION, beyond[0][row], targets[row], limits),
             *self._named(Reason.LIMIT_VELOCITY, beyond[1][row], np.abs(speeds[row]), self.velocity),
             *self._named(Reason.LIMIT_ACCELERATION, beyond[2][row], accelerations[row], self.acceleration),
         )

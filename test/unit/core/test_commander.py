@@ -193,20 +193,6 @@ def test_a_chunk_that_is_not_finite_changes_nothing(small: Small) -> None:
     assert commander.tick().index == 1
 
 
-def test_velocity_commands_follow_the_measured_position(small: Small) -> None:
-    commander, arm = commander_of(small(representation="velocity", lookahead=0, cap=1.0))
-    submit(commander, constant(0.5, 0.0, count=50))
-    assert published(commander.tick())[0] == 0.5
-    arm.positions[0] = 0.995
-    output = commander.tick()
-    assert published(output)[0] == pytest.approx(0.25)
-    assert output.trajectory is None
-    arm.positions[0] = 1.0
-    assert published(commander.tick())[0] == 0.0
-    arm.error = IngestError(Reason.STALE_RECEIPT, "joint_states", "gone")
-    assert published(commander.tick())[0] == 0.0
-
-
 def test_delta_commands_integrate_into_a_trajectory(small: Small) -> None:
     commander, _ = commander_of(small(representation="delta", blend_steps=0, hold_deadline=1.0))
     submit(commander, constant(0.01, -0.002, count=3))

@@ -187,30 +187,33 @@ periods_of = st.lists(st.sampled_from([10**6, PERIOD, PERIOD * 3, 10**12]), min_
 @settings(max_examples=400, deadline=None)
 @given(
     representation=st.sampled_from(["absolute", "delta", "velocity"]), data=st.data(), periods=periods_of,
+    lookahead=st.sampled_from([0.0, 0.1]),
     start=st.tuples(st.floats(-1.019, 1.019), st.floats(-0.039, 0.539)),
     low=st.floats(-2, 0.9), velocity=st.floats(1e-3, 100),
 )
 def test_nothing_that_comes_out_is_beyond_a_limit(
-    small: Small, representation: str, data: st.DataObject, periods: list[int], start: tuple[float, float],
-    low: float, velocity: float,
+    small: Small, representation: str, data: st.DataObject, periods: list[int], lookahead: float,
+    start: tuple[float, float], low: float, velocity: float,
 ) -> None:
     """Strictly: positions within [lower, upper], |change| <= velocity * time, whatever goes in."""
     limiter = Limiter(small(
-        representation=representation, limits=((low, 1.0, velocity), (0.0, 0.5, 2.0)), lookahead=0,
+        representation=representation, limits=((low, 1.0, velocity), (0.0, 0.5, 2.0)), lookahead=lookahead,
     ))
+    from_measured = representation == "velocity" or (representation == "delta" and not lookahead)
     rows = data.draw(st.lists(st.tuples(wild, wild), min_size=len(periods), max_size=len(periods)))
     # How far each joint is beyond what one control period can bring back; the verge is left to rounding.
     excess = np.maximum(limiter.lower - start, start - limiter.upper) - limiter.velocity * DT
     assume((np.abs(excess) > 1e-6).all())
-    if representation != "velocity" and (excess > 0).any():
+    if not from_measured and (excess > 0).any():
         with pytest.raises(StartError):
             limiter.apply_path(rows, start, np.array(periods))
         return
     limited = limiter.apply_path(rows, start, np.array(periods))
     seconds = np.array(periods)[:, None] / 1e9
     before = np.vstack([start, limited.positions[:-1]])
-    if representation == "velocity":
-        assert np.all(np.abs(limited.values) <= limiter.velocity)
+    if from_measured:
+        speeds = limited.values if representation == "velocity" else limited.values / seconds
+        assert np.all(np.abs(speeds) <= limiter.velocity)
         assert np.all(limited.positions <= np.maximum(limiter.upper, before))
         assert np.all(limited.positions >= np.minimum(limiter.lower, before))
         return
