@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from numpy.typing import NDArray
+from rclpy.duration import Duration as RclpyDuration
 from std_msgs.msg import Float64MultiArray, Header
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -20,8 +22,10 @@ from flashrt_ros.msg import ActionChunk
 
 if TYPE_CHECKING:
     from rclpy.node import Node
+    from rclpy.publisher import Publisher
 
 COMMAND_DEPTH = 10
+ARRIVAL_PATIENCE = RclpyDuration(seconds=0.2)  # for the last command to be acknowledged
 
 MESSAGES: dict[OutputType, type] = {
     OutputType.JOINT_TRAJECTORY: JointTrajectory,
@@ -108,34 +112,49 @@ class Command:
 
 
 class CommandPublisher:
-    """The contract's command topics. `publish` is for one thread at a time: control, and whoever ended it."""
+    """The contract's command topics. They have publishers between `open` and `close` only: a node that must
+    not command is none of those that do.
+
+    `publish` is for one thread at a time: control, and whoever ended it.
+    """
 
     def __init__(self, node: Node, contract: RobotContract) -> None:
-        self._topics = [
-            (
-                Command(output, contract),
-                node.create_publisher(MESSAGES[output.type], output.topic, COMMAND_DEPTH),
-            )
-            for output in contract.outputs
+        self._node = node
+        self._outputs = contract.outputs
+        self._commands = [Command(output, contract) for output in contract.outputs]
+        self._publishers: list[Publisher] = []
+
+    def open(self) -> None:
+        """Create the publishers. A subscriber that discovery knows gets what is sent first."""
+        self._publishers = [
+            self._node.create_publisher(MESSAGES[output.type], output.topic, COMMAND_DEPTH)
+            for output in self._outputs
         ]
 
     def publish(self, output: Output, stamp: int) -> None:
         """Send one tick's command, due at `stamp` [ns, ROS time], on every topic; silence sends nothing."""
         if output.values is None:
             return
-        for command, publisher in self._topics:
+        for command, publisher in zip(self._commands, self._publishers, strict=False):  # none while closed
             if (message := command.message(output, stamp)) is not None:
                 publisher.publish(message)
 
     def topics(self) -> list[str]:
         """Resolved names of the command topics."""
-        return [publisher.topic_name for _, publisher in self._topics]
+        return [self._node.resolve_topic_name(output.topic) for output in self._outputs]
 
-    def destroy(self, node: Node) -> None:
-        """Take the publishers down."""
-        for _, publisher in self._topics:
-            node.destroy_publisher(publisher)
-        self._topics = []
+    @property
+    def opened(self) -> bool:
+        """Whether there are publishers."""
+        return bool(self._publishers)
+
+    def close(self) -> None:
+        """Take the publishers down, once what was sent last has arrived. May be called twice."""
+        publishers, self._publishers = self._publishers, []
+        for publisher in publishers:
+            with contextlib.suppress(Exception):  # the context may be gone; they must come down all the same
+                publisher.wait_for_all_acked(ARRIVAL_PATIENCE)
+            self._node.destroy_publisher(publisher)
 
 
 def _doubles(values: NDArray[np.float64]) -> Any:

@@ -177,6 +177,8 @@ class PolicyNode(LifecycleNode):
             self.get_logger().error(f"cannot activate: {problem}")
             return TransitionCallbackReturn.FAILURE
         self._calibrations.before_activation(pipeline)
+        if self._commands is not None and not self._dry_run:
+            self._commands.open()
         pipeline.start()
         self._calibrations.after_activation(pipeline)
         pipeline.wake()
@@ -187,6 +189,8 @@ class PolicyNode(LifecycleNode):
         """Send a hold, then no more commands."""
         assert self._pipeline is not None
         self._pipeline.stop()
+        if self._commands is not None:
+            self._commands.close()
         self.get_logger().info("inactive: no more commands")
         return super().on_deactivate(state)
 
@@ -272,7 +276,7 @@ class PolicyNode(LifecycleNode):
             self.destroy_subscription(subscription)
         self._stream_subscriptions = []
         if self._commands is not None:
-            self._commands.destroy(self)
+            self._commands.close()
             self._commands = None
 
     def _on_prompt(self, message: String) -> None:
@@ -280,7 +284,7 @@ class PolicyNode(LifecycleNode):
         request = SetPrompt.Request(prompt=message.data)
         answer = services.set_prompt(self._pipeline, request, SetPrompt.Response())
         if not answer.success:
-            self._warn(Problem(Reason.PROMPT_INVALID, "", f"prompt of ~/prompt refused: {answer.message}"))
+            self._warn(Problem(Reason.PROMPT_INVALID, "~/prompt", f"refused: {answer.message}"))
 
     # Messages out: the first on the control thread, the next two on the worker's or the control thread
 
@@ -346,7 +350,7 @@ class PolicyNode(LifecycleNode):
         values, commands = self._values, self._commands
         if values is None or commands is None or values.dry_run or values.allow_other_publishers:
             return None
-        return safety.other_publishers(self, commands.topics())
+        return safety.other_publishers(self, commands.topics(), commands.opened)
 
     def _guard_commands(self) -> None:
         pipeline = self._pipeline

@@ -18,18 +18,19 @@ NOT_CONFIGURED = "no policy is loaded: configure the node first"
 NOT_ACTIVE = "the node is not active: nothing is commanded"
 
 
-def other_publishers(node: Node, topics: Sequence[str]) -> Problem | None:
+def other_publishers(node: Node, topics: Sequence[str], own_publishers: bool) -> Problem | None:
     """COMMAND_CONFLICT, naming topics and nodes, when anyone but this node publishes on one of `topics`.
 
-    Takes microseconds while nobody does. A publisher is seen once discovery has found it.
+    `own_publishers`: whether this node has one on each. Takes microseconds while there is no other. A
+    publisher is seen once discovery has found it.
     """
     own = node.get_fully_qualified_name()
     found = []
     for topic in topics:
-        if node.count_publishers(topic) <= 1:
+        if node.count_publishers(topic) <= own_publishers:
             continue
         names = [_full_name(info) for info in node.get_publishers_info_by_topic(topic)]
-        if own in names:
+        if own_publishers and own in names:
             names.remove(own)  # once: a second node of this name is another
         if names:
             found.append(f"{', '.join(sorted(names))} on {topic}")
