@@ -1,4 +1,4 @@
-"""docs/node.md against the code that its tables come from."""
+"""docs/node.md and README.md against the code that their tables come from."""
 
 import subprocess
 import sys
@@ -24,6 +24,7 @@ def test_a_stale_table_is_noticed(tmp_path: Path) -> None:
     stale = [line for line in lines if not line.startswith("| `dry_run` |")]
     assert len(stale) == len(lines) - 1
     (docs / "node.md").write_text("".join(stale))
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     command = [sys.executable, str(scripts / "node_tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
