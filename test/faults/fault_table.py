@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROWS = 38
+NOT_COMMANDING = "not applicable"
 START, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row. to_hold [s]: from the cause to the last command that moved the arm; None: no hold is due."""
+    """One row. to_hold [s]: from the cause to the last command that moved the arm; None: no hold is due;
+    NOT_COMMANDING: nothing was commanded, so that there is nothing to measure."""
 
     number: int
     cause: str
     code: str
-    to_hold: float | None
+    to_hold: float | str | None
     recovered: str
 
 
@@ -25,7 +27,8 @@ def render(outcomes: dict[int, Outcome]) -> str:
     lines = ["| # | cause | code | time to hold | recovered |", "|---|---|---|---|---|"]
     for number in sorted(outcomes):
         row = outcomes[number]
-        held = "goes on" if row.to_hold is None else f"{row.to_hold:.2f} s"
+        held = "goes on" if row.to_hold is None else row.to_hold
+        held = held if isinstance(held, str) else f"{held:.2f} s"
         lines.append(f"| {number} | {row.cause} | {row.code} | {held} | {row.recovered} |")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_table import Outcome
+from fault_table import NOT_COMMANDING, Outcome
 from rclpy.executors import SingleThreadedExecutor
 from ros_rig import Rig
 from test_configure_faults import make_nodes, refused, works
@@ -66,7 +66,7 @@ def test_24_calibration_of_another_checkpoint(node, calibration_of, checkpoint, 
     code = refused(it, Reason.CALIBRATION_MISMATCH, str(file), "checkpoint")
     shutil.copy(calibration_of(checkpoint), file)
     works(it)
-    passed(Outcome(24, "calibration of another checkpoint", code, 0.0, "by configuring again"))
+    passed(Outcome(24, "calibration of another checkpoint", code, NOT_COMMANDING, "by configuring again"))
 
 
 def test_26_corrupt_calibration(node, calibration_of, checkpoint, passed) -> None:
@@ -77,7 +77,7 @@ def test_26_corrupt_calibration(node, calibration_of, checkpoint, passed) -> Non
     code = refused(it, Reason.CALIBRATION_CORRUPT, str(file))
     file.write_bytes(whole)
     works(it)
-    passed(Outcome(26, "corrupt calibration", code, 0.0, "by configuring again"))
+    passed(Outcome(26, "corrupt calibration", code, NOT_COMMANDING, "by configuring again"))
 
 
 class Calibrated:
@@ -140,7 +140,7 @@ def test_28_bag_without_a_needed_topic(calibrated, tmp_path, passed) -> None:
 
     bag = write_bag(tmp_path / "without", load_contract("demo_arm"), 1.0, change=without)
     code = calibrated.refuses(bag, Calibrate.Response.CODE_BAD_DATA, Reason.BAG_TOPIC_MISSING)
-    passed(Outcome(28, "bag without a needed topic", code, 0.0, "with the next good bag"))
+    passed(Outcome(28, "bag without a needed topic", code, NOT_COMMANDING, "with the next good bag"))
 
 
 def test_29_truncated_bag(calibrated, tmp_path, passed) -> None:
@@ -149,4 +149,4 @@ def test_29_truncated_bag(calibrated, tmp_path, passed) -> None:
     file = next(bag.glob("*.mcap"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     code = calibrated.refuses(bag, Calibrate.Response.CODE_BAD_PATH, Reason.BAG_UNREADABLE)
-    passed(Outcome(29, "truncated bag", code, 0.0, "with the next good bag"))
+    passed(Outcome(29, "truncated bag", code, NOT_COMMANDING, "with the next good bag"))

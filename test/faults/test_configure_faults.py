@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import rclpy
-from fault_table import Outcome
+from fault_table import NOT_COMMANDING, Outcome
 from rclpy.context import Context
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -85,7 +85,8 @@ def test_23_gpu_out_of_memory_at_configure(node, passed) -> None:
     code = refused(it, Reason.OUT_OF_MEMORY, "7.50 GiB")
     full.clear()
     works(it)
-    passed(Outcome(23, "GPU out of memory at configure (simulated)", code, 0.0, "by configuring again"))
+    cause = "GPU out of memory at configure (simulated)"
+    passed(Outcome(23, cause, code, NOT_COMMANDING, "by configuring again"))
 
 
 def test_25_corrupt_checkpoint(node, checkpoint: Path, tmp_path: Path, passed) -> None:
@@ -98,7 +99,7 @@ def test_25_corrupt_checkpoint(node, checkpoint: Path, tmp_path: Path, passed) -
     code = refused(it, Reason.CHECKPOINT_INVALID, str(damaged))
     weights.write_bytes(whole)
     works(it)
-    passed(Outcome(25, "corrupt checkpoint", code, 0.0, "by configuring again"))
+    passed(Outcome(25, "corrupt checkpoint", code, NOT_COMMANDING, "by configuring again"))
 
 
 def test_27_corrupt_contract(node, contract_path: Path, tmp_path: Path, passed) -> None:
@@ -109,4 +110,4 @@ def test_27_corrupt_contract(node, contract_path: Path, tmp_path: Path, passed) 
     code = refused(it, Reason.CONTRACT_INVALID, str(damaged))
     damaged.write_text(whole)
     works(it)
-    passed(Outcome(27, "corrupt contract", code, 0.0, "by configuring again"))
+    passed(Outcome(27, "corrupt contract", code, NOT_COMMANDING, "by configuring again"))
