@@ -30,7 +30,6 @@ from .timing import period_ratio, to_s
 
 __all__ = ["Accepted", "Admit", "Command", "CommandKind", "Dropped", "ObservationMark", "Timeline"]
 
-
 # Ticks further apart than this many control periods, and than this time [ns], mean that control stood still.
 STALL_PERIODS, STALL_TIME = 5, 100_000_000
 
@@ -133,8 +132,9 @@ class Timeline:
         with self._lock:
             for name in names:
                 setattr(self, f"_{name}", getattr(other, f"_{name}"))
-            left = self._cap_actions * self._ratio - self._offset
-            self._path = self._path[: max(self._cursor, left)]
+            end = max(self._cursor, self._cap_actions * self._ratio - self._offset)
+            self._beyond = np.concatenate([self._path[end:], self._beyond])  # planned as before
+            self._path = self._path[:end]
 
     @property
     def kind(self) -> CommandKind:

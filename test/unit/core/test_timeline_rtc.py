@@ -1,10 +1,12 @@
 """What real-time chunking needs of the timeline: the plan at an observation, seams that go on, delays."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from flashrt_ros.core.chunk import at_action_rate, at_control_rate
-from flashrt_ros.core.contract import Representation
+from flashrt_ros.core.contract import Representation, RobotContract
 from flashrt_ros.core.delay import DelayEstimate
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import Accepted, Command, CommandKind, Dropped, ObservationMark, Timeline
@@ -50,6 +52,16 @@ def test_the_plan_is_what_would_be_played_and_reaches_past_the_cap() -> None:
     values(line, 4)
     assert line.tick().kind is CommandKind.HOLDING
     assert len(line.mark_observation().plan) == 0  # a hold is no plan: nothing to go on with
+
+
+def test_the_plan_has_no_hole_where_the_cap_was_lowered(small: Callable[..., RobotContract]) -> None:
+    line = Timeline.from_contract(small(cap=0.2), clock=lambda: 0)
+    line.submit(np.tile(ramp(0, 20), (1, 2)), line.mark_observation())
+    values(line, 2)
+    line.adopt_limits(small(cap=0.1))
+    assert line.mark_observation().plan[:, 0].tolist() == list(range(2, 20))
+    assert values(line, 3) == [2, 3, 4]
+    assert line.tick().kind is CommandKind.HOLDING
 
 
 def test_the_plan_is_the_blended_one() -> None:
