@@ -223,7 +223,8 @@ class Commander:
         self._speed = (self._reference - start) / to_s(self._control_period)
         violations = limited.violations
         if command.kind is CommandKind.RUNNING:
-            self.timeline.confirm(values)
+            beyond = any(violation.reason is Reason.LIMIT_POSITION for violation in violations)
+            self.timeline.confirm(values, unreachable=beyond)
         elif self.limiter.bounds_acceleration:
             # A hold that brakes does what it should; the next one holds where this one got to.
             violations = tuple(v for v in violations if v.reason is not Reason.LIMIT_ACCELERATION)

@@ -85,8 +85,7 @@ class Timeline:
         self._lookahead_ticks = (reach + rounding) // control_period
         self._rest = np.zeros(dof)
         self._lock = threading.Lock()
-        self._generation = 0
-        self._sequence = 0
+        self._generation = self._sequence = 0
         self._serial = 0  # of the last mark
         self._accepted_serial = 0  # mark of the chunk accepted last
         self._fenced_serial = 0  # last mark before the last stop or stall
@@ -116,6 +115,7 @@ class Timeline:
         self._offset = 0  # control ticks of the chunk before the path's first row
         self._last: FloatArray | None = None  # last values sent
         self._before_last: FloatArray | None = None
+        self._unreachable = False  # whether the path wanted what can never be had
         self._held = 0  # ticks held so far
         self._held_since = 0  # monotonic time of the first of them
         self._accepted_at = 0  # monotonic time at which the path was accepted
@@ -188,7 +188,7 @@ class Timeline:
                 sequence=self._sequence if playing else 0,
                 index=(self._offset + self._cursor) // self._ratio if playing else 0,
                 taken=self._clock() if taken is None else taken,
-                plan=self._plan() if playing else self._path[:0],
+                plan=self._plan() if playing and not self._unreachable else self._path[:0],
             )
 
     def _plan(self) -> FloatArray:
@@ -327,8 +327,7 @@ class Timeline:
         self._cursor += 1
         self._sent += 1
         self._before_last, self._last = self._last, values
-        self._held = 0
-        self._kind = CommandKind.RUNNING
+        self._held, self._kind = 0, CommandKind.RUNNING
         return Command(
             self._kind, Reason.OK, values, lookahead, offsets, self._sequence, index, phase, self._generation
         )
@@ -365,9 +364,11 @@ class Timeline:
         with self._lock:
             return None if self._last is None else self._hold(self._last, self._reason or Reason.STARVED)
 
-    def confirm(self, values: FloatArray) -> None:
-        """Tell that the last ticked command went out as `values`: a hold repeats what was really sent."""
+    def confirm(self, values: FloatArray, unreachable: bool = False) -> None:
+        """Tell that the last ticked command went out as `values`: a hold repeats what was really sent.
+        `unreachable`: the path is where the robot can never get; while that is so it is no plan."""
         with self._lock:
+            self._unreachable = unreachable
             if self._last is not None:
                 self._last = values
 
@@ -379,8 +380,7 @@ class Timeline:
             self._flush(reason)
 
     def bump_generation(self) -> int:
-        """Fence off every chunk computed before now, drop the one playing and hold. Returns the
-        generation."""
+        """Fence off every chunk computed before now, drop the one playing, hold. Returns the generation."""
         with self._lock:
             self._generation += 1
             self._flush(Reason.NO_CHUNK)

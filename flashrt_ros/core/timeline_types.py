@@ -29,7 +29,7 @@ class ObservationMark:
     and its action next due (0 and 0 when none). taken: monotonic time of the observation [ns].
     plan: (n, dof) float64, what would be played when the actions of a chunk from this observation are due,
     blended as it is and past the open-loop cap: what real-time chunking conditions on; empty when nothing
-    plays.
+    plays, or when the last command was clamped onto a position limit.
     """
 
     sent: int
