@@ -28,7 +28,7 @@ class ControlThread:
         on_error: Callable[[Exception], None] | None = None,
         name: str = "control",
         window: int = 1000,
-        on_start: Callable[[], None] = lambda: None,
+        on_start: Callable[[], object] = lambda: None,
     ) -> None:
         """`on_start` runs first, on the thread itself (scheduling)."""
         if period_ns <= 0:

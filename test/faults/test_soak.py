@@ -18,6 +18,7 @@ import pytest
 from fault_bench import HEALTHY, FaultBench
 from ros_rig import wait_until
 
+from flashrt_ros.core.timeline import STALL_PERIODS
 from flashrt_ros.core.timing import stamp_to_ns
 from flashrt_ros.srv import SetPrompt
 
@@ -121,8 +122,9 @@ def _sleep(seconds: float) -> None:
     wait_until(lambda: time.monotonic() >= end, seconds + 1.0, "time to pass")
 
 
-def check(bench: FaultBench, seconds: float, warm_up: float) -> None:
-    """Soak, compare the node with how it was after `warm_up`, and end it."""
+def check(bench: FaultBench, seconds: float, warm_up: float, late: float) -> None:
+    """Soak, compare the node with how it was after `warm_up`, and end it. late: share of commands that may
+    be."""
     soak(bench, warm_up, seed=1)
     before = Process.of(bench.node.pid)
     missed = int(bench.counts()["control_ticks_missed"])
@@ -139,7 +141,8 @@ def check(bench: FaultBench, seconds: float, warm_up: float) -> None:
         f"({100 * growth:+.2f} %), {before.threads} -> {after.threads} threads, "
         f"{before.handles} -> {after.handles} handles"
     )
-    assert tally.late == []
+    assert len(tally.late) <= late * tally.commands
+    assert tally.longest < STALL_PERIODS, "a gap that the node itself calls a stall"
     assert growth <= GROWTH
     assert (after.threads, after.handles) == (before.threads, before.handles)
     assert bench.node.end() == 0, bench.node.output
@@ -147,10 +150,10 @@ def check(bench: FaultBench, seconds: float, warm_up: float) -> None:
 
 
 def test_soak_for_some_seconds(bench: FaultBench) -> None:
-    check(bench, SHORT, warm_up=2.0)
+    check(bench, SHORT, warm_up=2.0, late=0.02)  # whatever else the machine does meanwhile
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(MINUTES * 60 * 1.5 + 300)
 def test_soak_for_minutes(bench: FaultBench) -> None:
-    check(bench, MINUTES * 60.0, warm_up=60.0)
+    check(bench, MINUTES * 60.0, warm_up=60.0, late=0.0)
