@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +28,20 @@ def load(server, tmp_path: Path, seconds: float) -> dict:
     """Load the server and probe it meanwhile; gives answers by status, health times and memory samples."""
     file = tmp_path / "body.json"
     file.write_bytes(body())
-    script = Path(__file__).with_name("load_client.py")
-    arguments = [server.host, server.port, CLIENTS, seconds, file]
-    process = subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    probe = http.client.HTTPConnection(server.host, server.port, timeout=30)
-    health, waiting, memory = [], [], []
-    while process.poll() is None:
-        began = time.perf_counter()
-        probe.request("GET", "/health")
-        answer = probe.getresponse()
-        content = json.loads(answer.read())
-        health.append((time.perf_counter() - began) * 1e3)
-        assert answer.status == 200, content
-        waiting.append(content["waiting"])
-        memory.append(int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096)
-        time.sleep(0.02)
-    probe.close()
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return json.loads(output) | {"health_ms": health, "waiting": waiting, "memory": memory}
+    client = script("load_client.py", server.host, server.port, CLIENTS, seconds, file)
+    probe = script("health_probe.py", server.host, server.port, server.pid)
+    output, errors = client.communicate(timeout=seconds + 60)
+    probed, probe_errors = probe.communicate(timeout=60)  # which ends its standard input
+    assert client.returncode == 0, errors
+    assert probe.returncode == 0, probe_errors
+    return json.loads(output) | json.loads(probed)
+
+
+def script(name: str, *arguments: object) -> subprocess.Popen:
+    """A script beside this file, started."""
+    command = [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def check(server, tmp_path, seconds: float) -> float:
