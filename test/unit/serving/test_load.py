@@ -63,8 +63,8 @@ def check(server, tmp_path, seconds: float) -> float:
 
 def test_a_hundred_clients(command_server, tmp_path):
     load(command_server, tmp_path, 1.0)  # allocators and thread pools reach their size
-    # behind two thousand other tests the same server takes 300 to 550 ms, by itself 9 to 24: the bound proper is
-    # held by the minute below
+    # after two thousand other tests the same server takes 300 to 550 ms, by itself 9 to 24: the minute below
+    # holds it to the bound proper
     assert check(command_server, tmp_path, 5.0) <= MAX_HEALTH_P99_MS_IN_COMPANY
 
 
