@@ -13,7 +13,7 @@ import pytest
 from benchmarks.synthetic_bag import write_bag
 from flashrt_ros.core.contract import load_contract
 from flashrt_runtime.checkpoints import make_checkpoint
-from flashrt_runtime.cli import calibration_sources, main
+from flashrt_runtime.cli import calibration_sources
 from flashrt_runtime.loading import load_model
 from flashrt_runtime.quantization import artifact
 
@@ -54,20 +54,6 @@ def pictures(tmp_path_factory) -> Path:
         entries.append({"images": images, "prompt": "wave", "state": HOME})
     (folder / "observations.json").write_text(json.dumps(entries))
     return folder
-
-
-@pytest.fixture
-def flashrt(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flashrt", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_images_with_report(flashrt, arm, pictures, tmp_path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from flashrt_runtime.checkpoints import make_checkpoint
-from flashrt_runtime.cli import main
 from flashrt_runtime.cli.predict import BARS, sparkline
 from flashrt_runtime.loading import load_model
 
@@ -36,22 +35,6 @@ def pictures(tmp_path_factory) -> list[Path]:
 
 def picture(index):
     return np.random.default_rng(index).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def flashrt(monkeypatch, capsys):
-    """Runs a command line; gives exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flashrt", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command_runs_as_a_module():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks.synthetic_bag import MS, START, STORE, message_of, stamped, write_bag
 from flashrt_ros.core.contract import load_contract
 from flashrt_runtime.checkpoints import make_checkpoint
-from flashrt_runtime.cli import main, plugins
+from flashrt_runtime.cli import plugins
 from flashrt_runtime.errors import OptionError
 
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
@@ -42,20 +41,6 @@ def bag(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("replay") / "pi05", preset="demo_arm")
-
-
-@pytest.fixture
-def flashrt(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flashrt", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_figures_for_each_joint_and_a_plot(flashrt, bag, checkpoint, tmp_path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashrt_runtime.checkpoints import make_checkpoint
-from flashrt_runtime.cli import checkup, main
+from flashrt_runtime.cli import checkup
 from flashrt_runtime.cli.main import app
 from flashrt_runtime.cli.serve import TOKEN_VARIABLE, parse_cameras, read_token
 from flashrt_runtime.errors import OptionError
@@ -20,22 +20,6 @@ from flashrt_runtime.errors import OptionError
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("cli"), preset="demo_arm")
-
-
-@pytest.fixture
-def flashrt(monkeypatch, capsys):
-    """Runs a command line; gives exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flashrt", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_doctor_has_a_line_for_every_item(flashrt):
