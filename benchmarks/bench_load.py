@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_policy import commit
+
 CAMERA = (480, 640, 3)
 
 
@@ -67,6 +69,31 @@ def measure(directory: Path, precision: str, hardware: str, cache: str) -> dict[
     return result
 
 
+def device_name() -> str:
+    """What the children load to."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, and whether the bounds of the 7 GB checkpoint hold."""
+    size, rows = result["file_gib"], result["rows"]
+    lines = [
+        f"{result['device']}, {result['date']}, commit {result['commit']}; a checkpoint of {size:.2f} GiB in the "
+        "page cache. cold: nothing in the cache of quantised weights; warm: what the cold load left.",
+        "",
+        "| precision | load s | first action s | host peak GiB | of the file |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['load_s']:.2f} | {row['first_action_s']:.2f} | {row['host_peak_gib']:.2f} | "
+        f"{row['host_peak_gib'] / size:.2f} |"
+        for name, row in rows.items()
+    ]
+    return "\n".join([*lines, "", f"- `{result['command']}`"]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,7 +102,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--hardware", default="auto")
     parser.add_argument("--size", default="full", choices=("tiny", "small", "full"))
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--commit", help="of the measured sources, where they are no checkout")
+    parser.add_argument("--out", type=Path, help="JSON to write; a .md beside it holds the table")
     args = parser.parse_args()
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -93,10 +121,18 @@ def main() -> None:
             cache = str(Path(folder) / f"cache-{precision}")
             for name in ("cold", "warm"):
                 rows[f"{precision}.{name}"] = measure(directory, precision, args.hardware, cache)
-    result = {"date": datetime.date.today().isoformat(), "file_gib": size, "rows": rows}
-    print(json.dumps(result, indent=1))
+    result = {
+        "device": device_name(),
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit or commit(),
+        "command": " ".join(["python -m benchmarks.bench_load", *sys.argv[1:]]),
+        "file_gib": size,
+        "rows": rows,
+    }
+    print(markdown(result))
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ SECTIONS = {
     "16 bits against float32, realistic frames": "fidelity.md",
     "The same with attention peaked": "fidelity_peaked.md",
     "Pi0-FAST": "fast.md",
-    "Calibration": "calibration.md",
+    "FP8: calibration and drift": "calibration.md",
+    "The same with peaked attention": "calibration_peaked.md",
     "From disk to the first action": "load.md",
 }
 STAGES = ("images", "vision", "embed", "prefix", "expert", "staging", "h2d", "d2h")

@@ -10,6 +10,7 @@
 namespace py = pybind11;
 
 void bind_prefix(py::module_& module);  // bindings_prefix.cpp
+void bind_upload(py::module_& module);  // bindings_upload.cpp
 
 namespace {
 
@@ -157,6 +158,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CUDA kernels of flashrt_runtime; use flashrt_runtime.ops.native";
   module.attr("interface_version") = flashrt::kInterfaceVersion;
   bind_prefix(module);
+  bind_upload(module);
   module.def("check_device", [] { check(flashrt::device_supported(), "native kernels"); });
   module.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("out"),
              py::arg("residual_out"), py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("dtype"),

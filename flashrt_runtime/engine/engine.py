@@ -193,6 +193,7 @@ class Engine:
         self.begun = None
         extra = self.unguided if guide is None else guide.arrays()
         self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
+        self.staging.finish_images()
         self.staging.upload()
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> None:
@@ -210,9 +211,8 @@ class Engine:
             size, rule = self.model.config.vision.image_size, self.resize_rule
             pixels = [prepare_image(image, size, rule).numpy() for image in images]
             images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
-        count = self.staging.write_images(images)
         with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self.staging.upload_images(count)
+            self.staging.start_images(images)
 
     def _fits(self, images: Sequence[NDArray[np.uint8]]) -> bool:
         return not self.on_device_resize or sum(image.size for image in images) <= self.staging.frame_bytes

@@ -1,6 +1,7 @@
 """One observation in one block of pinned memory and its twin on the device.
 
-Its images go there in one copy, which may start early, all else in another; the result comes back in one.
+Its images go there in copies of their own, which may start early, all else in another; the result comes back
+in one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..ops import native
 
 ALIGNMENT = 256
 FRAME_BYTES = 1920 * 1080 * 3
@@ -68,21 +71,54 @@ class Staging:
             name: part(self.host, name).numpy() for name in layout
         }
         self.actions = torch.zeros(output.shape, dtype=output.dtype, pin_memory=device.type == "cuda")
+        self.uploader = (
+            native.image_upload(self.host[self.frames_offset :], self.device[self.frames_offset :])
+            if device.type == "cuda" and native.available()
+            else None
+        )
 
     @property
     def frame_bytes(self) -> int:
         """Room for the images of one observation."""
         return self.frames.numel()
 
+    def start_images(self, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Start the copy of the images (H, W, 3) uint8 to the device, on the current stream.
+
+        With our kernels' module a thread without the interpreter copies them, and must be waited for by
+        `finish_images`; they must not change until then.
+        """
+        if self.uploader is not None and all(map(_whole_rows, images)):
+            stream = torch.cuda.current_stream(self.device.device).cuda_stream
+            self.uploader.begin(images, self._place(images), stream)
+            return
+        self.finish_images()
+        self.upload_images(self.write_images(images))
+
+    def finish_images(self) -> None:
+        """Wait until the copies of `start_images` are queued. Raises RuntimeError when one failed."""
+        if self.uploader is not None:
+            self.uploader.finish()
+
+    def _place(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int, int, int, int]]:
+        """Note where each image will lie. Returns (address, rows, bytes of a row, pitch, offset) of each."""
+        rows, offset = [], 0
+        for index, image in enumerate(images):
+            height, width, channels = image.shape
+            self.host_parts["views"][index] = (offset, height, width)
+            address = image.__array_interface__["data"][0]
+            rows.append((address, height, width * channels, image.strides[0], offset))
+            offset += image.size
+        return rows
+
     def write_images(self, images: Sequence[NDArray[np.uint8]]) -> int:
         """Write the images (H, W, 3) uint8 into the pinned block. Returns how many bytes they take."""
-        parts, offset = self.host_parts, 0
-        for index, image in enumerate(images):
-            parts["views"][index] = (offset, image.shape[0], image.shape[1])
+        count = 0
+        for image, (*_, offset) in zip(images, self._place(images), strict=True):
+            count = offset + image.size
             # Into the image's own shape: flattening rows with padding, or a crop, would copy them once more.
-            parts["frames"][offset : offset + image.size].reshape(image.shape)[...] = image
-            offset += image.size
-        return offset
+            self.host_parts["frames"][offset:count].reshape(image.shape)[...] = image
+        return count
 
     def write(
         self,
@@ -111,3 +147,8 @@ class Staging:
     def upload(self) -> None:
         """Start the copy of all else, where each image lies among it, on the current stream."""
         self.device[: self.frames_offset].copy_(self.host[: self.frames_offset], non_blocking=True)
+
+
+def _whole_rows(image: NDArray[np.uint8]) -> bool:
+    """Whether each row's bytes lie together, rows in their order."""
+    return image.strides[1:] == (image.shape[2], 1) and image.strides[0] >= image.shape[1] * image.shape[2]

@@ -1,4 +1,7 @@
-"""The projection that precision swaps: plain here, 8-bit in `quantization.fp8`."""
+"""Projections and tables without values of their own: a checkpoint fills them.
+
+`Linear` is the projection that precision swaps: plain here, 8-bit in `quantization.fp8`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,21 @@ from torch import Tensor, nn
 from .. import ops
 
 
-class Linear(nn.Linear):
+class Projection(nn.Linear):
+    """A projection that keeps its own dtype whatever the precision."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: torch's own way on the meta device imports its compiler, seconds."""
+
+
+class Embedding(nn.Embedding):
+    """A table of rows."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing, as `Projection`."""
+
+
+class Linear(Projection):
     """A large projection of the compute dtype. What feeds it asks `input_scale` for its input's form."""
 
     @property

@@ -11,6 +11,7 @@ from .. import ops
 from ..config import GemmaConfig, SiglipConfig
 from .gemma import GemmaStack
 from .kv_cache import KVCache, Window
+from .linear import Embedding
 from .siglip import Siglip
 
 
@@ -31,7 +32,7 @@ class PaliGemma(nn.Module):
         super().__init__()
         self.width = prefix.width
         self.vision = Siglip(vision, prefix.width, dtype)
-        self.embedding = nn.Embedding(vocab_size, prefix.width, dtype=dtype)
+        self.embedding = Embedding(vocab_size, prefix.width, dtype=dtype)
         self.stack = GemmaStack(prefix, dtype, adaptive=False, final_norm=final_norm)
 
     def embed(self, images: Tensor, tokens: Tensor) -> Tensor:

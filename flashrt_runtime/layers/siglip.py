@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PATCH_SIZE, SiglipConfig
-from .linear import Linear
+from .linear import Linear, Projection
 from .norms import LayerNorm
 
 
@@ -40,7 +40,7 @@ class Siglip(nn.Module):
     def __init__(self, config: SiglipConfig, out_width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.patch = nn.Linear(3 * PATCH_SIZE * PATCH_SIZE, config.width, dtype=torch.float32)
+        self.patch = Projection(3 * PATCH_SIZE * PATCH_SIZE, config.width, dtype=torch.float32)
         self.position = nn.Parameter(
             torch.empty(config.tokens, config.width, dtype=torch.float32), requires_grad=False
         )

@@ -12,11 +12,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..config import PolicyConfig
 from ..layers.kv_cache import Window
+from ..layers.linear import Projection
 from .prefix import PrefixPolicy
 
 
@@ -64,8 +65,8 @@ class FlowPolicy(PrefixPolicy):
         self.accumulate_time = False
         self.guide: Guide | None = None  # what an integration has to go on from; see `guided`
         width = config.expert.width
-        self.action_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
-        self.action_out = nn.Linear(width, config.action_dim, dtype=torch.float32)
+        self.action_in = Projection(config.action_dim, width, dtype=torch.float32)
+        self.action_out = Projection(width, config.action_dim, dtype=torch.float32)
 
     @property
     def suffix_capacity(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PolicyConfig
 from ..errors import ObservationError
 from ..layers.gemma import GemmaStack
+from ..layers.linear import Projection
 from ..layers.rope import time_embedding
 from .flow import FlowPolicy
 
@@ -27,9 +28,9 @@ class Pi0(FlowPolicy):
         super().__init__(config, num_views, dtype, rope_bf16)
         width = config.expert.width
         self.expert = GemmaStack(config.expert, dtype, adaptive=False, final_norm=True)
-        self.state_in = nn.Linear(config.action_dim, width, dtype=torch.float32)
-        self.action_time_in = nn.Linear(2 * width, width, dtype=torch.float32)
-        self.action_time_out = nn.Linear(width, width, dtype=torch.float32)
+        self.state_in = Projection(config.action_dim, width, dtype=torch.float32)
+        self.action_time_in = Projection(2 * width, width, dtype=torch.float32)
+        self.action_time_out = Projection(width, width, dtype=torch.float32)
 
     @torch.inference_mode()
     def prepare_conditioning(self, device: torch.device) -> None:

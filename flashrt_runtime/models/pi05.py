@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config import PolicyConfig
 from ..layers.gemma import GemmaStack
+from ..layers.linear import Projection
 from ..layers.rope import time_embedding
 from .flow import FlowPolicy
 
@@ -18,10 +19,10 @@ class TimeConditioning(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         self.width = width
-        self.mlp_in = nn.Linear(width, width, dtype=torch.float32)
-        self.mlp_out = nn.Linear(width, width, dtype=torch.float32)
+        self.mlp_in = Projection(width, width, dtype=torch.float32)
+        self.mlp_out = Projection(width, width, dtype=torch.float32)
         self.dense = nn.ModuleList(
-            nn.Linear(width, 3 * width, dtype=torch.float32) for _ in range(2 * depth + 1)
+            Projection(width, 3 * width, dtype=torch.float32) for _ in range(2 * depth + 1)
         )
 
     def forward(self, time: float) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PolicyConfig
 from ..errors import ObservationError, OptionError
 from ..layers.kv_cache import Window
+from ..layers.linear import Embedding
 from .prefix import PrefixPolicy
 
 NOTHING = -1  # an output that no token was written to: the chunk had ended
@@ -67,7 +68,7 @@ class Pi0Fast(PrefixPolicy):
         self.fused: DecodeKernel | None = None
         self.restricted: Scoring | None = None
         own = not config.decode.tied_head
-        self.head = nn.Embedding(config.vocab_size, config.prefix.width, dtype=dtype) if own else None
+        self.head = Embedding(config.vocab_size, config.prefix.width, dtype=dtype) if own else None
 
     @property
     def suffix_capacity(self) -> int:

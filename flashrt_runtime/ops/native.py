@@ -12,6 +12,7 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ MODULE = "flashrt_runtime._native"
 # Directory of a `_native` module to use instead of the installed one.
 DIRECTORY_VARIABLE = "FLASHRT_NATIVE_DIR"
 # kInterfaceVersion of native_kernels/flashrt_native.h.
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 BUILD_COMMANDS = "colcon build (make kernels in a source checkout)"
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -100,6 +101,16 @@ def _import_from(directory: Path) -> ModuleType:
     except ImportError as error:
         raise HardwareError(f"the native kernels in {candidates[0]} cannot be loaded: {error}") from error
     return module
+
+
+def image_upload(host: Tensor, device: Tensor) -> Any:
+    """A thread that copies images into `host`, pinned uint8, and on to `device`, of the same size.
+
+    `begin(images, rows, stream)`: rows (address, rows, bytes of a row, pitch, offset) of each image, which is
+    kept alive; returns at once. `finish()`: waits until all copies are queued on the stream, raises
+    RuntimeError when one was refused.
+    """
+    return load().ImageUpload(host, device, host.data_ptr(), device.data_ptr(), device.device.index or 0)
 
 
 def add_rms_norm(

@@ -1,0 +1,62 @@
+// Python binding of image_upload.h. The object keeps alive what it copies from and to.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "image_upload.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Rows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+
+class Upload {
+ public:
+  Upload(py::object host, py::object device, uintptr_t host_address, uintptr_t device_address, int device_index)
+      : buffers_(py::make_tuple(std::move(host), std::move(device))),
+        images_(py::none()),
+        upload_(std::make_unique<flashrt::ImageUpload>(pointer<uint8_t>(host_address), pointer<uint8_t>(device_address),
+                                                       device_index)) {}
+
+  void begin(py::object images, const std::vector<Rows>& rows, uintptr_t stream) {
+    std::vector<flashrt::ImageRows> parts;
+    for (const auto& [source, count, bytes, pitch, offset] : rows)
+      parts.push_back({pointer<const uint8_t>(source), count, bytes, pitch, offset});
+    {
+      py::gil_scoped_release released;
+      upload_->begin(std::move(parts), reinterpret_cast<cudaStream_t>(stream));
+    }
+    images_ = std::move(images);  // those of the call before were read to their end
+  }
+
+  void finish() {
+    cudaError_t status;
+    {
+      py::gil_scoped_release released;
+      status = upload_->finish();
+    }
+    images_ = py::none();
+    check(status, "image upload");
+  }
+
+ private:
+  py::object buffers_;  // outlive the thread, which is destroyed first
+  py::object images_;
+  std::unique_ptr<flashrt::ImageUpload> upload_;
+};
+
+}  // namespace
+
+void bind_upload(py::module_& module) {
+  py::class_<Upload>(module, "ImageUpload")
+      .def(py::init<py::object, py::object, uintptr_t, uintptr_t, int>(), py::arg("host"), py::arg("device"),
+           py::arg("host_address"), py::arg("device_address"), py::arg("device_index"))
+      .def("begin", &Upload::begin, py::arg("images"), py::arg("rows"), py::arg("stream"))
+      .def("finish", &Upload::finish);
+}
