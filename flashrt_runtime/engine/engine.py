@@ -7,6 +7,7 @@ length runs in the smallest bucket that holds it: nothing is captured, compiled 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import time
@@ -23,7 +24,7 @@ from ..config import PATCH_SIZE, FamilyRules
 from ..guidance import RtcMode
 from ..models import FlowPolicy, PrefixPolicy
 from ..models.flow import Guide, guided
-from ..ops import native, prefix
+from ..ops import native, prefix, variants
 from ..processing.guidance import GuideArrays
 from ..processing.images import prepare_image
 from ..quantization.calibration import Calibrator
@@ -47,7 +48,8 @@ def prompt_buckets(capacity: int) -> tuple[int, ...]:
 class Engine:
     """Runs one loaded model on one GPU. Not thread-safe: the policy that owns it takes one call at a time.
 
-    autotune: captures per bucket, of which the one that replays fastest is kept. whole: what the model
+    autotune: captures per bucket, of which the one that replays fastest is kept; 0 also takes the kernels
+    that `ops.variants` has and measures none. whole: what the model
     repeats is one graph, see `Repeats`. rtc: the graphs follow guidance, which they read from static buffers;
     without any they give what graphs that know none give, bit for bit.
     """
@@ -69,7 +71,7 @@ class Engine:
                 "flow time for all actions"
             )
         self.device = device
-        self.autotune = max(1, int(autotune))
+        self.autotune = autotune
         self.antialias = rules.resize == "antialias_uint8"
         self.resize_rule = rules.resize
         self.on_device_resize = native.available()
@@ -132,9 +134,13 @@ class Engine:
         """
         started = time.perf_counter()
         self._stage_example()
-        calibrator = Calibrator(self.model)
         pool: Any = torch.cuda.graph_pool_handle()
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), calibrator.assumed():
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(torch.cuda.device(self.device))
+            entered.enter_context(torch.cuda.stream(self.stream))
+            entered.enter_context(Calibrator(self.model).assumed())
+            if self.autotune:
+                entered.enter_context(self._tuned())
             self.graphs = {bucket: self._fastest(bucket, pool) for bucket in self.buckets}
             if self.model.repeats(self.actions):
                 self.repeats = Repeats(self.model, self.staging.noise, self.actions, self.whole)
@@ -145,11 +151,18 @@ class Engine:
             time.perf_counter() - started,
         )
 
+    def _tuned(self) -> contextlib.AbstractContextManager[None]:
+        """Kernels chosen by measurement, or by those of an earlier load on such a GPU."""
+        identity, file = variants.device_identity(self.device), variants.device_file(self.device)
+        return variants.TABLE.remembered(identity, file)
+
     def _fastest(self, bucket: int, pool: Any) -> torch.cuda.CUDAGraph:
-        self.forward(bucket)  # libraries choose algorithms and allocate workspaces outside the capture
+        # libraries choose algorithms and allocate workspaces outside the capture
+        with variants.TABLE.measuring() if self.autotune else contextlib.nullcontext():
+            self.forward(bucket)
         self.stream.synchronize()
         candidates: list[tuple[float, int, torch.cuda.CUDAGraph]] = []
-        for _ in range(self.autotune):
+        for _ in range(max(1, self.autotune)):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 self.forward(bucket)

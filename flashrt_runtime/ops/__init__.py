@@ -1,7 +1,8 @@
 """Operations with two implementations: torch (`reference`, any device) and CUDA (`native`, `prefix`).
 
 Layers call this module. Each operation takes the native kernel when the tensors are on a GPU that has it,
-and the torch definition otherwise; the two agree by test, to the rounding of the dtype.
+and the torch definition otherwise; the two agree by test, to the rounding of the dtype. Where a library's
+kernel may be faster at some shapes, `variants` has what was measured.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import guide, native, prefix, reference
+from . import guide, native, prefix, reference, variants
 from .reference import (
     E4M3,
     E4M3_MAX,
@@ -53,6 +54,10 @@ SCALE_ALIGNMENT = 16
 
 def _native(x: Tensor) -> bool:
     return x.is_cuda and native.available()
+
+
+def _named(x: Tensor) -> str:
+    return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
 
 
 def quantise(x: Tensor, scale: Tensor) -> Tensor:
@@ -158,24 +163,39 @@ def attention(
     prefix. Our kernel serves Gemma's heads on Hopper; elsewhere the library's variable-length kernel, with no
     bias to read, takes half the masked one's time.
     """
-    if _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k):
+
+    def own() -> Tensor:
         return prefix.attention(q, k, v, None if lengths is None else lengths[1][1], scale)
-    if lengths is None or not q.is_cuda or q.dtype == torch.float32:
-        out = reference.attention(q, k, v, key_mask)
-    else:
-        limits = q.shape[0], k.shape[0]
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, *limits, 0.0, False, False)[
-            0
-        ].flatten(1)
-    return out if scale is None else quantise(out, scale)
+
+    def library() -> Tensor:
+        if lengths is None or not q.is_cuda or q.dtype == torch.float32:
+            out = reference.attention(q, k, v, key_mask)
+        else:
+            limits = q.shape[0], k.shape[0]
+            flash = torch.ops.aten._flash_attention_forward
+            out = flash(q, k, v, *lengths, *limits, 0.0, False, False)[0].flatten(1)
+        return out if scale is None else quantise(out, scale)
+
+    if _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k):
+        operation = f"attention {_named(q)} keys {k.shape[0]} {'e4m3' if scale is not None else ''}"
+        return variants.TABLE.run(operation, {"own": own, "library": library})
+    return library()
 
 
 def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -> Tensor:
     """Attention within each view; see `reference.vision_attention`."""
-    if _native(qkv) and prefix.vision_attention_supported(qkv, num_heads):
+
+    def own() -> Tensor:
         return prefix.vision_attention(qkv, num_heads, scale)
-    out = reference.vision_attention(qkv, num_heads)
-    return out if scale is None else quantise(out, scale)
+
+    def library() -> Tensor:
+        out = reference.vision_attention(qkv, num_heads)
+        return out if scale is None else quantise(out, scale)
+
+    if _native(qkv) and prefix.vision_attention_supported(qkv, num_heads):
+        operation = f"vision_attention {_named(qkv)} {'e4m3' if scale is not None else ''}"
+        return variants.TABLE.run(operation, {"own": own, "library": library})
+    return library()
 
 
 def guide_velocity(

@@ -1,0 +1,125 @@
+"""Which of several kernels serves an operation at a shape: measured once on a GPU, remembered on disk.
+
+Until something was measured the first candidate serves. Where several are within `MARGIN` of the fastest the
+first of them is kept, so that noise does not change the kernels, and with them the rounding, from one machine
+start to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..cache import cache_directory, write_atomically
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 1.05
+REPEATS = 7
+FLUSH_BYTES = 128 << 20  # more than any GPU's second-level cache: weights come from memory, as in a forward
+
+Candidates = Mapping[str, Callable[[], Tensor]]
+
+
+class Variants:
+    """The choices in force in this process."""
+
+    def __init__(self, measure: Callable[[Callable[[], Tensor]], float] | None = None) -> None:
+        """measure: milliseconds of one call; default by CUDA events on the current stream."""
+        self.chosen: dict[str, str] = {}
+        self.measured: dict[str, dict[str, float]] = {}
+        self._measure = measure or _device_time
+        self._measuring = False
+
+    def run(self, operation: str, candidates: Candidates) -> Tensor:
+        """The result of the candidate that serves `operation`, a name with its shape and dtype.
+
+        candidates: in order of preference, all of them valid here.
+        """
+        if self._measuring and operation not in self.chosen and len(candidates) > 1:
+            self._choose(operation, candidates)
+        name = self.chosen.get(operation)
+        return candidates[name if name in candidates else next(iter(candidates))]()
+
+    def _choose(self, operation: str, candidates: Candidates) -> None:
+        times = {name: self._measure(call) for name, call in candidates.items()}
+        fastest = min(times.values())
+        self.measured[operation] = times
+        self.chosen[operation] = next(name for name, each in times.items() if each <= MARGIN * fastest)
+        described = ", ".join(f"{name} {1e3 * each:.1f} us" for name, each in times.items())
+        logger.debug("%s: %s of %s", operation, self.chosen[operation], described)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure what runs in this block for the first time. Not while a stream is captured."""
+        before, self._measuring = self._measuring, True
+        try:
+            yield
+        finally:
+            self._measuring = before
+
+    @contextlib.contextmanager
+    def remembered(self, identity: Mapping[str, str], file: Path) -> Iterator[None]:
+        """Take the choices of `file`, if they are of this identity; what the block measures goes there too."""
+        self.chosen |= _read(file, identity)
+        before = len(self.chosen)
+        yield
+        if len(self.chosen) > before:
+            content = dict(identity) | {"chosen": self.chosen, "measured_ms": self.measured}
+            with contextlib.suppress(OSError):  # a read-only home costs the time of measuring, no more
+                write_atomically(file, json.dumps(content, indent=1).encode())
+
+
+TABLE = Variants()
+
+
+def device_identity(device: torch.device) -> dict[str, str]:
+    """What a measurement holds for: GPU, torch, CUDA, this package's version."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "version": __version__,
+    }
+
+
+def device_file(device: torch.device) -> Path:
+    """Where the choices of a GPU are kept."""
+    name = "".join(each if each.isalnum() else "-" for each in torch.cuda.get_device_name(device))
+    return cache_directory() / "autotune" / f"{name}.json"
+
+
+def _read(file: Path, identity: Mapping[str, str]) -> dict[str, str]:
+    """The choices of a file; none where it is of another identity, damaged or not there."""
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        if any(content[name] != value for name, value in identity.items()):
+            return {}
+        return {str(operation): str(name) for operation, name in content["chosen"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _device_time(call: Callable[[], Tensor]) -> float:
+    """Median milliseconds of a call whose operands come from memory."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    times: list[float] = []
+    for _ in range(REPEATS):
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,52 @@
+"""Variants timed on this GPU at the published shapes: both are valid, and a choice is made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashrt_runtime import ops
+from flashrt_runtime.ops import variants
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> variants.Variants:
+    fresh = variants.Variants()
+    monkeypatch.setattr(variants, "TABLE", fresh)
+    return fresh
+
+
+def both(table: variants.Variants, call: object) -> list[torch.Tensor]:
+    """The operation's result by each of its candidates, after it was measured."""
+    assert callable(call)
+    with torch.inference_mode():
+        with table.measuring():
+            call()
+        (operation,) = table.chosen
+        times = table.measured[operation]
+        assert set(times) == {"own", "library"}
+        assert all(0.0 < each < 10.0 for each in times.values())
+        results = []
+        for name in times:
+            table.chosen[operation] = name
+            results.append(call().float())
+    return results
+
+
+def test_prefix_attention(table: variants.Variants) -> None:
+    q = torch.randn(560, 8, 256, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(560, 1, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    limits = (
+        torch.tensor([0, 560], dtype=torch.int32, device="cuda"),
+        torch.tensor([0, 553], dtype=torch.int32, device="cuda"),
+    )
+    own, library = both(table, lambda: ops.attention(q, k, v, torch.arange(560, device="cuda") < 553, None, limits))
+    torch.testing.assert_close(own, library, rtol=2e-2, atol=5e-3)
+
+
+def test_vision_attention(table: variants.Variants) -> None:
+    qkv = torch.randn(2, 256, 3 * 1152, device="cuda", dtype=torch.bfloat16)
+    own, library = both(table, lambda: ops.vision_attention(qkv, 16))
+    torch.testing.assert_close(own, library, rtol=2e-2, atol=1e-2)
