@@ -77,8 +77,10 @@ class Rig:
             opened = open_checkpoint(self.args.checkpoint, config="auto")
             opened.config = opened.config.with_steps(self.args.steps)
             return opened
-        scale = self.args.query_scale
-        return random_checkpoint("pi05", 2, 10, self.args.steps, self.device, self.args.size, query_scale=scale)
+        args = self.args
+        return random_checkpoint(
+            "pi05", 2, 10, args.steps, self.device, args.size, query_scale=args.query_scale
+        )
 
     def plain(self, dtype: torch.dtype) -> FlowPolicy:
         """The same policy unquantised: the definition, no graphs."""
@@ -375,7 +377,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": args.commit or commit(),
         "command": " ".join(["python -m benchmarks.bench_calibration", *sys.argv[1:]]),
-        "weights": str(args.checkpoint) if args.checkpoint else f"random weights of size {args.size}, q times {args.query_scale:g}",
+        "weights": str(args.checkpoint or f"random weights of size {args.size}, q x {args.query_scale:g}"),
         "frames": len(rig.frames),
         "held_out": len(held),
         "draws": args.draws,

@@ -80,8 +80,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, and whether the bounds of the 7 GB checkpoint hold."""
     size, rows = result["file_gib"], result["rows"]
     lines = [
-        f"{result['device']}, {result['date']}, commit {result['commit']}; a checkpoint of {size:.2f} GiB in the "
-        "page cache. cold: nothing in the cache of quantised weights; warm: what the cold load left.",
+        f"{result['device']}, {result['date']}, commit {result['commit']}; {size:.2f} GiB in the page "
+        "cache. cold: nothing in the cache of quantised weights; warm: what the cold load left.",
         "",
         "| precision | load s | first action s | host peak GiB | of the file |",
         "|---|---|---|---|---|",

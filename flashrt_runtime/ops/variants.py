@@ -47,7 +47,7 @@ class Variants:
         """
         if self._measuring and operation not in self.chosen and len(candidates) > 1:
             self._choose(operation, candidates)
-        name = self.chosen.get(operation)
+        name = self.chosen.get(operation, "")
         return candidates[name if name in candidates else next(iter(candidates))]()
 
     def _choose(self, operation: str, candidates: Candidates) -> None:
@@ -69,7 +69,7 @@ class Variants:
 
     @contextlib.contextmanager
     def remembered(self, identity: Mapping[str, str], file: Path) -> Iterator[None]:
-        """Take the choices of `file`, if they are of this identity; what the block measures goes there too."""
+        """Take the choices of `file`, if of this identity; what the block measures goes there too."""
         self.chosen |= _read(file, identity)
         before = len(self.chosen)
         yield
@@ -77,9 +77,6 @@ class Variants:
             content = dict(identity) | {"chosen": self.chosen, "measured_ms": self.measured}
             with contextlib.suppress(OSError):  # a read-only home costs the time of measuring, no more
                 write_atomically(file, json.dumps(content, indent=1).encode())
-
-
-TABLE = Variants()
 
 
 def device_identity(device: torch.device) -> dict[str, str]:
@@ -123,3 +120,6 @@ def _device_time(call: Callable[[], Tensor]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+TABLE = Variants()
