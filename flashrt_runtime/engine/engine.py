@@ -224,8 +224,7 @@ class Engine:
             size, rule = self.model.config.vision.image_size, self.resize_rule
             pixels = [prepare_image(image, size, rule).numpy() for image in images]
             images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
-        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            self.staging.start_images(images)
+        self.staging.start_images(images, self.stream)
 
     def _fits(self, images: Sequence[NDArray[np.uint8]]) -> bool:
         return not self.on_device_resize or sum(image.size for image in images) <= self.staging.frame_bytes
@@ -265,7 +264,7 @@ class Engine:
         # a calibration on the caller's stream writes scales and cache that the graph reads and writes
         self.before.record(torch.cuda.current_stream(self.device))
         self.stream.wait_event(self.before)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):
             self._upload(images, tokens, state, noise, guide)
             bucket = self.bucket_of(len(tokens))
             self.graphs[bucket].replay()

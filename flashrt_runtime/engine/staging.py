@@ -57,6 +57,9 @@ class Staging:
         self.frames_offset = offsets["frames"]
         self.host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._rest_host, self._rest_device = (
+            each[: self.frames_offset] for each in (self.host, self.device)
+        )
 
         def part(buffer: Tensor, name: str) -> Tensor:
             dtype, shape = layout[name]
@@ -82,18 +85,19 @@ class Staging:
         """Room for the images of one observation."""
         return self.frames.numel()
 
-    def start_images(self, images: Sequence[NDArray[np.uint8]]) -> None:
-        """Start the copy of the images (H, W, 3) uint8 to the device, on the current stream.
+    def start_images(self, images: Sequence[NDArray[np.uint8]], stream: torch.cuda.Stream) -> None:
+        """Start the copy of the images (H, W, 3) uint8 to the device, on a stream.
 
         With our kernels' module a thread without the interpreter copies them, and must be waited for by
         `finish_images`; they must not change until then.
         """
         if self.uploader is not None and all(map(_whole_rows, images)):
-            stream = torch.cuda.current_stream(self.device.device).cuda_stream
-            self.uploader.begin(images, self._place(images), stream)
+            self.uploader.begin(images, self._place(images), stream.cuda_stream)
             return
         self.finish_images()
-        self.upload_images(self.write_images(images))
+        count = self.write_images(images)
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            self.upload_images(count)
 
     def finish_images(self) -> None:
         """Wait until the copies of `start_images` are queued. Raises RuntimeError when one failed."""
@@ -146,7 +150,7 @@ class Staging:
 
     def upload(self) -> None:
         """Start the copy of all else, where each image lies among it, on the current stream."""
-        self.device[: self.frames_offset].copy_(self.host[: self.frames_offset], non_blocking=True)
+        self._rest_device.copy_(self._rest_host, non_blocking=True)
 
 
 def _whole_rows(image: NDArray[np.uint8]) -> bool:

@@ -70,7 +70,9 @@ class Variants:
     @contextlib.contextmanager
     def remembered(self, identity: Mapping[str, str], file: Path) -> Iterator[None]:
         """Take the choices of `file`, if of this identity; what the block measures goes there too."""
-        self.chosen |= _read(file, identity)
+        chosen, measured = _read(file, identity)
+        self.chosen |= chosen
+        self.measured = measured | self.measured
         before = len(self.chosen)
         yield
         if len(self.chosen) > before:
@@ -95,15 +97,16 @@ def device_file(device: torch.device) -> Path:
     return cache_directory() / "autotune" / f"{name}.json"
 
 
-def _read(file: Path, identity: Mapping[str, str]) -> dict[str, str]:
-    """The choices of a file; none where it is of another identity, damaged or not there."""
+def _read(file: Path, identity: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Choices and times of a file; none where it is of another identity, damaged or not there."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         if any(content[name] != value for name, value in identity.items()):
-            return {}
-        return {str(operation): str(name) for operation, name in content["chosen"].items()}
+            return {}, {}
+        chosen = {str(operation): str(name) for operation, name in content["chosen"].items()}
+        return chosen, dict(content["measured_ms"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return {}, {}
 
 
 def _device_time(call: Callable[[], Tensor]) -> float:

@@ -58,7 +58,7 @@ def discretize(state: Array) -> NDArray[np.int64]:
 
     Below -1 gives -1, from 1 on 255: out-of-range values are not clamped to the first bin.
     """
-    bins: NDArray[np.int64] = np.digitize(state, BIN_EDGES).astype(np.int64) - 1
+    bins: NDArray[np.int64] = np.searchsorted(BIN_EDGES, state, side="right").astype(np.int64) - 1
     return bins
 
 
@@ -66,4 +66,6 @@ def _keep_bin(exact: Array, rounded: NDArray[np.float32]) -> NDArray[np.float32]
     """Rounding to float32 may lift a value onto the edge of the next bin; such a value is rounded down
     instead."""
     lifted = discretize(rounded) != discretize(exact)
+    if not lifted.any():
+        return rounded
     return np.where(lifted, np.nextafter(rounded, np.float32(-np.inf)), rounded).astype(np.float32)

@@ -53,21 +53,21 @@ def test_every_layout_arrives(kind: str, thread: bool) -> None:
         for seed in range(5):
             block.frames.fill_(255)
             images = frames(seed)[kind]
-            block.start_images(images)
+            block.start_images(images, stream)
             block.finish_images()
             check(block, images)
 
 
 def test_images_of_an_abandoned_observation_are_replaced() -> None:
     """Begun, never waited for, their arrays let go: the next ones arrive whole."""
-    block = staging()
+    block, stream = staging(), torch.cuda.current_stream()
     for seed in range(20):
-        block.start_images([image.copy() for image in frames(seed)["padded"]])
+        block.start_images([image.copy() for image in frames(seed)["padded"]], stream)
         images = frames(seed + 100)["whole"]
-        block.start_images(images)
+        block.start_images(images, stream)
         block.finish_images()
         check(block, images)
-    block.start_images([image.copy() for image in frames(7)["padded"]])
+    block.start_images([image.copy() for image in frames(7)["padded"]], stream)
     del block  # with a copy on its way
 
 

@@ -71,12 +71,15 @@ def test_choices_are_remembered(tmp_path: Path) -> None:
         assert run(third) is LIBRARY
         assert run(third, "another") is OWN
     assert calls == []
+    assert third.measured == {each: {"own": each_own, "library": 3.0 - each_own} for each, each_own in (
+        ("product 4x4", 2.0), ("another", 1.0))}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "[]", '{"gpu": "G2", "version": "1", "chosen": {"product 4x4": "library"}}', '{"chosen": {}}',
-     '{"gpu": "G1", "version": "1", "chosen": []}', '{"gpu": "G1", "version": "1"}'],
+     '{"gpu": "G1", "version": "1", "chosen": []}', '{"gpu": "G1", "version": "1"}',
+     '{"gpu": "G1", "version": "1", "chosen": {"product 4x4": "library"}}'],
 )  # fmt: skip
 def test_a_file_of_another_gpu_or_damaged_is_measured_anew(tmp_path: Path, content: str) -> None:
     file = tmp_path / "gpu.json"
