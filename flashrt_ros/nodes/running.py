@@ -57,6 +57,10 @@ def run(make: Callable[[Callable[[], bool]], LifecycleNode], args: list[str] | N
         ending.callback(executor.shutdown)
         if getattr(node, "autostart", False) and not _start(node) and not stop.is_set():
             return 1
+        # The events executor calls a timer that is overdue when it is added once for every timer added with
+        # or after it, and each call takes a period from the future: seconds of silence after a burst.
+        for timer in node.timers:
+            timer.reset()
         while not stop.is_set():
             _spin_once(executor, node)
         return 0

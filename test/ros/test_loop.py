@@ -15,6 +15,7 @@ from trajectory_msgs.msg import JointTrajectory
 from flashrt_ros.core.contract import load_contract
 from flashrt_ros.core.timing import stamp_to_ns
 from flashrt_ros.msg import ActionChunk, PolicyStatus
+from flashrt_ros.nodes.policy_node import DIAGNOSTICS_PERIOD, STATUS_PERIOD
 from flashrt_ros.srv import SetPrompt
 
 TRAVEL = 0.3  # summed motion of all joints that counts as moving [rad]
@@ -155,13 +156,18 @@ def test_namespaced_node_and_robot_find_each_other(rig, demo_robot, policy_node)
 
 
 def test_diagnostics_tell_the_same_story(rig, demo_robot, policy_node) -> None:
+    """At their period from the first one on, although the node loaded its checkpoint before it spun."""
     reports = rig.collect(DiagnosticArray, "/diagnostics")
+    statuses = rig.collect(PolicyStatus, "/policy_node/status")
     demo_robot()
     policy_node(seed=3)
 
+    def ours(report: DiagnosticArray) -> bool:
+        return report.status[0].name == "/policy_node: policy"
+
     def running(report: DiagnosticArray) -> bool:
         values = {item.key: item.value for item in report.status[0].values}
-        return report.status[0].name == "/policy_node: policy" and values["state"] == "running"
+        return ours(report) and values["state"] == "running"
 
     entry = reports.wait_for(running).status[0]
     assert entry.level in (DiagnosticStatus.OK, DiagnosticStatus.WARN)
@@ -169,3 +175,13 @@ def test_diagnostics_tell_the_same_story(rig, demo_robot, policy_node) -> None:
     values = {item.key: item.value for item in entry.values}
     assert values["prompt"] == "wave"
     assert float(values["base_camera.rate_hz"]) > 0.0
+
+    def received() -> dict[float, list[float]]:
+        diagnostics = [moment for moment, report in reports.entries if ours(report)]
+        return {DIAGNOSTICS_PERIOD: diagnostics, STATUS_PERIOD: [moment for moment, _ in statuses.entries]}
+
+    wait_until(lambda: min(map(len, received().values())) >= 4, 10.0, "four of each report")
+    for period, moments in received().items():
+        gaps = np.diff(moments[:4])
+        assert (gaps > 0.3 * period).all(), gaps
+        assert (gaps < 1.7 * period).all(), gaps
