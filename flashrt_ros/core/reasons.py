@@ -88,3 +88,4 @@ class Reason(IntEnum):
     CALIBRATION_CANCELLED = 614, "the calibration was cancelled"
     CALIBRATION_FAILED = 615, "the calibration could not be completed"
     CALIBRATING = 616, "calibrating: nothing is commanded until it is done"
+    CALIBRATION_REFUSED = 617, "a calibration was asked for while the node drives the robot: refused"

@@ -131,7 +131,8 @@ class Calibrations:
             raise Refused(Response.CODE_BUSY, text, Reason.CALIBRATING)
         if pipeline.active and not pipeline.held:
             text = "the node drives the robot: deactivate it, or call ~/hold first"
-            raise Refused(Response.CODE_ACTIVE, text, Reason.OK)
+            pipeline.measured.problems[Reason.CALIBRATION_REFUSED] += 1  # for /diagnostics
+            raise Refused(Response.CODE_ACTIVE, text, Reason.CALIBRATION_REFUSED)
         if not _needs_scales(pipeline):
             text = f"precision {pipeline.policy.precision} has no activation scales: calibration is for fp8"
             raise Refused(Response.CODE_NOT_SUPPORTED, text)

@@ -29,6 +29,7 @@ from flashrt_ros.srv import SetPrompt
 HERE = Path(__file__).resolve().parent
 # What the machine's load may add to a time that is measured through two processes [s].
 SLACK = 0.25
+NODE = "/policy_node"
 QUIET = 0.4  # commands that stand still for this long are a hold, not a turning point [s]
 HEALTHY: dict[str, Any] = {
     "base_camera.drop": 0.0, "base_camera.delay": 0.0, "base_camera.freeze_stamp": False,
@@ -161,18 +162,20 @@ class FaultBench:
         found: PolicyStatus = self.statuses.wait_for(lambda m: m.state == state, timeout=timeout, since=since)
         return found
 
-    def counts(self) -> dict[str, str]:
-        """Values of the node's newest /diagnostics entry."""
-        entries = [values for report in self.reports.messages if (values := entry_of(report))]
+    def counts(self, node: str = NODE) -> dict[str, str]:
+        """Values of the newest /diagnostics entry of `node`."""
+        entries = [values for report in self.reports.messages if (values := entry_of(report, node))]
         return entries[-1] if entries else {}
 
-    def wait_code(self, reasons: tuple[Reason, ...], since: float, before: dict[str, str]) -> str:
-        """The first of `reasons` that /diagnostics names as the present one, or counts more often than
-        `before`; fails after some seconds."""
+    def wait_code(
+        self, reasons: tuple[Reason, ...], since: float, before: dict[str, str], node: str = NODE
+    ) -> str:
+        """The first of `reasons` that /diagnostics names as the present one of `node`, or counts more often
+        than `before`; fails after some seconds."""
         codes = [reason.name for reason in reasons]
 
         def named(report: DiagnosticArray) -> str:
-            values = entry_of(report)
+            values = entry_of(report, node)
             for code in codes:
                 if values.get("code") == code:
                     return code
@@ -185,7 +188,8 @@ class FaultBench:
         try:
             return named(self.reports.wait_for(lambda report: bool(named(report)), timeout=15.0, since=since))
         except AssertionError as error:
-            seen = [entry_of(report).get("code") for report in self.reports.since(since) if entry_of(report)]
+            entries = [entry_of(report, node) for report in self.reports.since(since)]
+            seen = [values["code"] for values in entries if values]
             raise AssertionError(f"expected one of {codes} in /diagnostics, got {seen}") from error
 
     def last_motion(self, since: float) -> float:
@@ -222,9 +226,9 @@ class FaultBench:
         assert gaps.max() < QUIET, f"no motion for {gaps.max():.2f} s"
 
 
-def entry_of(report: DiagnosticArray) -> dict[str, str]:
-    """Values of the policy node's entry; empty for a report of someone else."""
+def entry_of(report: DiagnosticArray, node: str = NODE) -> dict[str, str]:
+    """Values of the entry of a policy node; empty for a report of someone else."""
     for status in report.status:
-        if status.name == "/policy_node: policy":
+        if status.name == f"{node}: policy":
             return {item.key: item.value for item in status.values}
     return {}

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diagnostic_msgs.msg import DiagnosticArray
+from fault_bench import entry_of
 from fault_table import NOT_COMMANDING, Outcome
 from rclpy.executors import SingleThreadedExecutor
-from ros_rig import Rig
+from ros_rig import Collector, Rig
 from test_configure_faults import make_nodes, refused, works
 
 from benchmarks.synthetic_bag import Entry, write_bag
 from flashrt_ros.core.contract import load_contract
 from flashrt_ros.core.reasons import Reason
-from flashrt_ros.nodes import status
 from flashrt_ros.nodes.policy_node import PolicyNode
 from flashrt_ros.srv import Calibrate
 from flashrt_runtime.checkpoints import make_checkpoint
@@ -32,6 +34,11 @@ def rig():
     rig = Rig()
     yield rig
     rig.close()
+
+
+@pytest.fixture
+def reports(rig) -> Collector:
+    return rig.collect(DiagnosticArray, "/diagnostics")
 
 
 @pytest.fixture
@@ -60,21 +67,23 @@ def calibration_of(tmp_path: Path) -> Callable[[Path], Path]:
     return make
 
 
-def test_24_calibration_of_another_checkpoint(node, calibration_of, checkpoint, tmp_path, passed) -> None:
+def test_24_calibration_of_another_checkpoint(
+    node, reports, calibration_of, checkpoint, tmp_path, passed
+) -> None:
     file = calibration_of(make_checkpoint(tmp_path / "other", preset="demo_arm", seed=9))
     it = node(calibration=str(file))
-    code = refused(it, Reason.CALIBRATION_MISMATCH, str(file), "checkpoint")
+    code = refused(it, reports, Reason.CALIBRATION_MISMATCH, str(file), "checkpoint")
     shutil.copy(calibration_of(checkpoint), file)
     works(it)
     passed(Outcome(24, "calibration of another checkpoint", code, NOT_COMMANDING, "by configuring again"))
 
 
-def test_26_corrupt_calibration(node, calibration_of, checkpoint, passed) -> None:
+def test_26_corrupt_calibration(node, reports, calibration_of, checkpoint, passed) -> None:
     file = calibration_of(checkpoint)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     it = node(calibration=str(file))
-    code = refused(it, Reason.CALIBRATION_CORRUPT, str(file))
+    code = refused(it, reports, Reason.CALIBRATION_CORRUPT, str(file))
     file.write_bytes(whole)
     works(it)
     passed(Outcome(26, "corrupt calibration", code, NOT_COMMANDING, "by configuring again"))
@@ -83,8 +92,8 @@ def test_26_corrupt_calibration(node, calibration_of, checkpoint, passed) -> Non
 class Calibrated:
     """A configured node whose policy was calibrated from a good bag; a thread answers its services."""
 
-    def __init__(self, rig: Rig, node: PolicyNode, good: Path) -> None:
-        self.rig, self.node, self.good = rig, node, good
+    def __init__(self, rig: Rig, reports: Collector, node: PolicyNode, good: Path) -> None:
+        self.rig, self.reports, self.node, self.good = rig, reports, node, good
         self.executor = SingleThreadedExecutor(context=node.context)
         self.executor.add_node(node)
         self.stop = threading.Event()
@@ -112,24 +121,24 @@ class Calibrated:
         """The bag must be refused with these, the artifact and the scales stay; returns the code's name."""
         content, calibrated = self.artifact.read_bytes(), self.node.report()
         assert calibrated.reason == 0
-        answer = self.ask(bag)
+        answer, answered = self.ask(bag), time.monotonic()
         assert (answer.success, answer.code, answer.reason) == (False, code, reason), answer.message
         assert self.artifact.read_bytes() == content
         report = self.node.report()
         assert (report.state, report.reason) == (report.STATE_INACTIVE, reason)
-        entry = status.diagnostics(None, report, "policy", "").status[0]
-        values = {item.key: item.value for item in entry.values}
-        assert values["code"] == reason.name
+        entry = self.reports.wait_for(
+            lambda found: entry_of(found).get("code") == reason.name, timeout=10.0, since=answered
+        )
         again = self.ask(self.good)
         assert again.success, again.message
         assert self.node.report().reason == 0
-        return values["code"]
+        return entry_of(entry)["code"]
 
 
 @pytest.fixture
-def calibrated(rig, node, tmp_path: Path):
+def calibrated(rig, reports, node, tmp_path: Path):
     good = write_bag(tmp_path / "good", load_contract("demo_arm"), 1.0)
-    it = Calibrated(rig, node(), good)
+    it = Calibrated(rig, reports, node(), good)
     yield it
     it.end()
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from fault_bench import entry_of
 from fault_table import NOT_COMMANDING, Outcome
 from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from ros_rig import Rig
+from ros_rig import Collector, Rig, wait_until
 
 from flashrt_ros.core.reasons import Reason
-from flashrt_ros.nodes import status
 from flashrt_ros.nodes.policy_node import PolicyNode, load_policy
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
@@ -43,26 +46,52 @@ def make_nodes(rig: Rig, defaults: dict[str, str]):
 
 
 @pytest.fixture
-def node(contract_path: Path, checkpoint: Path):
+def rig():
     rig = Rig()
-    values = {"checkpoint": str(checkpoint), "robot": str(contract_path), "prompt": "wave"}
-    with make_nodes(rig, values) as make:
-        yield make
+    yield rig
     rig.close()
 
 
-def refused(node: PolicyNode, reason: Reason, *words: str) -> str:
-    """Configure must fail and leave an unconfigured node with an ERROR of this code in /diagnostics."""
+@pytest.fixture
+def reports(rig: Rig) -> Collector:
+    return rig.collect(DiagnosticArray, "/diagnostics")
+
+
+@pytest.fixture
+def node(rig: Rig, contract_path: Path, checkpoint: Path):
+    values = {"checkpoint": str(checkpoint), "robot": str(contract_path), "prompt": "wave"}
+    with make_nodes(rig, values) as make:
+        yield make
+
+
+def refused(node: PolicyNode, reports: Collector, reason: Reason, *words: str) -> str:
+    """Configure must fail and leave an unconfigured node that says so on /diagnostics; returns the code
+    there."""
     assert node.trigger_configure() == FAILURE
     report = node.report()
     assert (report.state, report.reason) == (report.STATE_UNCONFIGURED, reason), report.message
     assert all(word in report.message for word in words), report.message
-    entry = status.diagnostics(None, report, "policy", "").status[0]
-    assert entry.level == entry.ERROR
-    values = {item.key: item.value for item in entry.values}
-    assert values["code"] == reason.name
     assert node.count_publishers("/arm_controller/joint_trajectory") == 0
-    return values["code"]
+    begin = time.monotonic()
+    with spinning(node) as spin:
+        wait_until(lambda: spin() or reports.since(begin), 10.0, "a report on /diagnostics")
+    received = reports.since(begin)[0]
+    assert received.status[0].level == DiagnosticStatus.ERROR
+    code = entry_of(received)["code"]
+    assert code == reason.name
+    return code
+
+
+@contextlib.contextmanager
+def spinning(node: PolicyNode):
+    """spin() does what the node's executor has to do now."""
+    executor = SingleThreadedExecutor(context=node.context)
+    executor.add_node(node)
+    try:
+        yield lambda: executor.spin_once(timeout_sec=0.05)
+    finally:
+        executor.remove_node(node)
+        executor.shutdown()
 
 
 def works(node: PolicyNode) -> None:
@@ -70,7 +99,7 @@ def works(node: PolicyNode) -> None:
     assert node.trigger_activate() == SUCCESS
 
 
-def test_23_gpu_out_of_memory_at_configure(node, passed) -> None:
+def test_23_gpu_out_of_memory_at_configure(node, reports, passed) -> None:
     """Simulated, as there may be no GPU: the loader raises what torch raises, and then loads."""
     import torch
 
@@ -82,32 +111,32 @@ def test_23_gpu_out_of_memory_at_configure(node, passed) -> None:
         return load_policy(values, contract)
 
     it = node(load)
-    code = refused(it, Reason.OUT_OF_MEMORY, "7.50 GiB")
+    code = refused(it, reports, Reason.OUT_OF_MEMORY, "7.50 GiB")
     full.clear()
     works(it)
     cause = "GPU out of memory at configure (simulated)"
     passed(Outcome(23, cause, code, NOT_COMMANDING, "by configuring again"))
 
 
-def test_25_corrupt_checkpoint(node, checkpoint: Path, tmp_path: Path, passed) -> None:
+def test_25_corrupt_checkpoint(node, reports, checkpoint: Path, tmp_path: Path, passed) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
     weights = damaged / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     it = node(checkpoint=str(damaged))
-    code = refused(it, Reason.CHECKPOINT_INVALID, str(damaged))
+    code = refused(it, reports, Reason.CHECKPOINT_INVALID, str(damaged))
     weights.write_bytes(whole)
     works(it)
     passed(Outcome(25, "corrupt checkpoint", code, NOT_COMMANDING, "by configuring again"))
 
 
-def test_27_corrupt_contract(node, contract_path: Path, tmp_path: Path, passed) -> None:
+def test_27_corrupt_contract(node, reports, contract_path: Path, tmp_path: Path, passed) -> None:
     damaged = tmp_path / "robot.yaml"
     whole = contract_path.read_text()
     damaged.write_text(whole[: len(whole) // 2] + "\n  {")
     it = node(robot=str(damaged))
-    code = refused(it, Reason.CONTRACT_INVALID, str(damaged))
+    code = refused(it, reports, Reason.CONTRACT_INVALID, str(damaged))
     damaged.write_text(whole)
     works(it)
     passed(Outcome(27, "corrupt contract", code, NOT_COMMANDING, "by configuring again"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fault_bench import QUIET, SLACK, FaultBench, moving
+from fault_bench import QUIET, SLACK, FaultBench, entry_of, moving
 from fault_table import NOT_COMMANDING, Outcome
 from lifecycle_msgs.msg import Transition
 from ros_rig import wait_until
@@ -139,12 +139,14 @@ def test_31_prompt_too_long(bench: FaultBench, passed) -> None:
 
 
 def test_32_calibrate_while_active(bench: FaultBench, passed) -> None:
-    begin = time.monotonic()
+    before, begin = bench.counts(), time.monotonic()
     answer = bench.rig.call(Calibrate, "/policy_node/calibrate", source="live")
     assert (answer.success, answer.code) == (False, Calibrate.Response.CODE_ACTIVE)
+    assert answer.reason == Reason.CALIBRATION_REFUSED
     assert "deactivate" in answer.message
     bench.never_stops(begin, 1.5)
-    passed(Outcome(32, "calibrate while active", "CODE_ACTIVE (service)", None, "nothing to recover from"))
+    code = bench.wait_code((Reason.CALIBRATION_REFUSED,), begin, before)
+    passed(Outcome(32, "calibrate while active", code, None, "nothing to recover from"))
 
 
 def test_33_deactivate_during_inference(bench: FaultBench, passed) -> None:
@@ -165,6 +167,7 @@ def test_33_deactivate_during_inference(bench: FaultBench, passed) -> None:
     assert bench.commands.messages[-1] is last
     report = bench.wait_state(PolicyStatus.STATE_INACTIVE, begin)
     assert report.reason == Reason.OK
+    bench.reports.wait_for(lambda entry: entry_of(entry).get("state") == "inactive", timeout=5.0, since=begin)
     activated = time.monotonic()
     assert bench.change(Transition.TRANSITION_ACTIVATE)
     bench.wait_running(since=activated)
