@@ -15,6 +15,7 @@ ImageUpload::~ImageUpload() {
   }
   changed_.notify_all();
   thread_.join();
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);  // copies under way still read and write the buffers
 }
 
 void ImageUpload::begin(std::vector<ImageRows> images, cudaStream_t stream) {
