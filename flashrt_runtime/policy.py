@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,17 +34,15 @@ from .processing.guidance import GuidanceEncoder, GuideArrays
 from .processing.images import prepare_image
 from .quantization import session
 from .quantization.artifact import identity_of
-from .quantization.calibration import CalibrationReport
+from .quantization.calibrated import Calibrated
 from .quantization.in_force import CalibrationInForce
 from .spec import PolicySpec
 
 if TYPE_CHECKING:
     from .processing.fast_tokens import ActionTokens
 
-logger = logging.getLogger(__name__)
 
-
-class Policy:
+class Policy(Calibrated):
     """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time."""
 
     def __init__(
@@ -281,54 +277,8 @@ class Policy:
         self._refuse_broken(tokens)
         return self._action_tokens.decode(tokens)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether the scales this precision needs are in force: always, where it needs none."""
-        return self._calibration is None or self._calibration.calibrated
-
-    @property
-    def calibration_key(self) -> str:
-        """Names the calibrations that fit: another checkpoint byte, configuration, precision, set of views,
-        normalisation or library version has another. The first use reads the checkpoint's files, seconds
-        for a large one. Raises OptionError (not fp8), CalibrationError (no files) or ClosedError.
-        """
-        return self._calibration_or_refuse().identity.key
-
-    def calibrate(
-        self,
-        observations: Iterable[Mapping[str, Any]],
-        percentile: float | None = None,
-        max_samples: int | None = None,
-        verbose: bool = False,
-        *,
-        estimator: str | None = None,
-        source: str = "",
-        progress: Callable[[int], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        held_out: int = 0,
-    ) -> CalibrationReport:
-        """Set the activation scales from what the model sees in `observations`; graphs stay valid.
-
-        observations: mappings of predict's arguments: images, and where the policy needs them prompt,
-        state, noise or seed; taken one by one and not kept. The magnitudes that a projection sees in every
-        sample and denoise step are pooled, and its scale comes from them by an estimator: "mse" (default
-        from four samples on) clips where rounding and clipping to e4m3 together cost least; "percentile"
-        clips above that share of the magnitudes; "max" (default below four) clips nothing. percentile alone
-        chooses the estimator: below 100 "percentile", 100 "max". All but "max" leave out a sample whose
-        largest or rms magnitude is an outlier among at least four (an octave above the median or more, see
-        `quantization.statistics.outlying_samples`): the report names it.
-
-        max_samples: calibrate on at most this many. held_out: so many observations more are set aside, one
-        in five or spread over max_samples, and fp8 actions are compared with those of bfloat16 activations
-        on them. source: kept with the calibration. progress: called with the number of samples so far.
-        should_stop: asked between samples; true raises CalibrationCancelledError. verbose: log scales.
-
-        Raises OptionError (nothing to calibrate, no observations, contradicting options), CalibrationError
-        (non-finite activations) and what predict raises; whatever is raised, the scales in force stay.
-        """
-        calibration = self._calibration_or_refuse()
-        request = session.Request.checked(percentile, estimator, max_samples, held_out, source)
-        runner = session.Runner(
+    def _runner(self) -> session.Runner:
+        return session.Runner(
             exclusive=self._exclusive,
             encode=lambda observation: self._encode(**self._encode.arguments(observation)),
             eager=lambda inputs: self._eager(self._check_open(), inputs),
@@ -336,48 +286,6 @@ class Policy:
             deployed=lambda inputs: self._run(self._check_open(), inputs),
             robot_actions=self.spec.action_dim or self.spec.model_action_dim,
         )
-        report = calibration.calibrate(runner, observations, request, progress, should_stop)
-        if verbose:
-            for name, scale in report.scales.items():
-                logger.info("%s: activation scale %.6g", name, scale)
-        return report
-
-    def recalibrate(self) -> None:
-        """Drop the calibration in force: the next observation sets the scales again."""
-        calibration = self._calibration_or_refuse()
-        with self._exclusive():
-            calibration.drop()
-
-    def save_calibration(self, path: Path | None = None) -> Path:
-        """Keep the calibration in force in a file; None: in the cache, where load_model finds it.
-
-        Returns the file. It appears complete or not at all. Raises CalibrationError (nothing in force),
-        OptionError (not fp8), ClosedError or OSError.
-        """
-        calibration = self._calibration_or_refuse()
-        with self._exclusive():
-            return calibration.save(path)
-
-    def load_calibration(self, path: Path | None = None) -> None:
-        """Put a saved calibration in force, from the next predict on; None: the one in the cache.
-
-        Raises CalibrationNotFoundError, CalibrationMismatchError (of another checkpoint, configuration,
-        precision, views, normalisation or version), CalibrationCorruptError, OptionError (not fp8) or
-        ClosedError; the calibration in force then stays.
-        """
-        calibration = self._calibration_or_refuse()
-        file, content = calibration.read(path)
-        with self._exclusive():
-            calibration.put(content)
-        logger.info("activation scales from %s: %d samples, %s", file, content.samples, content.source)
-
-    def _calibration_or_refuse(self) -> CalibrationInForce:
-        self._check_open()
-        if self._calibration is None:
-            raise OptionError(
-                f"precision {self.precision!r} has no activation scales: calibration is for fp8"
-            )
-        return self._calibration
 
     def _calibrate_first(self, forward: Callable[[], torch.Tensor]) -> None:
         if self._calibration is not None:
