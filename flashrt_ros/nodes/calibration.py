@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rclpy.node import Node
@@ -321,19 +320,14 @@ def checked(request: Any) -> Plan:
 
 
 def _dataset(plan: Plan, views: Sequence[str]) -> Samples:
-    """Of a LeRobot dataset, or of a directory of images with JSON. Raises DatasetError."""
-    from flashrt_runtime.datasets import load_calibration_obs, load_folder_obs
-    from flashrt_runtime.datasets.lerobot import LeRobotDataset
-    from flashrt_runtime.datasets.views import match_views
+    """Of a LeRobot dataset, or of a directory of images with JSON. Raises DatasetError, Refused."""
+    from flashrt_runtime.datasets import dataset_observations
 
-    path, count = Path(plan.path), plan.samples + plan.held_out
-    if (path / "meta").is_dir():
-        cameras = match_views(LeRobotDataset.open(path).cameras, views)
-        return load_calibration_obs(path, count, plan.task_filter or None, views=cameras)
-    if plan.task_filter:
-        text = f"task_filter '{plan.task_filter}': {path} is no LeRobot dataset and has no tasks"
-        raise Refused(Response.CODE_BAD_ARGUMENT, text)
-    return load_folder_obs(path, count)
+    count = plan.samples + plan.held_out
+    try:
+        return dataset_observations(plan.path, count, views, plan.task_filter or None)
+    except errors.OptionError as error:
+        raise Refused(Response.CODE_BAD_ARGUMENT, describe(error)) from error
 
 
 def _refusal(error: BaseException) -> Refused:

@@ -74,7 +74,7 @@ def dataset_observations(
     task_filter or exclude where there are no tasks and episodes.
     """
     folder = Path(root).expanduser()
-    if (folder / "meta" / "info.json").is_file():
+    if (folder / "meta").is_dir():  # LeRobot's, also without the file that must be in it
         cameras = match_views(LeRobotDataset.open(folder).cameras, views)
         return load_calibration_obs(folder, n, task_filter, exclude, views=cameras)
     if not folder.is_dir() or not any(folder.glob("*.json")):

@@ -114,6 +114,9 @@ def test_whatever_a_path_holds(folder: Path, datasets: dict[str, Path], tmp_path
     for path in (empty, tmp_path / "nowhere"):
         with pytest.raises(DatasetError, match=r"no dataset: expected meta/info\.json"):
             dataset_observations(path, 4, VIEWS)
+    (folder / "meta").mkdir()  # a LeRobot dataset that lost its description, not images beside it
+    with pytest.raises(DatasetError, match=r"meta/info\.json"):
+        dataset_observations(folder, 4, VIEWS)
 
 
 def test_match_views() -> None:
