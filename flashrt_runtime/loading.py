@@ -75,11 +75,11 @@ def load_model(
 ) -> Policy:
     """Load a policy.
 
-    checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory; its layout is
-    detected. config: "pi05", "pi0", "pi0fast" (or "pi0_fast"), or "auto" to read it from the checkpoint;
-    another architecture than named is an error. num_views: cameras per observation, 1 to 3. hardware: "auto"
-    (a GPU if there is one),
-    "cpu", "any", "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16",
+    checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory, whose layout is
+    detected, or a hub id "owner/name" (see `open_checkpoint`). config: "pi05", "pi0", "pi0fast" (or
+    "pi0_fast"), or "auto" to read it from the checkpoint; another architecture than named is an error.
+    num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU if there is one), "cpu", "any",
+    "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16",
     "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the use_* flags map
     onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune: graphs
     captured per prompt bucket, of which the fastest is kept; True is 3, False, 0 and 1 capture once. Above 0,
@@ -148,7 +148,7 @@ def load_model(
         rtc,
     )
     opened = open_checkpoint(
-        Path(checkpoint).expanduser(),
+        checkpoint,
         framework=framework,
         config=policy_name,
         rules=rules,

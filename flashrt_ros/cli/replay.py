@@ -10,7 +10,7 @@ import typer
 
 def command(
     bag: Annotated[Path, typer.Argument(help="Bag directory, or one .mcap or .db3 file.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     robot: Annotated[str, typer.Option(help="Robot contract: a name, or a YAML file.")],
     out: Annotated[Path, typer.Option(help="Directory for replay.json and replay.png.")],
     prompt: Annotated[str, typer.Option(help="The task; default: that of the recorded chunks.")] = "",

@@ -31,7 +31,7 @@ class Options:
     """Of the command line; `model` goes to load_model."""
 
     bag: Path
-    checkpoint: Path
+    checkpoint: str | Path
     robot: str
     out: Path
     prompt: str

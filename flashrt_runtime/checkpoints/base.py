@@ -154,7 +154,8 @@ def open_checkpoint(
     tensor.
 
     path: an openpi PyTorch directory (model.safetensors, assets/), a LeRobot policy directory (config.json
-    with a `type`), an openpi Orbax directory (params/), or a hub id where `huggingface_hub` is installed.
+    with a `type`), an openpi Orbax directory (params/), or, as a str, a hub id "owner/name" where
+    `huggingface_hub` is installed and there is no such directory. ./owner/name is a path and no id.
     framework: "torch" reads safetensors, "jax" reads Orbax.
     config: "pi05", "pi0" or "pi0fast" insists on that policy; "auto" takes what the tensors say.
     rules: overrides of single `FamilyRules` fields, e.g. {"state_in_prompt": False}.
@@ -181,4 +182,4 @@ def open_checkpoint(
         verify_weights=verify_weights,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
-    return read_checkpoint(Path(path), framework, hints)
+    return read_checkpoint(path, framework, hints)

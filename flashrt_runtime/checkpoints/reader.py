@@ -71,10 +71,10 @@ class Facts:
     decode: DecodeConfig = NO_DECODING
 
 
-def read_checkpoint(path: Path, framework: str, hints: Hints) -> Checkpoint:
-    """Open the checkpoint at `path`; see `base.open_checkpoint`."""
+def read_checkpoint(name: str | Path, framework: str, hints: Hints) -> Checkpoint:
+    """Open the checkpoint of that path or hub id; see `base.open_checkpoint`."""
     _check_hints(hints)
-    path = local_directory(path)
+    path = local_directory(name)
     layout = detect_layout(path, framework)
     LOG.info("%s: layout %s", path, layout)
     store = _open_store(path, layout, hints)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ PROMPT = "pick up the block and place it in the bowl"
 
 
 def bench_command(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     calls: Annotated[int, typer.Option(min=1, help="Timed observations.")] = 100,
     warm_up: Annotated[int, typer.Option(min=0, help="Observations before that.")] = 5,
     framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def calibrate_command(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     bag: Annotated[Path | None, typer.Option(help="A rosbag2 bag (needs flashrt_ros).")] = None,
     dataset: Annotated[Path | None, typer.Option(help="A LeRobot dataset, v2 or v3.")] = None,
     images: Annotated[Path | None, typer.Option(help="A directory of images with observations.json.")] = None,
@@ -96,7 +96,7 @@ def calibrate_command(
 
 
 @contextlib.contextmanager
-def _loaded(checkpoint: Path, **options: Any) -> Iterator[Policy]:
+def _loaded(checkpoint: str, **options: Any) -> Iterator[Policy]:
     from ..loading import load_model
 
     with progress(f"loading in {options['precision']}", None):

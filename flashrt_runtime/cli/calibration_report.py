@@ -72,7 +72,7 @@ def contact_sheet(thumbnails: Sequence[NDArray[np.uint8]], held_out: Sequence[in
 
 def write_report(
     directory: Path,
-    checkpoint: Path,
+    checkpoint: str,
     file: Path,
     key: str,
     made: CalibrationReport,
@@ -141,7 +141,7 @@ def _save(pyplot: Any, figure: Any, file: Path) -> None:
 
 
 def _lines(
-    checkpoint: Path,
+    checkpoint: str,
     file: Path,
     key: str,
     made: CalibrationReport,

@@ -19,7 +19,7 @@ from .console import ERRORS, OUTPUT, print_json, progress
 
 
 def info_command(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",
     config: Annotated[str, typer.Option(help="Insist on pi05 or pi0.")] = "auto",
     action_horizon: Annotated[int | None, typer.Option(help="Where the files do not tell it.")] = None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def parity_command(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     against: Annotated[str, typer.Option(help="lerobot (needs `make parity-env`) or reference (float64).")],
     framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "cpu",

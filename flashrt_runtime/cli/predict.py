@@ -21,7 +21,7 @@ PLOT_COLUMNS = 25
 
 
 def predict_command(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     image: Annotated[list[str], typer.Option(help="An image file, or view=file; once per view, in order.")],
     prompt: Annotated[str, typer.Option(help="What the robot shall do.")],
     state: Annotated[str | None, typer.Option(help="Joint values in the robot's units: 0,-1.57,…")] = None,

@@ -21,7 +21,7 @@ MEBIBYTE = 1 << 20
 
 
 def serve_command(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     host: Annotated[
         str, typer.Option(help="Address; 0.0.0.0 opens it to the network: set a token.")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..checkpoints.base import Checkpoint
+from ..checkpoints.hub import is_hub_id
 from ..checkpoints.json_fields import JsonObject
 from ..checkpoints.tokenizer import FAST_FOLDER
 from ..config import PolicyConfig
@@ -209,7 +210,7 @@ def resolve_processor(checkpoint: Checkpoint) -> Path:
     if found is not None:
         return found
     reason = ""
-    wanted = named if named.count("/") == 1 and not named.startswith("/") else HUB_ID
+    wanted = named if is_hub_id(named) else HUB_ID
     if find_spec("huggingface_hub") is not None:
         hub: Any = import_module("huggingface_hub")
         try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from flashrt_runtime import load_model
 from flashrt_runtime.checkpoints import hub, open_checkpoint
 from flashrt_runtime.errors import CheckpointNotFoundError
 
@@ -15,11 +18,14 @@ from flashrt_runtime.errors import CheckpointNotFoundError
 def stand_in(monkeypatch, tiny):
     """A hub that has one repository."""
     asked = []
+    absent = RuntimeError("404 Client Error\nmore lines")
+    absent.response = object()  # type: ignore[attr-defined]  # as that of the hub's own types of errors
+    errors = {"someone/else": absent, "far/away": ConnectionError("no route")}
 
     def snapshot_download(name, allow_patterns):
         asked.append(name)
         if name != "lerobot/pi05_base":
-            raise RuntimeError("404 Client Error\nmore lines")
+            raise errors.get(name, RuntimeError("odd\nmore lines"))
         assert "*.safetensors" in allow_patterns
         return str(tiny)
 
@@ -34,19 +40,45 @@ def test_an_id_is_fetched(stand_in, tiny):
     assert stand_in == ["lerobot/pi05_base"]
 
 
-def test_what_the_hub_does_not_have(stand_in):
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"someone/else: no such directory, and the hub.*404"
-    ) as caught:
-        open_checkpoint("someone/else")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("name", "said"), [
+    ("someone/else", "the hub answered: 404 Client Error"),
+    ("far/away", "the hub cannot be reached: no route"),
+    ("something/odd", "it could not be fetched: odd"),
+])
+def test_both_readings_are_named(stand_in, name, said):
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_checkpoint(name)
+    where = f"{name}: no such checkpoint directory (in {Path.cwd()})"
+    assert str(caught.value) == f"{where}, and as the hub id {name}: {said}"
+    assert stand_in == [name]
 
 
-@pytest.mark.parametrize("path", ["/no/such/dir", "../pi05", "a/b/c", "pi05"])
-def test_paths_are_no_ids(stand_in, path):
+def test_the_library_s_own_errors(monkeypatch):
+    """The real library, which may not go online, and does not try."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointNotFoundError, match=r"hub id no-one/nothing: the hub cannot be reached"):
+        open_checkpoint("no-one/nothing")
+
+
+@pytest.mark.parametrize("open_it", [open_checkpoint, partial(load_model, hardware="cpu")])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/no/such/dir", "/dir", "../pi05", "./lerobot/pi05_base", "./pi05", "~/pi05_base", "a/b/c", "pi05",
+        "a//b", "lerobot/pi05_base/", "pi05/", "lerobot/../pi05", "lerobot/.pi05", Path("lerobot/pi05_base"),
+    ],
+)
+def test_paths_are_no_ids(stand_in, path, open_it):
     with pytest.raises(CheckpointNotFoundError, match="no such checkpoint directory"):
-        open_checkpoint(path)
+        open_it(path)
     assert stand_in == []
+
+
+def test_the_home_directory(stand_in, copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    with open_checkpoint(f"~/{copy.name}") as checkpoint:
+        assert checkpoint.path == copy
 
 
 def test_a_directory_of_that_name_comes_first(stand_in, copy, monkeypatch):
@@ -57,5 +89,5 @@ def test_a_directory_of_that_name_comes_first(stand_in, copy, monkeypatch):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointNotFoundError, match="no such checkpoint directory"):
+    with pytest.raises(CheckpointNotFoundError, match=r"no such checkpoint dir.*install huggingface_hub"):
         open_checkpoint("lerobot/pi05_base")

@@ -262,3 +262,6 @@ class TestWhereAProcessorIsLookedFor:
         (self.checkpoint.path / "config.json").write_text('{"action_tokenizer_name": "lerobot/fast-action"}')
         assert self.found() == PUBLISHED
         assert asked == [("lerobot/fast-action", ["*.json"])]
+        (self.checkpoint.path / "config.json").write_text('{"action_tokenizer_name": "./fast-action"}')
+        assert self.found() == PUBLISHED
+        assert asked[1:] == [("physical-intelligence/fast", ["*.json"])], "a path is no hub id"
