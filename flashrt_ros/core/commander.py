@@ -2,7 +2,8 @@
 its chunk.
 
 Keeps the position commanded last. The first command after a start, a reset or a stop is limited from the
-measured joint positions, so commands never jump to where the arm is not.
+measured joint positions, so commands never jump to where the arm is not. Silence never follows a command that
+moves the arm: a hold comes between, and velocities are brought down to zero, whatever the deadlines say.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Commander:
         self._trajectories = contract.trajectory_lookahead > 0
         self._reference: FloatArray | None = None  # position commanded last
         self._speed: FloatArray | None = None  # at which it was reached, None at rest
+        self._moving = False  # whether what was sent last moves the arm until something else is sent
 
     def mark_observation(self, taken: int | None = None) -> ObservationMark:
         """See Timeline.mark_observation."""
@@ -153,7 +155,8 @@ class Commander:
         """Hold what was commanded last, after a stall where the robot is; silence when nothing was commanded,
         or once the pause's bound is over."""
         stalled = self.timeline.watch()
-        if pause.until is not None and self._clock() >= pause.until and not stalled:
+        over = pause.until is not None and self._clock() >= pause.until
+        if over and not stalled and not self._moving:
             if self.timeline.kind is not CommandKind.STOPPED:
                 self.timeline.stop(pause.reason)
             return self._silence(pause.reason, pause.message)
@@ -168,7 +171,9 @@ class Commander:
     def _quiet(self, pause: Pause) -> Output:
         """Silence that no longer counts as running, whatever the last tick before the pause was."""
         quiet = self._silence(pause.reason, pause.message)
-        return quiet if quiet.kind is CommandKind.STOPPED else replace(quiet, kind=CommandKind.WAITING)
+        if quiet.values is not None or quiet.kind is CommandKind.STOPPED:
+            return quiet
+        return replace(quiet, kind=CommandKind.WAITING)
 
     def _stalled(self) -> Output:
         """Hold where the robot is now: while no tick came it may have gone on along its last lookahead."""
@@ -188,20 +193,49 @@ class Commander:
         commanded, or when ticks had stopped coming and the robot's position is not known."""
         stalled = self.timeline.watch()
         command = self.timeline.hold_command()
-        if command is None or self._reference is None:
-            return None
         if self._representation is Representation.VELOCITY:
             self._speed = None  # nothing follows that could brake further: zero, whatever the acceleration
+        if command is None or self._reference is None:
+            return self._braked(Reason.HELD) if self._brakes else None
         output = self._stalled() if stalled else self._limited(command)
         return None if output.values is None else output
 
     def reset(self) -> int:
         """Fence and forget everything; call it while no control thread runs. Returns the new generation."""
         self._reference = self._speed = self._pause = None
+        self._moving = False
         return self.timeline.reset()
 
+    @property
+    def _brakes(self) -> bool:
+        """Whether the arm goes on with a velocity if nothing more is sent."""
+        return self._moving and self._representation is Representation.VELOCITY
+
+    def _braked(self, reason: Reason, message: str = "") -> Output:
+        """Zero velocity, or as near to it as acceleration limits allow."""
+        start = self._start()
+        limited = self.limiter.apply(np.zeros_like(start), start, self._speed)
+        self._follow(start, limited.values, limited.positions, CommandKind.HOLDING)
+        timeline = self.timeline
+        return Output(
+            CommandKind.HOLDING, reason, message or reason.text, limited.values, None, (),
+            timeline.sequence, -1, timeline.generation, limited.positions,
+        )
+
+    def _follow(
+        self, start: FloatArray, values: FloatArray, positions: FloatArray, kind: CommandKind
+    ) -> None:
+        """Note where a command that is sent leads."""
+        self._reference, self._speed = positions, (positions - start) / to_s(self._control_period)
+        velocity = self._representation is Representation.VELOCITY
+        self._moving = bool(values.any()) if velocity else kind is CommandKind.RUNNING
+
     def _silence(self, reason: Reason, message: str = "", violations: tuple[Violation, ...] = ()) -> Output:
+        """No command, once nothing moves any more."""
+        if self._brakes:
+            return self._braked(reason, message)
         self._reference = self._speed = None
+        self._moving = False
         timeline = self.timeline
         return Output(
             timeline.kind, reason, message or reason.text, None, None, violations,
@@ -219,8 +253,8 @@ class Commander:
         if limited.violations and self._rejects and command.kind is CommandKind.RUNNING:
             first = limited.violations[0]
             return self._refused(first.reason, str(first), limited.violations)
-        values, self._reference = limited.values[0], limited.positions[0]
-        self._speed = (self._reference - start) / to_s(self._control_period)
+        values = limited.values[0]
+        self._follow(start, values, limited.positions[0], command.kind)
         violations = limited.violations
         if command.kind is CommandKind.RUNNING:
             beyond = any(violation.reason is Reason.LIMIT_POSITION for violation in violations)

@@ -285,7 +285,8 @@ class Timeline:
                 return self._silent(self._idle_reason())
             self._held += 1
             self._held_since = now if self._held == 1 else self._held_since
-            if self._held > self._hold_ticks or now - self._held_since > self._hold_deadline:
+            # One hold at least: a controller may still have a lookahead to play, or a velocity.
+            if self._held > max(1, self._hold_ticks) or now - self._held_since > self._hold_deadline:
                 self._stop(Reason.HOLD_DEADLINE)
                 return self._silent(Reason.HOLD_DEADLINE)
             self._kind = CommandKind.HOLDING

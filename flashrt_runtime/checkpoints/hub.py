@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,7 +36,7 @@ def local_directory(name: str | Path) -> Path:
     Raises CheckpointNotFoundError when a hub id is no directory here, and the hub does not have it, cannot be
     reached, or `huggingface_hub` is not installed.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path's own, this leaves an unknown user's as it is
     if path.exists() or not is_hub_id(name):
         return path
     missing = f"{name}: no such checkpoint directory (in {Path.cwd()})"

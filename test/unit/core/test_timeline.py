@@ -596,7 +596,7 @@ def expect_tick(line: Timeline, model: Model, ratio: int, hold: int) -> tuple[Co
         assert command.kind in (CommandKind.WAITING, CommandKind.STOPPED)
         return command.kind, None
     model.held += 1
-    if model.held > hold:
+    if model.held > max(1, hold):
         assert command.kind is CommandKind.STOPPED
         assert command.values is None
         model.last, model.held, model.stopped = None, 0, len(model.marks)
