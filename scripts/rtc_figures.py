@@ -84,7 +84,8 @@ def drive(mode: str, chunks: int, seed: int = 0) -> tuple[np.ndarray, Drawn, lis
     delay, sent, drawn, seams = DelayEstimate(1), [], [], []
     for _ in range(chunks):
         mark = line.mark_observation()
-        plan, frozen = mark.plan, min(delay.actions, len(mark.plan))
+        plan = line.plan(mark)
+        frozen = min(delay.actions, len(plan))
         flow.mean = torch.from_numpy(sine(len(sent), ROWS) + OFFSET * rng.normal())
         target = np.zeros((ROWS, 1), np.float32)
         target[: len(plan)] = plan[:ROWS]

@@ -8,6 +8,7 @@ moves the arm: a hold comes between, and velocities are brought down to zero, wh
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from .errors import CoreError
 from .limits import Limited, Limiter, Violation
 from .reasons import Reason
 from .timeline import Accepted, Command, CommandKind, Dropped, ObservationMark, Timeline
-from .timing import to_s
+from .timing import period_ratio, to_s
 from .trajectory import TrajectoryPoints, trajectory_points
 
 
@@ -58,8 +59,8 @@ class Pause:
 
 
 class Commander:
-    """`tick` and `farewell` belong to one thread (control); `mark_observation` and `submit` to another
-    (worker); `pause`, `resume` and `reconfigure` to any."""
+    """`tick` and `farewell` belong to one thread (control); `mark_observation`, `plan` and `submit` to the
+    worker's; `pause`, `resume` and `adopt_limits` to any."""
 
     def __init__(
         self, contract: RobotContract, measured: Callable[[], FloatArray],
@@ -73,6 +74,7 @@ class Commander:
         self._clock = clock
         self._hold_deadline = contract.timeline.hold_deadline
         self._pause: Pause | None = None
+        self._stepping = threading.Lock()  # marks and chunks come between two ticks
         self._representation = contract.action.representation
         self._action_period = contract.action.period
         self._control_period = contract.rates.control_period
@@ -83,22 +85,57 @@ class Commander:
         self._moving = False  # whether what was sent last moves the arm until something else is sent
 
     def mark_observation(self, taken: int | None = None) -> ObservationMark:
-        """See Timeline.mark_observation."""
-        return self.timeline.mark_observation(taken)
+        """See Timeline.mark_observation; with what `plan` needs."""
+        with self._stepping:
+            mark = self.timeline.mark_observation(taken)
+            return replace(mark, start=self._reference, speed=self._speed)
+
+    def plan(self, mark: ObservationMark, actions: int | None = None) -> FloatArray:
+        """What is sent from a mark on if nothing new comes, limits included, as actions (n, dof), at most
+        `actions`, of which the first is due at the next tick: what real-time chunking conditions on. Empty
+        when nothing played.
+
+        The same limiter from the same state gives the very commands; where it judges from measured positions,
+        those that go out if the robot follows. 30 us while limits are kept, else 6 us a command, 40 us with
+        acceleration limits.
+        """
+        ticks = None if actions is None else actions * period_ratio(self._action_period, self._control_period)
+        path = mark.path[:ticks]
+        if not len(path):
+            return path
+        periods = np.full(len(path), self._control_period, dtype=np.int64)
+        try:
+            start = self._measured() if mark.start is None else mark.start
+            limited = self.limiter.apply_path(path, start, periods, mark.speed)
+        except CoreError:  # nor will any of it be sent
+            return path[:0]
+        return self.timeline.plan(replace(mark, path=limited.values))
 
     def submit(self, actions: ArrayLike, mark: ObservationMark, frozen: int = 0) -> Accepted | Dropped:
         """Splice in a chunk (horizon, dof) in robot units of which the first `frozen` actions are those of
-        `mark.plan`; see Timeline.submit.
+        `plan(mark)`; see Timeline.submit.
 
         When the contract rejects violations, a chunk with a command beyond a limit, at its seam or inside, is
         dropped whole with LIMIT_POSITION or LIMIT_VELOCITY. While paused, every chunk is dropped.
         """
         if (pause := self._pause) is not None:
             return Dropped(pause.reason, pause.message)
-        return self.timeline.submit(actions, mark, self._admit if self._rejects else None, frozen)
+        admit = self._admit if self._rejects else None
+        with self._stepping:
+            return self.timeline.submit(actions, mark, admit, frozen, self._as_sent)
+
+    def _as_sent(self, values: FloatArray) -> FloatArray:
+        """A command as it would go out at the next tick."""
+        reference = self._reference
+        if reference is None:
+            return values
+        try:
+            return self.limiter.apply(values, reference, self._speed).values
+        except CoreError:
+            return values
 
     def _admit(self, path: FloatArray) -> Dropped | None:
-        start = self._reference  # read once: the control thread may forget it meanwhile
+        start = self._reference
         try:
             start = self._measured() if start is None else start
         except CoreError as error:
@@ -136,6 +173,10 @@ class Commander:
 
     def tick(self) -> Output:
         """The command due now, within limits; advances the timeline by one control period."""
+        with self._stepping:
+            return self._tick()
+
+    def _tick(self) -> Output:
         if (pause := self._pause) is not None:
             return self._paused(pause)
         if self._reference is None:
@@ -257,8 +298,7 @@ class Commander:
         self._follow(start, values, limited.positions[0], command.kind)
         violations = limited.violations
         if command.kind is CommandKind.RUNNING:
-            beyond = any(violation.reason is Reason.LIMIT_POSITION for violation in violations)
-            self.timeline.confirm(values, unreachable=beyond)
+            self.timeline.confirm(values)
         elif self.limiter.bounds_acceleration:
             # A hold that brakes does what it should; the next one holds where this one got to.
             violations = tuple(v for v in violations if v.reason is not Reason.LIMIT_ACCELERATION)

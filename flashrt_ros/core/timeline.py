@@ -34,6 +34,7 @@ __all__ = ["Accepted", "Admit", "Command", "CommandKind", "Dropped", "Observatio
 STALL_PERIODS, STALL_TIME = 5, 100_000_000
 
 Admit = Callable[[FloatArray], Dropped | None]
+Limit = Callable[[FloatArray], FloatArray]
 
 
 class Timeline:
@@ -115,7 +116,6 @@ class Timeline:
         self._offset = 0  # control ticks of the chunk before the path's first row
         self._last: FloatArray | None = None  # last values sent
         self._before_last: FloatArray | None = None
-        self._unreachable = False  # whether the path wanted what can never be had
         self._held = 0  # ticks held so far
         self._held_since = 0  # monotonic time of the first of them
         self._accepted_at = 0  # monotonic time at which the path was accepted
@@ -180,7 +180,7 @@ class Timeline:
         """
         with self._lock:
             self._serial += 1
-            playing = self._cursor < len(self._path)
+            playing, ahead = self._cursor < len(self._path), [self._path[self._cursor :], self._beyond]
             return ObservationMark(
                 sent=self._sent,
                 generation=self._generation,
@@ -188,22 +188,23 @@ class Timeline:
                 sequence=self._sequence if playing else 0,
                 index=(self._offset + self._cursor) // self._ratio if playing else 0,
                 taken=self._clock() if taken is None else taken,
-                plan=self._plan() if playing and not self._unreachable else self._path[:0],
+                path=np.concatenate(ahead) if playing else self._path[:0],
             )
 
-    def _plan(self) -> FloatArray:
-        """The rest of the chunk, as actions of which the first is due at the next tick."""
-        rest = np.concatenate([self._path[self._cursor :], self._beyond])
-        return at_action_rate(rest, self._ratio, self._representation)
+    def plan(self, mark: ObservationMark) -> FloatArray:
+        """A mark's path as actions (n, dof), due when those of a chunk from its observation are."""
+        return at_action_rate(mark.path, self._ratio, self._representation)
 
     def submit(
-        self, actions: ArrayLike, mark: ObservationMark, admit: Admit | None = None, frozen: int = 0
+        self, actions: ArrayLike, mark: ObservationMark, admit: Admit | None = None, frozen: int = 0,
+        limit: Limit = lambda values: values,
     ) -> Accepted | Dropped:
         """Splice in a chunk (H, dof) computed from the observation of `mark`.
 
-        `frozen`: how many of its first actions are those of `mark.plan` (real-time chunking). A chunk spliced
-        in among them goes on where the plan is, so it is not blended with it as well.
-        `admit` may refuse the commands that would follow, (n, dof) at control rate and already blended.
+        `frozen`: how many of its first actions are those of the mark's plan (real-time chunking). A chunk
+        spliced in among them goes on where the plan is, so it is not blended with it as well.
+        `admit` may refuse the commands that would follow, (n, dof) at control rate and already blended;
+        `limit` tells as what a command (dof,) would be sent now, which the seam is measured against.
         Never raises for a bad chunk: Dropped says CHUNK_SHAPE, CHUNK_NOT_FINITE, OLD_GENERATION, CHUNK_ORDER,
         CHUNK_LATE (all its actions within the cap have been covered, its observation is older than the cap
         and the hold deadline together, or from before a stop or stall), or what `admit` said.
@@ -224,26 +225,26 @@ class Timeline:
                 path = blend(self._future(min(self._blend_ticks, len(path))), path, self._blend_ticks)
             if admit is not None and (refused := admit(path)) is not None:
                 return refused
-            jump = self._jump(path[0])
+            jump = self._jump(path[0], limit)
             path.flags.writeable = False
             self._path, self._beyond, self._cursor, self._offset = path, whole[covered:], 0, consumed
             self._held, self._reason, self._accepted_serial = 0, Reason.OK, mark.serial
             self._accepted_at = self._clock()
             self._sequence += 1
-            start = -(-consumed // self._ratio)
-            return Accepted(self._sequence, self._generation, consumed, start, blended, jump)
+            start_index = -(-consumed // self._ratio)
+            return Accepted(self._sequence, self._generation, consumed, start_index, blended, jump)
 
     def _goes_on(self, mark: ObservationMark, consumed: int, frozen: int) -> bool:
         """Whether a chunk leaves its frozen part no sooner than it is spliced in, and that was played."""
         in_force = mark.sequence == self._sequence and mark.serial > self._broken_serial
         return frozen > 0 and in_force and consumed <= (frozen - 1) * self._ratio + 1
 
-    def _jump(self, first: FloatArray) -> float:
+    def _jump(self, first: FloatArray, limit: Limit) -> float:
         """Accepted's jump of a path that begins with the command `first`."""
         if self._last is None:
             return 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # absurd wishes; the limiter sees to them
-            return float(np.abs(first - self._future(1)[0]).max())
+            return float(np.abs(first - limit(self._future(1)[0])).max())
 
     def _fence(self, mark: ObservationMark, length: int) -> Dropped | None:
         if mark.generation != self._generation:
@@ -365,11 +366,9 @@ class Timeline:
         with self._lock:
             return None if self._last is None else self._hold(self._last, self._reason or Reason.STARVED)
 
-    def confirm(self, values: FloatArray, unreachable: bool = False) -> None:
-        """Tell that the last ticked command went out as `values`: a hold repeats what was really sent.
-        `unreachable`: the path is where the robot can never get; while that is so it is no plan."""
+    def confirm(self, values: FloatArray) -> None:
+        """Tell that the last ticked command went out as `values`: a hold repeats what was really sent."""
         with self._lock:
-            self._unreachable = unreachable
             if self._last is not None:
                 self._last = values
 

@@ -27,9 +27,9 @@ class ObservationMark:
 
     sent: commands of chunks sent so far. serial: order of marks. sequence and index: the chunk then playing
     and its action next due (0 and 0 when none). taken: monotonic time of the observation [ns].
-    plan: (n, dof) float64, what would be played when the actions of a chunk from this observation are due,
-    blended as it is and past the open-loop cap: what real-time chunking conditions on; empty when nothing
-    plays, or when the last command was clamped onto a position limit.
+    path: (n, dof) float64 at control rate, what would be played from the next tick on, blended as it is and
+    past the open-loop cap, before the limits; empty when nothing plays. start and speed: (dof,) position
+    commanded last and speed there, from which the limits judge it; None where the commander had none.
     """
 
     sent: int
@@ -38,7 +38,9 @@ class ObservationMark:
     sequence: int
     index: int
     taken: int
-    plan: FloatArray = field(default_factory=lambda: np.empty((0, 0)), compare=False, repr=False)
+    path: FloatArray = field(default_factory=lambda: np.empty((0, 0)), compare=False, repr=False)
+    start: FloatArray | None = field(default=None, compare=False, repr=False)
+    speed: FloatArray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class PolicyLike(Protocol):
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """A chunk and what it was computed from. actions: (horizon, dof) in robot units, of which the first
-    `frozen` are those of the mark's plan."""
+    `frozen` are those of the plan at the mark."""
 
     actions: FloatArray
     mark: ObservationMark
@@ -87,7 +87,7 @@ class PolicyRunner:
         self._report = report
         self._observed = observed
         self._seed = seed
-        self.guide = ChunkGuide(contract, report)
+        self.guide = ChunkGuide(contract, commander.plan, report)
         self._used: dict[str, int] = {}  # camera stamps of the last observation
         self.wait_for_frame = True  # see core.freshness
         self._last_inference = 0  # [ns]

@@ -69,8 +69,9 @@ class Robot:
             return
         mark, published, generation = self.flights[max(0, len(self.flights) - 1 - which)]
         actions = self.positions + np.cumsum(self.rng.normal(size=(HORIZON, 2)) * self.spread, axis=0)
-        frozen = min(self.delay.actions, len(mark.plan)) if rtc else 0
-        actions[:frozen] = mark.plan[:frozen]
+        plan = self.commander.plan(mark)
+        frozen = min(self.delay.actions, len(plan)) if rtc else 0
+        actions[:frozen] = plan[:frozen]
         if bad:
             actions[self.rng.integers(HORIZON)] = np.nan
         outcome = self.commander.submit(actions, mark, frozen)

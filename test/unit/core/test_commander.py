@@ -110,13 +110,6 @@ def test_no_start_from_far_outside_the_limits(small: Small) -> None:
     assert commander.tick().kind is CommandKind.RUNNING
 
 
-def test_there_is_no_plan_beyond_a_position_limit(small: Small) -> None:
-    commander, _ = commander_of(small(), 0.97, 0.1)
-    submit(commander, np.column_stack([[0.98, 1.01, 1.02, 0.99, *[0.98] * 16], np.full(20, 0.1)]))
-    plans = [(commander.tick(), len(commander.mark_observation().plan))[1] for _ in range(4)]
-    assert plans == [19, 0, 0, 16]
-
-
 def test_reject_drops_a_chunk_that_breaks_a_limit_inside_or_at_its_seam(small: Small) -> None:
     commander, _ = commander_of(small(on_violation="reject", blend_steps=0))
     assert isinstance(submit(commander, constant(0.01, 0.1)), Accepted)

@@ -45,13 +45,13 @@ def values(line: Timeline, ticks: int) -> list[float]:
 
 def test_the_plan_is_what_would_be_played_and_reaches_past_the_cap() -> None:
     line = timeline(cap=6)
-    assert line.mark_observation().plan.shape == (0, 1)
+    assert line.plan(line.mark_observation()).shape == (0, 1)
     line.submit(ramp(0, 20), line.mark_observation())
     values(line, 2)
-    assert line.mark_observation().plan[:, 0].tolist() == list(range(2, 20))
+    assert line.plan(line.mark_observation())[:, 0].tolist() == list(range(2, 20))
     values(line, 4)
     assert line.tick().kind is CommandKind.HOLDING
-    assert len(line.mark_observation().plan) == 0  # a hold is no plan: nothing to go on with
+    assert len(line.plan(line.mark_observation())) == 0  # a hold is no plan: nothing to go on with
 
 
 def test_the_plan_has_no_hole_where_the_cap_was_lowered(small: Callable[..., RobotContract]) -> None:
@@ -59,7 +59,7 @@ def test_the_plan_has_no_hole_where_the_cap_was_lowered(small: Callable[..., Rob
     line.submit(np.tile(ramp(0, 20), (1, 2)), line.mark_observation())
     values(line, 2)
     line.adopt_limits(small(cap=0.1))
-    assert line.mark_observation().plan[:, 0].tolist() == list(range(2, 20))
+    assert line.plan(line.mark_observation())[:, 0].tolist() == list(range(2, 20))
     assert values(line, 3) == [2, 3, 4]
     assert line.tick().kind is CommandKind.HOLDING
 
@@ -69,7 +69,7 @@ def test_the_plan_is_the_blended_one() -> None:
     line.submit(np.zeros((10, 1)), line.mark_observation())
     line.tick()
     line.submit(np.ones((10, 1)), line.mark_observation())
-    plan = line.mark_observation().plan[:, 0]
+    plan = line.plan(line.mark_observation())[:, 0]
     np.testing.assert_allclose(plan[:4], [0.25, 0.5, 0.75, 1.0])
     np.testing.assert_allclose(values(line, 4), plan[:4])
 
@@ -80,7 +80,7 @@ def test_the_plan_is_indexed_by_due_time_in_the_middle_of_an_action(representati
     line = timeline(representation, ratio=4, cap=20)
     line.submit(ramp(0, 8), line.mark_observation())
     values(line, 2)
-    plan = line.mark_observation().plan[:, 0]
+    plan = line.plan(line.mark_observation())[:, 0]
     sent = np.array(values(line, 24))
     actions = sent.reshape(-1, 4)
     expected = {ABSOLUTE: actions[:, 0], DELTA: actions.sum(axis=1), VELOCITY: actions.mean(axis=1)}[
@@ -123,7 +123,7 @@ def test_a_chunk_later_than_its_frozen_part_is_blended() -> None:
     mark = line.mark_observation()
     values(line, 4)
     chunk = np.ones((20, 1))
-    chunk[:3] = mark.plan[:3]
+    chunk[:3] = line.plan(mark)[:3]
     assert accepted(line.submit(chunk, mark, frozen=3)).blended
     np.testing.assert_allclose(values(line, 5), [0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -155,7 +155,7 @@ def test_starved_while_frozen_it_goes_on_where_the_plan_ended() -> None:
     mark = line.mark_observation()
     values(line, 2)
     assert [line.tick().kind for _ in range(3)] == [CommandKind.HOLDING] * 3
-    outcome = accepted(line.submit(mark.plan, mark, frozen=5))
+    outcome = accepted(line.submit(line.plan(mark), mark, frozen=5))
     assert (outcome.start_index, outcome.blended) == (2, False)
     assert values(line, 2) == [4, 5]
 
@@ -187,7 +187,7 @@ def test_a_delta_chunk_has_no_sawtooth_where_it_is_re_anchored() -> None:
     line.submit(0.02 * ramp(0, 20), line.mark_observation())
     arm = value([line.tick() for _ in range(5)][-1])
     mark = line.mark_observation()
-    differences = mark.plan - arm
+    differences = line.plan(mark) - arm
     chunk = differences + arm  # a model that goes on exactly as planned
     values(line, 2)
     outcome = accepted(line.submit(chunk, mark, frozen=2))
@@ -253,7 +253,7 @@ def test_what_it_freezes_is_enough_for_the_seam(ratio: int) -> None:
         mark = line.mark_observation()
         values(line, consumed)
         estimate.add(mark, chunk_of(consumed))
-        outcome = accepted(line.submit(mark.plan, mark, frozen=estimate.actions))
+        outcome = accepted(line.submit(line.plan(mark), mark, frozen=estimate.actions))
         assert not outcome.blended
         assert outcome.jump < 1e-9
 
