@@ -29,7 +29,7 @@ class Reason(IntEnum):
     STALE_STAMP = 103, "the newest header stamp of a stream is too old"
     SKEW = 104, "no set of messages lies within the allowed skew"
     CLOCK = 105, "a header stamp lies in the future: the clocks disagree"
-    CLOCK_RATE = 106, "the simulated clock does not keep real time, by which commands are sent"
+    CLOCK_RATE = 106, "the simulated clock does not keep real time; commands go by real time"
 
     # 200s: content of a message
     IMAGE_ENCODING = 201, "an image encoding is not supported or has changed"

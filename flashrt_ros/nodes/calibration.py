@@ -32,6 +32,7 @@ from .failures import describe, reason_of
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .policy_runner import PolicyLike
 
 Request, Response = Calibrate.Request, Calibrate.Response
 Samples = Iterator[Mapping[str, Any]]
@@ -132,7 +133,7 @@ class Calibrations:
             text = "the node drives the robot: deactivate it, or call ~/hold first"
             pipeline.measured.problems[Reason.CALIBRATION_REFUSED] += 1  # for /diagnostics
             raise Refused(Response.CODE_ACTIVE, text, Reason.CALIBRATION_REFUSED)
-        if not _needs_scales(pipeline):
+        if not _needs_scales(pipeline.policy):
             text = f"precision {pipeline.policy.precision} has no activation scales: calibration is for fp8"
             raise Refused(Response.CODE_NOT_SUPPORTED, text)
         if plan.source != "dataset" and not pipeline.prompt:
@@ -357,13 +358,14 @@ def _counted(samples: Samples, job: CalibrationJob) -> Samples:
         job.done += 1
 
 
-def _needs_scales(pipeline: Pipeline) -> bool:
-    return pipeline.policy is not None and pipeline.policy.precision == "fp8"
+def _needs_scales(policy: PolicyLike | None) -> bool:
+    return policy is not None and policy.precision == "fp8"
 
 
 def _calibrated(pipeline: Pipeline) -> bool:
     """Whether the policy has the scales it needs, or needs none."""
-    return not _needs_scales(pipeline) or bool(_policy(pipeline).calibrated)
+    policy: Any = pipeline.policy  # read once: it may be unloaded at any time
+    return not _needs_scales(policy) or bool(policy.calibrated)
 
 
 def _policy(pipeline: Pipeline) -> Any:
