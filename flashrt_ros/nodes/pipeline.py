@@ -158,6 +158,14 @@ class Pipeline:
         return None
 
     @property
+    def stuck(self) -> Problem | None:
+        """Why it must not be started now: a thread of the last time would send its old command yet."""
+        if self._active or self.control is None or not self.control.running:
+            return None
+        text = "the control thread of the last activation has not ended: try again, or end this node"
+        return Problem(Reason.CONTROL_ERROR, "", text)
+
+    @property
     def running_for(self) -> float:
         """Time since start [s]."""
         return to_s(time.monotonic_ns() - self._started)

@@ -168,10 +168,12 @@ class PolicyNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Begin to infer and to command, unless a fault is latched or another node commands the robot."""
+        """Begin to infer and to command, unless a fault is latched, a calibration runs, or somebody else
+        commands the robot: another node, or a thread of the last activation."""
         assert self._pipeline is not None
         pipeline = self._pipeline
-        problem = pipeline.latch.fault or self._conflict() or self._calibrations.hinders(pipeline)
+        problem = pipeline.latch.fault or pipeline.stuck or self._conflict()
+        problem = problem or self._calibrations.hinders(pipeline)
         self._transition_problem = problem or NONE
         if problem is not None:
             self.get_logger().error(f"cannot activate: {problem}")

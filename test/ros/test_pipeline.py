@@ -246,8 +246,10 @@ def test_no_command_follows_the_hold_of_a_stop(driver: Driver) -> None:
     assert driver.commands[-1][0].kind is CommandKind.HOLDING
     assert driver.problems[-1].reason is Reason.CONTROL_ERROR
     assert "stuck" in str(driver.problems[-1])
+    assert driver.pipeline.stuck.reason is Reason.CONTROL_ERROR, "it would send its old command yet"
     go_on.set()
     wait_until(lambda: not driver.pipeline.control.running, 10.0, "the end of the control thread")
+    assert driver.pipeline.stuck is None
     assert len(driver.commands) == commands
 
 
