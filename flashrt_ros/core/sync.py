@@ -58,6 +58,7 @@ class StreamBuffer:
         self._span = span
         self._items: list[Stamped] = []
         self._newest: Stamped | None = None
+        self._swept = 8  # how many were left when all were last looked at
         self.jumps = 0
 
     def push(self, stamp_ns: int, receipt_ns: int, payload: Any) -> None:
@@ -70,10 +71,19 @@ class StreamBuffer:
         insort_right(items, item, key=_stamp)
         self._newest = item
         if self._span is not None:
-            while items[0].receipt < receipt_ns - self._span:
-                items.pop(0)
+            self._forget(receipt_ns - self._span)
         if len(items) > self._capacity:
             items.pop(0)
+
+    def _forget(self, before: int) -> None:
+        """What was received before then goes: at once if its stamp is the oldest, soon if it is not, or what
+        is stamped ahead would crowd out the rest in the end."""
+        items = self._items
+        while items[0].receipt < before:
+            items.pop(0)
+        if len(items) > 2 * self._swept:
+            items[:] = [item for item in items if item.receipt >= before]
+            self._swept = max(8, len(items))
 
     def clear(self) -> None:
         """Forget every message."""

@@ -171,6 +171,18 @@ def test_ages_rates_newest_and_clear(demo: RobotContract) -> None:
         sync.push("no_such_stream", 0, 0, None)
 
 
+def test_stamps_from_the_future_do_not_fill_the_buffer() -> None:
+    """A driver that now and then stamps far ahead: what is kept must stay what came of late."""
+    buffer = StreamBuffer(capacity=64, span=100 * MS)
+    for index in range(300):
+        time = index * 30 * MS
+        buffer.push(time + 10**15, time, "ahead")
+        buffer.push(time + 10 * MS, time + 10 * MS, "right")
+        assert "right" in [item.payload for item in buffer.items()]
+    assert len(buffer) <= 17
+    assert buffer.jumps <= 1
+
+
 def test_buffer_keeps_what_is_recent_in_order_of_stamps() -> None:
     buffer = StreamBuffer(capacity=3)
     for stamp in (5, 9, 7, 8, 7):
