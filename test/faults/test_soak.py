@@ -1,6 +1,6 @@
 """A robot that is left running: random faults and prompt changes, and nothing wears out.
 
-`make soak` runs it for MINUTES=30, `make test-all` for one; a short one is part of the fast tests.
+`make soak` runs it for MINUTES=30; one minute is part of the fast tests, where it may meet other load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from flashrt_ros.core.timing import stamp_to_ns
 from flashrt_ros.srv import SetPrompt
 
 MINUTES = float(os.environ.get("FLASHRT_SOAK_MINUTES", "1"))
-SHORT = 6.0  # [s]
+MINUTE, SHORT_WARM_UP = 60.0, 10.0  # [s]
+LOADED = 0.005  # share of commands that may be late where other programs want the processors too
 GROWTH = 0.02  # of resident memory
 LATE = 1.5  # control periods between two commands that count as a missed deadline
 STREAM_FAULTS = (
@@ -149,8 +150,10 @@ def check(bench: FaultBench, seconds: float, warm_up: float, late: float) -> Non
     assert "Traceback" not in bench.node.output
 
 
-def test_soak_for_some_seconds(bench: FaultBench) -> None:
-    check(bench, SHORT, warm_up=2.0, late=0.02)  # whatever else the machine does meanwhile
+def test_soak_for_a_minute(bench: FaultBench) -> None:
+    """Memory still settles after this warm-up, by 0.1 to 0.6 % within the minute: the 2 % are for leaks, such
+    as of one observation in five."""
+    check(bench, MINUTE, SHORT_WARM_UP, LOADED)
 
 
 @pytest.mark.soak
