@@ -8,6 +8,7 @@
 // Bytes moved: each element once. 560 x 2 * 16384 bf16 to e4m3 is 45.9 MB, 10.7 us at 4.3 TB/s; the product before
 // leaves much of it in L2. A thread takes 16 bytes of output, a row of blocks one row: no division an element.
 #include "dependent_launch.h"
+#include "gelu.cuh"
 #include "hopper.cuh"
 #include "prefix.h"
 #include "quantise.cuh"
@@ -16,12 +17,6 @@ namespace flashrt {
 namespace {
 
 constexpr int kThreads = 256;
-
-// x / (1 + exp(-2u)): the tanh form without its cancellation for negative x; a few units in the last place of float.
-__device__ __forceinline__ float gelu(float x) {
-  const float twice_inner = x * (1.5957691216057308f + 0.07135481627f * x * x);
-  return __fdividef(x, 1.0f + __expf(-twice_inner));
-}
 
 template <typename T, typename Out, Activation kKind, int N>
 __global__ void __launch_bounds__(kThreads)

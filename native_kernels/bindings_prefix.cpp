@@ -27,6 +27,20 @@ void activation(int kind, uintptr_t x, uintptr_t out, uintptr_t scale, int64_t r
         "activation");
 }
 
+void geglu_product(uintptr_t x, uintptr_t w, uintptr_t x_scale, uintptr_t w_scale, uintptr_t scale, uintptr_t out,
+                   int64_t rows, int64_t width, int64_t depth, uintptr_t stream) {
+  check(flashrt::geglu_product(pointer(x), pointer(w), pointer<float>(x_scale), pointer<float>(w_scale),
+                               pointer<float>(scale), pointer(out), rows, width, depth, stream_of(stream)),
+        "geglu_product");
+}
+
+void linear_product(uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t x_scale, uintptr_t w_scale, uintptr_t scale,
+                    uintptr_t out, int64_t rows, int64_t width, int64_t depth, uintptr_t stream) {
+  check(flashrt::linear_product(pointer(x), pointer(w), pointer(bias), pointer<float>(x_scale), pointer<float>(w_scale),
+                                pointer<float>(scale), pointer(out), rows, width, depth, stream_of(stream)),
+        "linear_product");
+}
+
 void qkv_rope(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t slots, int64_t start, uintptr_t q,
               uintptr_t k_cache, uintptr_t v_cache, int64_t capacity, int64_t tokens, int heads, int kv_heads,
               int head_dim, int dtype, uintptr_t stream) {
@@ -67,6 +81,8 @@ void embed_tokens(uintptr_t table, uintptr_t ids, uintptr_t out, int64_t tokens,
 void bind_prefix(py::module_& module) {
   module.def("row_norm", &row_norm);
   module.def("activation", &activation);
+  module.def("geglu_product", &geglu_product);
+  module.def("linear_product", &linear_product);
   module.def("qkv_rope", &qkv_rope);
   module.def("prefix_attention", &prefix_attention);
   module.def("vision_attention", &vision_attention);

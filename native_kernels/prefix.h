@@ -20,6 +20,15 @@ cudaError_t row_norm(const void* x, const void* residual, const float* weight, c
 cudaError_t activation(Activation kind, const void* x, void* out, const float* scale, int64_t rows, int64_t width,
                        DType dtype, cudaStream_t stream);
 
+// geglu_product.cu, compute capability 9.0 only
+cudaError_t geglu_product(const void* x, const void* w, const float* x_scale, const float* w_scale, const float* scale,
+                          void* out, int64_t rows, int64_t width, int64_t depth, cudaStream_t stream);
+
+// linear_product.cu, compute capability 9.0 only; bias may be null
+cudaError_t linear_product(const void* x, const void* w, const void* bias, const float* x_scale, const float* w_scale,
+                           const float* scale, void* out, int64_t rows, int64_t width, int64_t depth,
+                           cudaStream_t stream);
+
 // qkv_rope.cu
 cudaError_t qkv_rope(const void* qkv, const float* cos, const float* sin, const int64_t* slots, int64_t start, void* q,
                      void* k_cache, void* v_cache, int64_t capacity, int64_t tokens, int heads, int kv_heads,

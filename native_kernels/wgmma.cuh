@@ -1,7 +1,7 @@
-// Hopper's asynchronous matrix instructions on bf16: descriptors, ordering, and the shapes that are used.
+// Hopper's asynchronous matrix instructions on bf16 and e4m3: descriptors, ordering, and the shapes that are used.
 //
-// Operands in shared memory are panels of 128-byte rows (64 bf16) in the 128-byte swizzle: the 16-byte piece c of row r
-// lies at piece c ^ (r % 8). A panel starts on a multiple of 1024 bytes.
+// Operands in shared memory are panels of 128-byte rows (64 bf16, 128 e4m3) in the 128-byte swizzle: the 16-byte piece
+// c of row r lies at piece c ^ (r % 8). A panel starts on a multiple of 1024 bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +17,8 @@
 namespace flashrt {
 namespace wgmma {
 
-// Rows along the reduction (K-major): 8-row groups lie 1024 bytes apart, a step of 16 elements is 32 bytes further.
+// Rows along the reduction (K-major): 8-row groups lie 1024 bytes apart, a step of 16 bf16 or 32 e4m3 is 32 bytes
+// further.
 // Rows across it (transposed operand): `panel_bytes` from one 64 columns to the next, a step of 16 rows is 2048 bytes.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
@@ -41,6 +42,21 @@ __device__ __forceinline__ void wait() {
 #if FLASHRT_DEVICE_HAS_WGMMA
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #endif
+}
+
+// Waits until at most `Pending` of the committed groups are under way: those before them have read their operands.
+template <int Pending>
+__device__ __forceinline__ void wait_all_but() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Keeps the compiler from reading accumulators ahead of the wait in front of this.
+template <int N>
+__device__ __forceinline__ void settle(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // What this thread's stores or asynchronous copies left in shared memory, for the matrix unit to read.
@@ -113,6 +129,59 @@ __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
 }
+
+// D (64 x Columns) = [D +] A (64 x 32) B (Columns x 32)^T of e4m3, both from shared memory, rows along the reduction. A
+// thread holds Columns / 2 sums, which name the shape.
+#if FLASHRT_DEVICE_HAS_WGMMA
+#define FLASHRT_MULTIPLY_E4M3(columns, sums, registers, a_at, b_at, p_at, ...)                                     \
+  __device__ __forceinline__ void multiply_e4m3(float (&d)[sums], uint64_t a, uint64_t b, bool accumulate) {       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at                                                          \
+                 ", 0;\n"                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" registers "}, " a_at ", " b_at \
+                 ", p, 1, 1;\n}"                                                                                   \
+                 : __VA_ARGS__                                                                                     \
+                 : "l"(a), "l"(b), "r"(int(accumulate)));                                                          \
+  }
+#else
+#define FLASHRT_MULTIPLY_E4M3(columns, sums, registers, a_at, b_at, p_at, ...) \
+  __device__ __forceinline__ void multiply_e4m3(float (&)[sums], uint64_t, uint64_t, bool) {}
+#endif
+
+// clang-format off
+#define FLASHRT_R0 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define FLASHRT_R1 "%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLASHRT_R2 "%16,%17,%18,%19,%20,%21,%22,%23"
+#define FLASHRT_R3 "%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLASHRT_R4 "%32,%33,%34,%35,%36,%37,%38,%39"
+#define FLASHRT_R5 "%40,%41,%42,%43,%44,%45,%46,%47"
+#define FLASHRT_R6 "%48,%49,%50,%51,%52,%53,%54,%55"
+#define FLASHRT_R7 "%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLASHRT_R8 "%64,%65,%66,%67,%68,%69,%70,%71"
+#define FLASHRT_R9 "%72,%73,%74,%75,%76,%77,%78,%79"
+#define FLASHRT_R10 "%80,%81,%82,%83,%84,%85,%86,%87"
+#define FLASHRT_R11 "%88,%89,%90,%91,%92,%93,%94,%95"
+#define FLASHRT_R12 "%96,%97,%98,%99,%100,%101,%102,%103"
+#define FLASHRT_F8(d, i) FLASHRT_F4(d, i), FLASHRT_F4(d, (i) + 4)
+FLASHRT_MULTIPLY_E4M3(80, 40, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4, "%40", "%41", "%42", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F8(d, 32))
+FLASHRT_MULTIPLY_E4M3(128, 64, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7, "%64", "%65", "%66", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48))
+FLASHRT_MULTIPLY_E4M3(144, 72, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7 "," FLASHRT_R8, "%72", "%73", "%74", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F8(d, 64))
+FLASHRT_MULTIPLY_E4M3(208, 104, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7 "," FLASHRT_R8 "," FLASHRT_R9 "," FLASHRT_R10 "," FLASHRT_R11 "," FLASHRT_R12, "%104", "%105", "%106", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F16(d, 64), FLASHRT_F16(d, 80), FLASHRT_F8(d, 96))
+#undef FLASHRT_R0
+#undef FLASHRT_R1
+#undef FLASHRT_R2
+#undef FLASHRT_R3
+#undef FLASHRT_R4
+#undef FLASHRT_R5
+#undef FLASHRT_R6
+#undef FLASHRT_R7
+#undef FLASHRT_R8
+#undef FLASHRT_R9
+#undef FLASHRT_R10
+#undef FLASHRT_R11
+#undef FLASHRT_R12
+#undef FLASHRT_F8
+#undef FLASHRT_MULTIPLY_E4M3
+// clang-format on
 
 #undef FLASHRT_F16
 #undef FLASHRT_F4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import guide, native, prefix, reference, variants
+from . import guide, native, prefix, products, reference, variants
 from .reference import (
     E4M3,
     E4M3_MAX,
@@ -39,6 +39,8 @@ __all__ = [
     "gelu",
     "guide_velocity",
     "layer_norm",
+    "linear_geglu",
+    "linear_gelu",
     "patchify",
     "quantise",
     "rms_norm",
@@ -78,18 +80,24 @@ def scaled_linear(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Product of e4m3 operands; see `reference.scaled_linear`. The library takes sizes in multiples of 16."""
-    n, k = weight.shape
-    if (
-        x.is_cuda
-        and n % 16 == 0
-        and k % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
-    ):
+
+    def own() -> Tensor:
+        return products.linear(x, weight, x_scale, weight_scale, bias, None)
+
+    def library() -> Tensor:
+        n, k = weight.shape
+        capable = x.is_cuda and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
+        if not capable or n % 16 != 0 or k % 16 != 0:
+            return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
         rows = x.reshape(-1, k)
         scales = aligned(x_scale), aligned(weight_scale)
         out = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
         return out.view(*x.shape[:-1], n)
-    return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
+
+    if products.plain_served(x, weight, bias, dtype):
+        operation = f"linear {_named(x)} by {_named(weight)}"
+        return variants.TABLE.run(operation, {"own": own, "library": library})
+    return library()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
@@ -132,6 +140,55 @@ def gelu(x: Tensor, scale: Tensor | None = None) -> Tensor:
 def geglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
     """gelu(gate) * up; see `reference.geglu`."""
     return prefix.geglu(gate_up, scale) if _native(gate_up) else reference.geglu(gate_up, scale)
+
+
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`gelu` of a product of e4m3 operands; see `reference.linear_gelu`.
+
+    In two kernels the product is rounded to `dtype` between them, in one it is not.
+    """
+
+    def own() -> Tensor:
+        return products.linear(x, weight, x_scale, weight_scale, bias, scale)
+
+    def library() -> Tensor:
+        return gelu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
+
+    if products.gelu_served(x, weight, bias):
+        operation = f"linear_gelu {_named(x)} by {_named(weight)}"
+        return variants.TABLE.run(operation, {"own": own, "library": library})
+    return library()
+
+
+def linear_geglu(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`geglu` of a product of e4m3 operands; see `reference.linear_geglu`. Rounded as `linear_gelu`."""
+
+    def own() -> Tensor:
+        return products.linear_geglu(x, weight, x_scale, weight_scale, scale)
+
+    def library() -> Tensor:
+        return geglu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
+
+    if bias is None and products.served(x, weight, halves=2):
+        operation = f"linear_geglu {_named(x)} by {_named(weight)}"
+        return variants.TABLE.run(operation, {"own": own, "library": library})
+    return library()
 
 
 def split_qkv_rope(

@@ -118,6 +118,20 @@ def geglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
     return store(gelu(gate) * up, gate_up.dtype, scale)
 
 
+def linear_gelu(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor
+) -> Tensor:
+    """gelu(scaled_linear(...)) as e4m3 of value / scale, rounded once."""
+    return gelu(scaled_linear(x, weight, x_scale, weight_scale, bias, torch.float32), scale)
+
+
+def linear_geglu(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor
+) -> Tensor:
+    """geglu(scaled_linear(...)) as e4m3 of value / scale, rounded once. weight: (2 * mlp_dim, k) e4m3."""
+    return geglu(scaled_linear(x, weight, x_scale, weight_scale, bias, torch.float32), scale)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding on half-split pairs, in float32 (arXiv:2104.09864).
 

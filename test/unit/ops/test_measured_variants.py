@@ -51,3 +51,21 @@ def test_vision_attention(table: variants.Variants) -> None:
     qkv = torch.randn(2, 256, 3 * 1152, device="cuda", dtype=torch.bfloat16)
     own, library = both(table, lambda: ops.vision_attention(qkv, 16))
     torch.testing.assert_close(own, library, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_gelu", "linear_geglu"])
+def test_products(table: variants.Variants, name: str) -> None:
+    shape = {"linear": (1152, 1152), "linear_gelu": (4304, 1152), "linear_geglu": (32768, 2048)}[name]
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("one variant on this GPU")
+    one, scale = torch.ones((), device="cuda"), torch.tensor(0.05, device="cuda")
+    x = ops.quantise(torch.randn(512, shape[1], device="cuda"), one)
+    weight = ops.quantise(torch.randn(shape, device="cuda"), one)
+    scales = one / shape[1] ** 0.5, one
+    calls = {
+        "linear": lambda: ops.scaled_linear(x, weight, *scales, None, torch.bfloat16),
+        "linear_gelu": lambda: ops.linear_gelu(x, weight, *scales, None, scale, torch.bfloat16),
+        "linear_geglu": lambda: ops.linear_geglu(x, weight, *scales, None, scale, torch.bfloat16),
+    }
+    own, library = both(table, calls[name])
+    assert (own - library).norm() / library.norm() < (4e-3 if name == "linear" else 2e-2)
