@@ -24,6 +24,8 @@ PRODUCTS = {
     "prefix gate_up": (560, 32768, 2048),
     "prefix down": (560, 2048, 16384),
 }
+# products with what follows them in one kernel, where there is one; out is gate and up
+FUSED = {"vision fc1 and gelu": (512, 4304, 1152), "prefix gate_up and geglu": (560, 32768, 2048)}
 ROTATED_BYTES = 256 << 20  # weights of this many bytes take turns: they come from memory, not from L2
 
 
@@ -74,6 +76,23 @@ def product(rows: int, n: int, k: int, precision: str) -> dict[str, float]:
     return _row(us, 2 * rows * n * k, n * k * width + rows * (k * width + 2 * n))
 
 
+def fused_product(rows: int, n: int, k: int, gated: bool) -> dict[str, float]:
+    """One e4m3 product and its activation as e4m3, its weights rotated."""
+    copies = max(2, ROTATED_BYTES // (n * k))
+    one = torch.ones((), device="cuda")
+    scales = one / 100, one / k**0.5
+    operation = ops.linear_geglu if gated else ops.linear_gelu
+    x = ops.quantise(torch.randn(rows, k, device="cuda"), one / 100)
+    weights = [ops.quantise(torch.randn(n, k, device="cuda"), one / 100) for _ in range(copies)]
+
+    def work() -> None:
+        for weight in weights:
+            operation(x, weight, *scales, None, scales[0], torch.bfloat16)
+
+    us = timing.graph_time(work, 20) * 1e3 / copies
+    return _row(us, 2 * rows * n * k, n * k + rows * (k + (n // 2 if gated else n)))
+
+
 def attentions() -> dict[str, dict[str, float]]:
     """Attention of the vision tower at two views and of the prefix at 512 + 48 tokens of which 552 are
     valid.
@@ -106,4 +125,6 @@ def attentions() -> dict[str, dict[str, float]]:
 def measure(precision: str) -> dict[str, Any]:
     """Ceilings, and microseconds, TFLOP/s and TB/s of each shape."""
     products = {name: product(*shape, precision) for name, shape in PRODUCTS.items()}
+    if precision == "fp8":
+        products |= {name: fused_product(*shape, "geglu" in name) for name, shape in FUSED.items()}
     return {"ceilings": ceilings(), "precision": precision} | products | attentions()

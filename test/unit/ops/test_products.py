@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from flashrt_runtime import ops
+from flashrt_runtime.layers.linear import Linear
 from flashrt_runtime.ops import native, prefix, products, reference
+from flashrt_runtime.quantization.fp8 import Fp8Linear
 
 EPS = 1e-6
 ROWS = [1, 64, 127, 192, 256, 304, 512, 560, 816]
@@ -199,3 +201,21 @@ def test_operation_without_a_gpu(gated: bool) -> None:
     rounded = case.operation(torch.bfloat16)
     case.check(rounded, 0.1)
     assert not same(rounded, got), "the two kernels' path rounds between them"
+
+
+def test_projection_takes_the_fused_operation() -> None:
+    """In 32 bits both ways round once; not calibrated, observed or without a scale it goes step by step."""
+    layer = Fp8Linear(Linear(48, 40, dtype=torch.float32), static=True)
+    layer.bias = torch.nn.Parameter(torch.randn(40), requires_grad=False)
+    layer.set_weight(torch.randn(40, 48))
+    x, scale, seen = torch.randn(33, 48), torch.tensor(0.01), []
+    layer.activation_scale.fill_(x.abs().amax() / 448)
+    for fused, separate in ((layer.gelu, ops.gelu), (layer.geglu, ops.geglu)):
+        for layer.calibrated in (False, True):
+            assert same(fused(x, scale), separate(layer(x), scale))
+        assert torch.equal(fused(x, None), separate(layer(x), None))
+        layer.observer = seen.append
+        assert same(fused(x, scale), separate(layer(x), scale))
+        layer.observer = None
+    assert len(seen) == 4
+    assert all(each is x for each in seen)
