@@ -27,6 +27,17 @@ def cache_directory() -> Path:
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "flash_rt"
 
 
+def obstacle_to(file: Path) -> str | None:
+    """What keeps a file of this name from being written, as far as one can tell before; None: nothing.
+
+    Directories that are missing are no obstacle where they can be made.
+    """
+    folder = next(each for each in file.absolute().parents if each.exists())
+    if not folder.is_dir():
+        return f"{folder} is no directory"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not writable"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that appears under its name complete or not at all, whatever ends the process or the
     machine. Of several writers one wins. What a killed one left behind is removed once it is an hour old.

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.rules import parse_rules
+from ..errors import OptionError
 from .calibration_sources import Source, SourceOptions, open_source
 from .console import ERRORS, OUTPUT, print_json, progress
 
@@ -61,10 +62,7 @@ def calibrate_command(
         samples + held_out, bag, dataset, images, robot, prompt, namespace, task,
         tuple(exclude_episode or ()), tuple(view or ()), state_key,
     )  # fmt: skip
-    if report is not None:
-        from .calibration_report import require_matplotlib
-
-        require_matplotlib()
+    _check_targets(out, report)
     with open_checkpoint(checkpoint, **opening) as opened:
         source = open_source(options, opened)
     loading = opening | {"num_views": source.views, "hardware": hardware, "num_steps": num_steps}
@@ -93,6 +91,21 @@ def calibrate_command(
     _print(result, error, true_error)
     for warning in source.warnings:  # the policy has logged its own
         ERRORS.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_targets(out: Path | None, report: Path | None) -> None:
+    """Before anything is loaded: minutes of work must not end at a file that cannot be written."""
+    from ..cache import obstacle_to
+    from ..quantization.artifact import cache_folder, check_target
+
+    check_target(cache_folder() / "KEY.safetensors" if out is None else out.expanduser())
+    if report is None:
+        return
+    from .calibration_report import require_matplotlib
+
+    require_matplotlib()
+    if obstacle := obstacle_to(report / "report.md"):
+        raise OptionError(f"--report {report}: no report can be written there: {obstacle}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from .. import __version__
-from ..cache import cache_directory, content_digest, write_atomically
+from ..cache import cache_directory, content_digest, obstacle_to, write_atomically
 from ..checkpoints.base import Checkpoint
 from ..errors import (
     CalibrationCorruptError,
@@ -31,6 +31,11 @@ MOST_HEADER = 64 << 20
 MARK = "flashrt_calibration"
 MAKE = "make one with `flashrt calibrate` or Policy.calibrate() and save_calibration()"
 AGAIN = "calibrate again with `flashrt calibrate`"
+
+
+def cache_folder() -> Path:
+    """Where the cache keeps calibrations."""
+    return cache_directory() / "calibration"
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class CalibrationIdentity:
     @property
     def cached_file(self) -> Path:
         """Where the cache keeps the calibration of this identity."""
-        return cache_directory() / "calibration" / f"{self.key}.safetensors"
+        return cache_folder() / f"{self.key}.safetensors"
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """One line for each field in which a file's identity differs: what this is, and what it is."""
@@ -136,6 +141,22 @@ class Calibration:
         return cls(**values, held_out_error=report.held_out_error, date=now)
 
 
+def check_target(path: Path) -> None:
+    """Raise CalibrationError where no calibration can, or may, be written: only an empty file and another
+    calibration are replaced, for a path mistyped may be that of the weights.
+    """
+    if path.exists():
+        if not path.is_file():
+            raise CalibrationError(f"{path}: expected the name of a file to write, and this is none")
+        if path.stat().st_size and not _is_calibration(path):
+            raise CalibrationError(
+                f"{path}: holds something else than a whole calibration, and stays as it is: name another "
+                "file, or delete this one"
+            )
+    if obstacle := obstacle_to(path):
+        raise CalibrationError(f"{path}: no calibration can be written there: {obstacle}; name another file")
+
+
 def write(path: Path, calibration: Calibration, identity: CalibrationIdentity) -> None:
     """Write a file, complete or not at all. Raises OSError where it cannot be written."""
     tensors = {
@@ -195,15 +216,32 @@ def stored_identity(path: Path) -> dict[str, Any]:
     return identity if isinstance(identity, dict) else {}
 
 
+def _is_calibration(path: Path) -> bool:
+    """By its first bytes: of any format, of any policy, damaged further on or not."""
+    try:
+        with path.open("rb") as file:
+            return MARK in _start(file)[1]
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def _start(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """A safetensors file's length and header as they stand there, and the metadata in it.
+
+    Raises AttributeError, TypeError or ValueError for another kind of file.
+    """
+    size = file.read(8)
+    header = file.read(min(int.from_bytes(size, "little"), MOST_HEADER))
+    return size + header, dict(json.loads(header).get("__metadata__") or {})
+
+
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     try:
         with path.open("rb") as file:
-            size = file.read(8)
-            header = file.read(min(int.from_bytes(size, "little"), MOST_HEADER))
-            metadata = dict(json.loads(header).get("__metadata__") or {})
+            start, metadata = _start(file)
             if MARK not in metadata:  # a checkpoint's weights, say: not read any further
                 raise CalibrationCorruptError(f"{path}: a safetensors file, but no calibration: {MAKE}")
-            tensors = load(size + header + file.read())
+            tensors = load(start + file.read())
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CalibrationNotFoundError(f"{path}: no calibration there: {MAKE}") from error
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:

@@ -101,8 +101,9 @@ class Calibrated(ABC):
     def save_calibration(self, path: Path | None = None) -> Path:
         """Keep the calibration in force in a file; None: in the cache, where load_model finds it.
 
-        Returns the file. It appears complete or not at all. Raises CalibrationError (nothing in force),
-        OptionError (not fp8), ClosedError or OSError.
+        Returns the file. It appears complete or not at all. Raises CalibrationError (nothing in force; a path
+        that holds something else than a calibration, or cannot be written), OptionError (not fp8),
+        ClosedError or OSError.
         """
         calibration = self._calibration_or_refuse()
         with self._exclusive():

@@ -91,7 +91,10 @@ class CalibrationInForce:
         """`Policy.save_calibration`."""
         if self._current is None or not self.calibrated:
             raise CalibrationError("no calibration is in force, so there is none to save: call calibrate()")
-        target = self.identity.cached_file if path is None else path.expanduser()
+        if path is None:
+            target = self.identity.cached_file
+        else:
+            artifact.check_target(target := path.expanduser())
         artifact.write(target, self._current, self.identity)
         logger.info("calibration saved as %s", target)
         return target

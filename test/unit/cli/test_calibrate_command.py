@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from benchmarks.synthetic_bag import write_bag
 from flashrt_ros.core.contract import load_contract
 from flashrt_runtime.checkpoints import make_checkpoint
-from flashrt_runtime.cli import calibration_sources
+from flashrt_runtime.cli import calibrate, calibration_sources
 from flashrt_runtime.loading import load_model
 from flashrt_runtime.quantization import artifact
 
@@ -189,6 +190,28 @@ def test_a_failure_leaves_the_earlier_file(flashrt, arm, pictures, tmp_path) -> 
     assert code == 2
     assert "base9.png is not an image" in err
     assert out.read_bytes() == before
+
+
+def test_a_bad_place_is_told_before_anything_is_loaded(flashrt, arm, pictures, monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "closed").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and access(path, mode))
+    monkeypatch.setattr(calibrate, "open_checkpoint", lambda *_, **__: pytest.fail("opened"))
+    weights = (arm / "model.safetensors").read_bytes()
+    arguments = ("--checkpoint", arm, "--images", pictures, "--samples", "2")
+    for options, message in (
+        (("--out", arm / "model.safetensors"), "holds something else than a whole calibration"),
+        (("--out", tmp_path), "expected the name of a file to write"),
+        (("--out", tmp_path / "closed" / "new" / "file"), "closed is not writable; name another file"),
+        (("--report", tmp_path / "file"), "no report can be written there"),
+    ):
+        code, out, err = flashrt("calibrate", *arguments, *options, *FAST)
+        assert (code, out) == (2, "")
+        assert message in err
+    monkeypatch.setenv("FLASHRT_CACHE_DIR", str(tmp_path / "closed"))
+    assert "closed is not writable" in flashrt("calibrate", *arguments, *FAST)[2]
+    assert (arm / "model.safetensors").read_bytes() == weights
 
 
 def test_info_says_whether_a_calibration_belongs(flashrt, arm, libero, pictures, tmp_path) -> None:

@@ -120,6 +120,30 @@ def test_options_of_load_model(saved, load, tmp_path) -> None:
     assert policy.calibrated
 
 
+def test_nothing_but_a_calibration_is_replaced(saved, copy, tmp_path) -> None:
+    """`save_calibration(checkpoint / "model.safetensors")` once made 3 kB of scales of the weights."""
+    policy, _ = saved
+    file = tmp_path / "scales"
+    file.touch()
+    policy.save_calibration(file)
+    policy.save_calibration(file)
+    whole = file.read_bytes()
+    (tmp_path / "notes").write_text("about the scales")
+    (tmp_path / "cut").write_bytes(whole[:100])
+    for other in (copy / "model.safetensors", tmp_path / "notes", tmp_path / "cut"):
+        before = other.read_bytes()
+        with pytest.raises(CalibrationError, match=f"{other.name}: holds something else .* delete this one"):
+            policy.save_calibration(other)
+        assert other.read_bytes() == before
+    with pytest.raises(CalibrationError, match="expected the name of a file"):
+        policy.save_calibration(tmp_path)
+    with pytest.raises(CalibrationError, match="notes is no directory"):
+        policy.save_calibration(tmp_path / "notes" / "a" / "b")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    policy.save_calibration(file)
+    assert load_file(file).keys() == load_file(policy.save_calibration(tmp_path / "new" / "file")).keys()
+
+
 def test_not_found(load) -> None:
     policy = load(num_steps=1)
     with pytest.raises(CalibrationNotFoundError, match=policy.calibration_key):
