@@ -53,10 +53,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED_S:
-                left.unlink()
+    remove_abandoned(path.parent, f".{path.name}.*.part")
+
+
+def remove_abandoned(directory: Path, *patterns: str) -> None:
+    """Remove what killed writers left behind: files of these patterns that nobody touched for an hour."""
+    for pattern in patterns:
+        for left in directory.glob(pattern):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    left.unlink()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__
-from ..cache import cache_directory, content_digest
+from ..cache import cache_directory, content_digest, remove_abandoned
 from ..checkpoints.base import Checkpoint
 from .fp8 import Fp8Linear
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_FILES = 3
+UNFINISHED = (".*.part", ".tmp*")  # ours, and those that safetensors makes of them
 
 
 def cache_key(digest: str, config: object, precision: str, version: str = __version__) -> str:
@@ -74,10 +75,14 @@ class WeightCache:
         return True
 
     def save(self, model: nn.Module) -> None:
-        """Write the model's weights; a full disk is a warning, since the weights can be made again."""
+        """Write the model's weights; a full or read-only disk is a warning, since they can be made again.
+
+        What killed writers left behind, gigabytes each, is removed first once it is an hour old.
+        """
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.path.parent, *UNFINISHED)
             save_file(
                 {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()},
                 temporary,
@@ -86,7 +91,8 @@ class WeightCache:
         except (OSError, SafetensorError) as error:
             logger.warning("%s: quantised weights not kept: %s", self.path, error)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only disk refuses that too
+                temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process prunes too
             self._prune()
 

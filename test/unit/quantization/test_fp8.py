@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from flashrt_runtime.models.weights import load_weights
 from flashrt_runtime.options import requested_precision, resolve_target
 from flashrt_runtime.parity.capture import capture
 from flashrt_runtime.parity.stages import random_inputs
+from flashrt_runtime.quantization import weight_cache
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, fp8_linears, swap_linears
 from flashrt_runtime.quantization.weight_cache import WeightCache, cache_key
@@ -262,6 +265,35 @@ def test_cached_weights_are_those_of_the_checkpoint(checkpoints: dict[str, Path]
     again = models.build(opened.config, 2, torch.bfloat16)
     swap_linears(again)
     assert not cache.load(again, CPU)
+
+
+def test_a_read_only_cache_is_a_warning(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a read-only mount only its answer is made here: every change under weights/ fails with EROFS."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with open_checkpoint(checkpoints["pi05"], config="auto") as opened:
+        cache = WeightCache(opened, "fp8")
+    cache.path.parent.mkdir(parents=True)
+    monkeypatch.setattr(weight_cache, "save_file", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    cache.save(torch.nn.Linear(2, 2))
+    assert "quantised weights not kept" in caplog.text
+
+
+def test_what_killed_writers_left_is_removed(checkpoints: dict[str, Path]) -> None:
+    with open_checkpoint(checkpoints["pi05"], config="auto") as opened:
+        cache = WeightCache(opened, "fp8")
+    folder = cache.path.parent
+    folder.mkdir(parents=True)
+    for name in (".KEY.safetensors.12.part", ".tmpAb12Cd", ".KEY.safetensors.13.part"):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (0, 0) if "13" not in name else None)
+    cache.save(torch.nn.Linear(2, 2))
+    assert {file.name for file in folder.iterdir()} == {cache.path.name, ".KEY.safetensors.13.part"}
 
 
 def test_cache_key_tells_contents_apart(checkpoints: dict[str, Path], tmp_path: Path) -> None:
