@@ -26,7 +26,7 @@ from .errors import (
 from .guidance import check_mode
 from .models import FlowPolicy, Pi0Fast, PrefixPolicy
 from .models.weights import load_weights
-from .options import Target, requested_precision, resolve_config, resolve_target
+from .options import MAX_STEPS, Target, check_range, requested_precision, resolve_config, resolve_target
 from .policy import Policy
 from .quantization.fp8 import swap_linears
 from .quantization.weight_cache import WeightCache
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_VIEWS = 3
-MAX_STEPS = 100
 MAX_TOKENS = 512
 
 
@@ -119,12 +118,12 @@ def load_model(
     for name, value in later.items():
         if value is not None:
             raise NotSupportedYetError(f"{name}={value!r} is not supported yet: leave it out")
-    _check_range("num_views", num_views, 1, MAX_VIEWS)
+    check_range("num_views", num_views, 1, MAX_VIEWS)
     if num_steps is not None:
-        _check_range("num_steps", num_steps, 1, MAX_STEPS)
+        check_range("num_steps", num_steps, 1, MAX_STEPS)
     if isinstance(autotune, bool):
         autotune = 3 if autotune else 0
-    _check_range("autotune", autotune, 0, 100)
+    check_range("autotune", autotune, 0, 100)
     policy_name = resolve_config(config)
     wanted = requested_precision(precision, use_fp8, use_fp16, use_fp4)
     target = resolve_target(hardware, wanted, allow_fp8=use_fp8 is not False)
@@ -134,7 +133,7 @@ def load_model(
         raise OptionError(f"calibration={str(scales)!r} is for fp8, and precision is {target.precision!r}")
     if scales is not None and recalibrate:
         raise OptionError(f"calibration={str(scales)!r} and recalibrate=True contradict each other: drop one")
-    _check_range("decode_graph_steps", decode_graph_steps, 1, MAX_TOKENS)
+    check_range("decode_graph_steps", decode_graph_steps, 1, MAX_TOKENS)
     settings = Settings(
         num_views,
         num_steps,
@@ -294,8 +293,3 @@ def _check_views(opened: Checkpoint, num_views: int) -> None:
             num_views,
             ", ".join(opened.views[num_views:]),
         )
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"{name} must be a whole number from {low} to {high}, got {value!r}")

@@ -46,6 +46,8 @@ HARDWARE: dict[str, tuple[tuple[int, int], ...]] = {
 }
 MINIMUM_CAPABILITY = (8, 0)
 
+MAX_STEPS = 100
+
 
 @dataclass(frozen=True)
 class Target:
@@ -58,6 +60,12 @@ class Target:
     def dtype(self) -> torch.dtype:
         """Dtype of activations, and of weights that are not quantised."""
         return PRECISIONS[self.precision]
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises OptionError for what is no whole number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
 
 def resolve_config(config: str) -> str:

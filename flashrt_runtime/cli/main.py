@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -56,10 +57,14 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 a check of the command did not hold, 2 a mistake in options, files or the
-    environment.
+    environment, 3 a fault of this program, with its traceback.
     """
     try:
         app()
     except (FlashRTError, OSError) as error:
         ERRORS.print(f"flashrt: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        ERRORS.print("flashrt: this is a fault of flashrt: please report it", highlight=False)
+        sys.exit(3)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from ..checkpoints.base import open_checkpoint
 from ..config import PolicyConfig
 from ..errors import NotSupportedYetError, ObservationError
-from ..options import Target
+from ..options import MAX_STEPS, Target, check_range
 from .against import lerobot_python, lerobot_stages, our_stages, reference_stages
 from .drift import Drift, Gates, compare, default_gates
 from .stages import Inputs, random_inputs
@@ -64,12 +67,15 @@ def drift_report(
     of noise and a prompt of `tokens` random tokens. The bounds are `default_gates`; max_abs replaces the one
     on the actions' max-abs, relative_l2 those on relative L2.
     The other implementation runs first and is gone before our weights are loaded: the peak is one model.
-    Raises CheckpointError, ObservationError (inputs that do not fit), NotSupportedYetError or ParityError.
+    Raises CheckpointError, OptionError, ObservationError (inputs that do not fit), NotSupportedYetError or
+    ParityError.
     """
     if target.precision not in PRECISIONS:
         raise NotSupportedYetError(
             f"parity is measured in {', '.join(PRECISIONS)}, not yet in {target.precision}"
         )
+    if num_steps is not None:
+        check_range("num_steps", num_steps, 1, MAX_STEPS)
     if against == "lerobot":
         lerobot_python()  # before a checkpoint of gigabytes is opened
     with open_checkpoint(checkpoint, framework=framework) as opened:
@@ -111,7 +117,11 @@ def _inputs(
 
 
 def read_inputs(file: str | Path) -> Inputs:
-    """The arrays of an .npz file as `Inputs`. Raises ObservationError when one is missing or mistyped."""
+    """The arrays of an .npz file as `Inputs`.
+
+    Raises ObservationError when one is missing or mistyped, or the file is another; OSError where there is
+    none.
+    """
     kinds = {
         "images": "f4",
         "image_mask": "?",
@@ -120,11 +130,17 @@ def read_inputs(file: str | Path) -> Inputs:
         "state": "f4",
         "noise": "f4",
     }
-    with np.load(file, allow_pickle=False) as stored:
-        missing = sorted(set(kinds) - set(stored.files))
-        if missing:
-            raise ObservationError(f"{file}: expected the arrays {sorted(kinds)}; missing {missing}")
-        arrays = {name: stored[name] for name in kinds}
+    try:
+        stored = np.load(file, allow_pickle=False)
+        if not isinstance(stored, NpzFile):
+            raise ValueError("one array")
+        with stored:
+            missing = sorted(set(kinds) - set(stored.files))
+            arrays = {name: stored[name] for name in kinds if name not in missing}
+    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise ObservationError(f"{file}: expected an .npz file, as np.savez writes it: {error}") from error
+    if missing:
+        raise ObservationError(f"{file}: expected the arrays {sorted(kinds)}; missing {missing}")
     for name, kind in kinds.items():
         if arrays[name].dtype != np.dtype(kind):
             raise ObservationError(f"{file}: {name}: expected {np.dtype(kind)}, got {arrays[name].dtype}")

@@ -31,8 +31,15 @@ class Inputs:
     noise: NDArray[np.float32]
 
     def check(self, config: PolicyConfig) -> None:
-        """Raise ObservationError when a shape does not fit `config` or nothing is valid."""
+        """Raise ObservationError when a shape does not fit `config`, nothing is valid, or the prompt is too
+        long.
+        """
         size = config.vision.image_size
+        if self.tokens.ndim != 1 or not len(self.images):
+            raise ObservationError(
+                "expected tokens of shape (L,) and one image or more, got tokens of shape "
+                f"{self.tokens.shape} and images of shape {self.images.shape}"
+            )
         expected = {
             "images": (len(self.images), 3, size, size),
             "image_mask": (len(self.images),),
@@ -45,6 +52,11 @@ class Inputs:
                 raise ObservationError(f"{name}: expected shape {shape}, got {getattr(self, name).shape}")
         if not (self.image_mask.any() or self.token_mask.any()):
             raise ObservationError("every view and every token is masked: there is nothing to attend to")
+        if (length := int(self.token_mask.sum())) > config.prompt_capacity:
+            raise ObservationError(
+                f"tokens: {config.policy} has room for {config.prompt_capacity}, got {length}: shorten the "
+                "prompt"
+            )
         out_of_range = self.tokens[(self.tokens < 0) | (self.tokens >= config.vocab_size)]
         if out_of_range.size:
             raise ObservationError(f"tokens must lie in [0, {config.vocab_size}), got {out_of_range[0]}")

@@ -11,8 +11,10 @@ from parity_cases import Case
 from parity_support import write_checkpoint
 from typer.testing import CliRunner
 
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.cli.main import app
 from flashrt_runtime.errors import ObservationError, OptionError, ParityError
+from flashrt_runtime.parity import report
 
 CASES = [Case("pi05", steps=4), Case("pi0", steps=4)]
 
@@ -81,6 +83,39 @@ def test_inputs_from_a_file(checkpoint, tmp_path):
     np.savez(tmp_path / "typed.npz", **inputs, noise=np.zeros((10, 32)))
     with pytest.raises(ObservationError, match="noise: expected float32, got float64"):
         parity(checkpoint, *common, str(tmp_path / "typed.npz"))
+
+
+def test_inputs_that_do_not_fit(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "our_stages", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(report, "reference_stages", lambda *_: pytest.fail("the reference was run"))
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    (tmp_path / "empty.npz").touch()
+    np.savez(tmp_path / "cut.npz", **CASES[0].inputs())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:5000])
+    for name in ("one.npy", "x.png", "empty.npz", "cut.npz"):
+        with pytest.raises(ObservationError, match=rf"{name}: expected an \.npz file"):
+            parity(checkpoint, "--against", "reference", "--inputs", str(tmp_path / name))
+    rows = CASES[0].inputs()
+    for field in ("tokens", "token_mask"):
+        rows[field] = rows[field][None]
+    np.savez(tmp_path / "rows.npz", **rows)
+    with pytest.raises(ObservationError, match=r"expected tokens of shape \(L,\)"):
+        parity(checkpoint, "--against", "reference", "--inputs", str(tmp_path / "rows.npz"))
+    with pytest.raises(ObservationError, match=r"has room for \d+, got 500: shorten"):
+        parity(checkpoint, "--against", "reference", "--tokens", "500")
+    for steps in ("0", "-1", "101"):
+        with pytest.raises(OptionError, match=rf"num_steps must be a .* from 1 to 100, got {steps}"):
+            parity(checkpoint, "--against", "reference", "--num-steps", steps)
+
+
+def test_as_many_tokens_as_there_is_room_for(checkpoint):
+    with open_checkpoint(checkpoint) as opened:
+        capacity = opened.config.prompt_capacity
+    common = ("--against", "reference", "--num-steps", "1", "--tokens")
+    assert parity(checkpoint, *common, str(capacity)).exit_code == 0
+    with pytest.raises(ObservationError, match=f"room for {capacity}, got {capacity + 1}"):
+        parity(checkpoint, *common, str(capacity + 1))
 
 
 def test_unknown_yardstick(checkpoint):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flashrt_runtime.checkpoints import make_checkpoint
+from flashrt_runtime.cli import info
 from flashrt_runtime.cli.predict import BARS, sparkline
 from flashrt_runtime.loading import load_model
 
@@ -43,6 +44,14 @@ def test_the_command_runs_as_a_module():
     )
     for command in ("info", "predict", "make-checkpoint", "convert", "download-tokenizer", "parity"):
         assert command in done.stdout
+
+
+def test_a_fault_of_the_program_is_no_exceeded_bound(flashrt, checkpoint, monkeypatch):
+    monkeypatch.setattr(info, "describe", lambda _: 1 / 0)
+    code, out, err = flashrt("info", "--checkpoint", checkpoint)
+    assert (code, out) == (3, "")
+    assert "ZeroDivisionError" in err
+    assert "fault of flashrt" in err
 
 
 def test_info(flashrt, checkpoint):
