@@ -86,8 +86,8 @@ def load_model(
     remembers.
     weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
     to this checkpoint, configuration, precision and views; None or "auto": the one in the cache, if there is
-    one (see `Policy.save_calibration`); "none": no scales. recalibrate: ignore what the cache holds, weights
-    and calibration.
+    one (see `Policy.save_calibration`); "none": no scales. recalibrate: ignore what the cache holds, weights,
+    calibration and times of kernels.
 
     rtc: real-time chunking, "off", "guided" (predict(rtc=...) pulls a chunk towards what is being played), or
     "trained", for checkpoints that declare rtc_training_max_delay; see docs/rtc.md.
@@ -227,7 +227,8 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
         elif isinstance(model, Pi0Fast):
             fused_decode.attach(model, target.device)
         whole = settings.decode_cuda_graph
-        engine = Engine(model, opened.rules, target.device, settings.autotune, whole, rtc)
+        anew = settings.recalibrate
+        engine = Engine(model, opened.rules, target.device, settings.autotune, whole, rtc, anew)
         engine.capture()
     policy = Policy(model, opened, target, engine, tokens, rtc)
     if target.precision == "fp8":

@@ -49,7 +49,7 @@ class Engine:
     """Runs one loaded model on one GPU. Not thread-safe: the policy that owns it takes one call at a time.
 
     autotune: captures per bucket, of which the one that replays fastest is kept; 0 also takes the kernels
-    that `ops.variants` has and measures none. whole: what the model
+    that `ops.variants` has and measures none; anew: what they know is measured again. whole: what the model
     repeats is one graph, see `Repeats`. rtc: the graphs follow guidance, which they read from static buffers;
     without any they give what graphs that know none give, bit for bit.
     """
@@ -62,8 +62,10 @@ class Engine:
         autotune: int = 3,
         whole: bool = False,
         rtc: RtcMode = "off",
+        anew: bool = False,
     ) -> None:
         self.model = model
+        self.anew = anew
         self.rtc = rtc
         if rtc == "trained" and isinstance(model, FlowPolicy) and model.fused_expert is not None:
             logger.warning(
@@ -145,6 +147,7 @@ class Engine:
             if self.model.repeats(self.actions):
                 self.repeats = Repeats(self.model, self.staging.noise, self.actions, self.whole)
                 self.repeats.capture(self.stream, pool)
+        self.anew = False
         logger.info(
             "captured graphs for prompts of up to %s tokens in %.2f s",
             ", ".join(map(str, self.buckets)),
@@ -154,11 +157,11 @@ class Engine:
     def _tuned(self) -> contextlib.AbstractContextManager[None]:
         """Kernels chosen by measurement, or by those of an earlier load on such a GPU."""
         identity, file = variants.device_identity(self.device), variants.device_file(self.device)
-        return variants.TABLE.remembered(identity, file)
+        return variants.of(self.device).remembered(identity, file, self.anew)
 
     def _fastest(self, bucket: int, pool: Any) -> torch.cuda.CUDAGraph:
         # libraries choose algorithms and allocate workspaces outside the capture
-        with variants.TABLE.measuring() if self.autotune else contextlib.nullcontext():
+        with variants.of(self.device).measuring() if self.autotune else contextlib.nullcontext():
             self.forward(bucket)
         self.stream.synchronize()
         candidates: list[tuple[float, int, torch.cuda.CUDAGraph]] = []
@@ -256,6 +259,7 @@ class Engine:
             )
             before = self.staging, self.guide, self.graphs, self.repeats
             try:
+                self.staging.finish_images()  # of an observation that was given up
                 self._allocate(needed)
                 self.capture()
             except BaseException:  # the graphs in force read the buffers they were captured with

@@ -235,7 +235,7 @@ def attention(
 
     if _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k):
         operation = f"attention {_named(q)} keys {k.shape[0]} {'e4m3' if scale is not None else ''}"
-        return variants.TABLE.run(operation, {"own": own, "library": library})
+        return variants.of(q.device).run(operation, {"own": own, "library": library})
     return library()
 
 
@@ -251,7 +251,7 @@ def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -
 
     if _native(qkv) and prefix.vision_attention_supported(qkv, num_heads):
         operation = f"vision_attention {_named(qkv)} {'e4m3' if scale is not None else ''}"
-        return variants.TABLE.run(operation, {"own": own, "library": library})
+        return variants.of(qkv.device).run(operation, {"own": own, "library": library})
     return library()
 
 

@@ -8,9 +8,12 @@ start to the next.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import logging
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache import cache_directory, write_atomically
+from . import native
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +35,38 @@ Candidates = Mapping[str, Callable[[], Tensor]]
 
 
 class Variants:
-    """The choices in force in this process."""
+    """The choices in force on one GPU in this process."""
 
     def __init__(self, measure: Callable[[Callable[[], Tensor]], float] | None = None) -> None:
         """measure: milliseconds of one call; default by CUDA events on the current stream."""
         self.chosen: dict[str, str] = {}
         self.measured: dict[str, dict[str, float]] = {}
+        self.timed = 0  # operations that were measured here, not remembered
         self._measure = measure or _device_time
-        self._measuring = False
+        self._here = threading.local()  # who measures, and not all who run meanwhile
 
     def run(self, operation: str, candidates: Candidates) -> Tensor:
         """The result of the candidate that serves `operation`, a name with its shape and dtype.
 
         candidates: in order of preference, all of them valid here.
         """
-        if self._measuring and operation not in self.chosen and len(candidates) > 1:
+        measuring = getattr(self._here, "measuring", False)
+        if measuring and operation not in self.chosen and len(candidates) > 1:
             self._choose(operation, candidates)
         name = self.chosen.get(operation, "")
         return candidates[name if name in candidates else next(iter(candidates))]()
 
     def _choose(self, operation: str, candidates: Candidates) -> None:
-        times = {name: self._measure(call) for name, call in candidates.items()}
+        times: dict[str, float] = {}
+        for name, call in candidates.items():
+            try:
+                times[name] = self._measure(call)
+            except RuntimeError as error:  # another one may serve
+                logger.warning("%s: %s failed: %s", operation, name, error)
+        if not times:
+            return
         fastest = min(times.values())
+        self.timed += 1
         self.measured[operation] = times
         self.chosen[operation] = next(name for name, each in times.items() if each <= MARGIN * fastest)
         described = ", ".join(f"{name} {1e3 * each:.1f} us" for name, each in times.items())
@@ -60,41 +74,68 @@ class Variants:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure what runs in this block for the first time. Not while a stream is captured."""
-        before, self._measuring = self._measuring, True
+        """Measure what this thread runs in this block for the first time; not for a stream being captured."""
+        before = getattr(self._here, "measuring", False)
+        self._here.measuring = True
         try:
             yield
         finally:
-            self._measuring = before
+            self._here.measuring = before
 
     @contextlib.contextmanager
-    def remembered(self, identity: Mapping[str, str], file: Path) -> Iterator[None]:
-        """Take the choices of `file`, if of this identity; what the block measures goes there too."""
-        chosen, measured = _read(file, identity)
-        self.chosen |= chosen
-        self.measured = measured | self.measured
-        before = len(self.chosen)
+    def remembered(
+        self, identity: Mapping[str, str], file: Path | None, anew: bool = False
+    ) -> Iterator[None]:
+        """Take the choices of `file`, if of this identity; what the block measures goes there too.
+
+        file: None where there is no place for one. anew: forget what is known, and measure again.
+        """
+        if anew:
+            self.chosen, self.measured = {}, {}
+        elif file is not None:
+            chosen, measured = _read(file, identity)
+            self.chosen = chosen | self.chosen
+            self.measured = measured | self.measured
+        before = self.timed
         yield
-        if len(self.chosen) > before:
+        if file is not None and self.timed > before:
             content = dict(identity) | {"chosen": self.chosen, "measured_ms": self.measured}
             with contextlib.suppress(OSError):  # a read-only home costs the time of measuring, no more
                 write_atomically(file, json.dumps(content, indent=1).encode())
 
 
+TABLES: dict[int, Variants] = {}
+
+
+def of(device: torch.device) -> Variants:
+    """The table of a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return TABLES.setdefault(index, Variants())
+
+
 def device_identity(device: torch.device) -> dict[str, str]:
-    """What a measurement holds for: GPU, torch, CUDA, this package's version."""
+    """What a measurement holds for: GPU, torch, CUDA, this package's version and its kernels as built."""
     return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "version": __version__,
+        "kernels": _kernels_digest() if native.available() else "none",
     }
 
 
-def device_file(device: torch.device) -> Path:
-    """Where the choices of a GPU are kept."""
+@functools.cache
+def _kernels_digest() -> str:
+    return hashlib.sha256(Path(str(native.load().__file__)).read_bytes()).hexdigest()
+
+
+def device_file(device: torch.device) -> Path | None:
+    """Where the choices of a GPU are kept; None for a user without a home."""
     name = "".join(each if each.isalnum() else "-" for each in torch.cuda.get_device_name(device))
-    return cache_directory() / "autotune" / f"{name}.json"
+    try:
+        return cache_directory() / "autotune" / f"{name}.json"
+    except RuntimeError:
+        return None
 
 
 def _read(file: Path, identity: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
@@ -123,6 +164,3 @@ def _device_time(call: Callable[[], Tensor]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
-
-
-TABLE = Variants()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.ops import variants
 from flashrt_runtime.policy import Policy
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +50,18 @@ def path(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Path:
     return paths[request.param]
 
 
+@pytest.fixture(scope="module", params=["pi05", "pi0", "pi05 wide", "pi0 wide"])
+def every_path(
+    request: pytest.FixtureRequest,
+    paths: dict[str, Path],
+    make_wide: Callable[[Path, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Also at the widths that the fused expert and the attention kernels serve."""
+    policy, _, wide = request.param.partition(" ")
+    return make_wide(tmp_path_factory.mktemp("wide") / policy, policy) if wide else paths[policy]
+
+
 def load(path: Path, precision: str, rtc: str = "off") -> Policy:
     return flashrt_runtime.load_model(
         path, config="auto", hardware="any", precision=precision, weight_cache=False, autotune=1, rtc=rtc
@@ -76,8 +90,8 @@ def test_graph_against_definition(path: Path, precision: str, bound: float) -> N
     policy.close()
 
 
-def test_graph_is_bit_identical_to_eager_with_the_same_kernels(path: Path) -> None:
-    policy = load(path, "fp8")
+def test_graph_is_bit_identical_to_eager_with_the_same_kernels(every_path: Path) -> None:
+    policy = load(every_path, "fp8")
     policy.predict(images(0), "open the drawer", STATE, seed=0)
     engine, model = policy._engine, policy._model
     assert engine is not None
@@ -91,8 +105,8 @@ def test_graph_is_bit_identical_to_eager_with_the_same_kernels(path: Path) -> No
     policy.close()
 
 
-def test_changes_neither_capture_nor_allocate(path: Path) -> None:
-    policy = load(path, "fp8")
+def test_changes_neither_capture_nor_allocate(every_path: Path) -> None:
+    policy = load(every_path, "fp8")
     policy.predict(images(0), "start", STATE, seed=0)
     engine = policy._engine
     assert engine is not None
@@ -112,8 +126,8 @@ def test_changes_neither_capture_nor_allocate(path: Path) -> None:
     policy.close()
 
 
-def test_new_scales_reach_the_captured_graph(path: Path) -> None:
-    policy = load(path, "fp8")
+def test_new_scales_reach_the_captured_graph(every_path: Path) -> None:
+    policy = load(every_path, "fp8")
     one = policy.predict(images(0), "start", STATE, seed=0)
     policy.calibrate([{"images": images(5), "prompt": "stop", "state": STATE, "seed": 9}])
     two = policy.predict(images(0), "start", STATE, seed=0)
@@ -210,4 +224,24 @@ def test_guided_graph_without_weight_is_the_plain_graph(path: Path, precision: s
         policy = load(path, precision, rtc=rtc)
         chunks.append(policy.predict(images(0), "open the drawer", STATE, seed=1))
         policy.close()
+    assert chunks[0].tobytes() == chunks[1].tobytes()
+
+
+def test_kernels_are_chosen_once_and_remembered(
+    make_wide: Callable[[Path, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second load on a GPU measures nothing and captures the same kernels."""
+    path = make_wide(tmp_path / "pi05", "pi05")
+    monkeypatch.setenv("FLASHRT_CACHE_DIR", str(tmp_path / "cache"))
+    chunks, tables = [], []
+    for _ in range(2):
+        monkeypatch.setattr(variants, "TABLES", {})
+        policy = load(path, "fp8")
+        chunks.append(policy.predict(images(0), "open the drawer", STATE, seed=1))
+        (table,) = variants.TABLES.values()
+        tables.append(table)
+        policy.close()
+    assert tables[0].timed > 0
+    assert tables[1].timed == 0
+    assert tables[0].chosen == tables[1].chosen
     assert chunks[0].tobytes() == chunks[1].tobytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +40,19 @@ def load(path: Path, precision: str, whole: bool) -> Policy:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "fp8"])
-def pair(request: pytest.FixtureRequest, path: Path) -> Iterator[dict[bool, Policy]]:
-    loaded = {whole: load(path, request.param, whole) for whole in (False, True)}
+@pytest.fixture(scope="module", params=["fp32", "bf16", "fp8", "fp8 wide"])
+def pair(
+    request: pytest.FixtureRequest,
+    path: Path,
+    make_wide: Callable[[Path, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[bool, Policy]]:
+    """wide: at the widths that the skinny kernels serve."""
+    precision, _, wide = request.param.partition(" ")
+    if wide:
+        path = make_wide(tmp_path_factory.mktemp("fast") / "wide", "pi0fast")
+    loaded = {whole: load(path, precision, whole) for whole in (False, True)}
+    assert all((model_of(policy).fused is not None) == bool(wide) for policy in loaded.values())
     for policy in loaded.values():
         policy.predict(images(0), PROMPT, STATE)  # fp8 takes its scales from it
     yield loaded

@@ -13,9 +13,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> variants.Variants:
-    fresh = variants.Variants()
-    monkeypatch.setattr(variants, "TABLE", fresh)
-    return fresh
+    monkeypatch.setattr(variants, "TABLES", {})
+    return variants.of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def both(table: variants.Variants, call: object) -> list[torch.Tensor]:

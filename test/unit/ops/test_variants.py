@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,45 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> No
     variants, _ = table(2.0, 1.0)
     with variants.remembered(IDENTITY, tmp_path / "file" / "gpu.json"):
         assert run(variants) is LIBRARY
+
+
+def test_without_a_place_for_a_file() -> None:
+    variants, calls = table(2.0, 1.0)
+    with variants.remembered(IDENTITY, None):
+        assert run(variants) is LIBRARY
+    assert calls == [1, 2]
+
+
+def test_measured_anew(tmp_path: Path) -> None:
+    """A first load beside another program on the GPU may have chosen wrongly."""
+    file = tmp_path / "gpu.json"
+    hampered, _ = table(2.0, 1.0)
+    with hampered.remembered(IDENTITY, file):
+        run(hampered)
+    quiet, calls = table(1.0, 2.0)
+    with quiet.remembered(IDENTITY, file, anew=True):
+        assert run(quiet) is OWN
+    assert calls == [1, 2]
+    later, calls = table(2.0, 1.0)
+    with later.remembered(IDENTITY, file):
+        assert run(later) is OWN
+    assert calls == []
+
+
+def test_a_candidate_that_fails_leaves_the_other() -> None:
+    def refused() -> Tensor:
+        raise RuntimeError("no kernel for this shape")
+
+    variants = Variants(lambda call: float(call()))
+    with variants.measuring():
+        assert variants.run("product", {"own": refused, "library": CANDIDATES["library"]}) is LIBRARY
+    assert variants.run("product", {"own": refused, "library": CANDIDATES["library"]}) is LIBRARY
+    with variants.measuring(), pytest.raises(RuntimeError, match="no kernel"):
+        variants.run("another", {"own": refused, "library": refused})
+
+
+def test_other_threads_do_not_measure() -> None:
+    variants, calls = table(2.0, 1.0)
+    with variants.measuring(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(variants.run, "product 4x4", CANDIDATES).result() is OWN
+    assert calls == []
