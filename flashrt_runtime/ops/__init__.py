@@ -96,7 +96,7 @@ def scaled_linear(
 
     if products.plain_served(x, weight, bias, dtype):
         operation = f"linear {_named(x)} by {_named(weight)}"
-        return variants.TABLE.run(operation, {"own": own, "library": library})
+        return variants.of(x.device).run(operation, {"own": own, "library": library})
     return library()
 
 
@@ -164,7 +164,7 @@ def linear_gelu(
 
     if products.gelu_served(x, weight, bias):
         operation = f"linear_gelu {_named(x)} by {_named(weight)}"
-        return variants.TABLE.run(operation, {"own": own, "library": library})
+        return variants.of(x.device).run(operation, {"own": own, "library": library})
     return library()
 
 
@@ -187,7 +187,7 @@ def linear_geglu(
 
     if bias is None and products.served(x, weight, halves=2):
         operation = f"linear_geglu {_named(x)} by {_named(weight)}"
-        return variants.TABLE.run(operation, {"own": own, "library": library})
+        return variants.of(x.device).run(operation, {"own": own, "library": library})
     return library()
 
 
