@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import json
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
@@ -26,6 +25,7 @@ import cv2
 import numpy as np
 import torch
 
+from benchmarks import report
 from benchmarks.bench_policy import commit
 from benchmarks.random_policy import random_checkpoint
 from flashrt_runtime import models
@@ -335,6 +335,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     lines += [""] + [f"- {text}" for text in result["gates"]]
     lines += [f"- {name}: {value:.4g}" for name, value in result["times"].items()]
+    lines.append(f"- `{result['command']}`")
     return "\n".join(lines) + "\n"
 
 
@@ -376,7 +377,7 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": args.commit or commit(),
-        "command": " ".join(["python -m benchmarks.bench_calibration", *sys.argv[1:]]),
+        "command": report.command("bench_calibration"),
         "weights": str(args.checkpoint or f"random weights of size {args.size}, q x {args.query_scale:g}"),
         "frames": len(rig.frames),
         "held_out": len(held),

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import report
 from benchmarks.bench_calibration import read_frames
 from benchmarks.bench_policy import commit
 from benchmarks.random_policy import random_checkpoint
@@ -113,7 +113,7 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": args.commit or commit(),
-        "command": " ".join(["python -m benchmarks.bench_fidelity", *sys.argv[1:]]),
+        "command": report.command("bench_fidelity"),
         "size": args.size,
         "query_scale": args.query_scale,
         "rows": rows,

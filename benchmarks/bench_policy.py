@@ -5,8 +5,8 @@ peers.
 
 Weights are random, of the published dimensions, drawn on the GPU (see `random_policy`), so load_s covers
 drawing, quantising, graph capture and autotune, and reads no file. Rows are merged into
-docs/gpu_report.json by key (<policy>.<precision>.views<n>[.chunk<m>]); docs/gpu_report.md and the chart are
-written from that file alone.
+docs/gpu_report.json by key (<policy>.<precision>.views<n>[.chunk<m>]), each as soon as it is measured, and
+may be asked for by key (--rows); docs/gpu_report.md and the chart are written from that file alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +123,54 @@ def prompt_changes(policy: Policy, example: Example, plain_ms: float, repeats: i
     }
 
 
-def measure(args: argparse.Namespace, views: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """What one row of the report measures."""
+
+    policy: str
+    precision: str
+    views: int
+    chunk: int = 10
+
+    @property
+    def key(self) -> str:
+        """<policy>.<precision>.views<n>[.chunk<m>]"""
+        chunk = "" if self.chunk == 10 else f".chunk{self.chunk}"
+        return f"{self.policy}.{self.precision}.views{self.views}{chunk}"
+
+    @classmethod
+    def of(cls, key: str) -> Row:
+        """The row of a key. Raises SystemExit for anything else."""
+        found = re.fullmatch(r"(pi05|pi0)\.(\w+)\.views([123])(?:\.chunk(\d+))?", key)
+        if found is None or found[2] not in PRECISIONS:
+            sys.exit(f"--rows {key}: expected <policy>.<precision>.views<n>[.chunk<m>], as pi05.fp8.views2")
+        return cls(found[1], found[2], int(found[3]), int(found[4] or 10))
+
+
+def wanted_rows(args: argparse.Namespace) -> list[Row]:
+    """Those of --rows, or one for each of --views."""
+    if args.rows:
+        return [Row.of(key) for key in args.rows]
+    return [Row(args.policy, args.precision, views, args.chunk) for views in args.views]
+
+
+def measure(args: argparse.Namespace, row: Row) -> dict[str, Any]:
     """One row of the report."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    checkpoint = random_checkpoint(args.policy, views, args.chunk, args.steps, device, args.size)
-    policy = build_policy(checkpoint, Target(device, args.precision), Settings(views, None, 3, False, False))
+    checkpoint = random_checkpoint(row.policy, row.views, row.chunk, args.steps, device, args.size)
+    policy = build_policy(
+        checkpoint, Target(device, row.precision), Settings(row.views, None, 3, False, False)
+    )
     torch.cuda.synchronize()
     load_s = time.perf_counter() - started
-    example = Example(views, checkpoint.state_dim or 0)
+    example = Example(row.views, checkpoint.state_dim or 0)
     images, state = example.images(), example.state()
     policy.predict(images, PROMPTS[0], state, seed=0)
     first_s = time.perf_counter() - started
-    if args.precision == "fp8":
+    if row.precision == "fp8":
         policy.calibrate({"images": example.images(), "state": example.state(), "seed": i} for i in range(8))
     engine, model = policy._engine, policy._model
     assert engine is not None
@@ -147,7 +182,7 @@ def measure(args: argparse.Namespace, views: int) -> dict[str, Any]:
     calls = timing.wall_times(lambda: policy.predict(example.images(), None, state, seed=1), args.calls)
     graph, wall = timing.summary(replays), timing.summary(calls)
     moved = transfers(engine, example)
-    row = {
+    result = {
         "graph_p50_ms": graph["p50"],
         "graph_p95_ms": graph["p95"],
         "graph_p99_ms": graph["p99"],
@@ -158,7 +193,7 @@ def measure(args: argparse.Namespace, views: int) -> dict[str, Any]:
         "stages_ms": stages(engine, model, bucket) | moved,
         "prompt_tokens": tokens,
         "bucket": bucket,
-        "chunk": args.chunk,
+        "chunk": row.chunk,
         "steps": args.steps,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "load_s": load_s,
@@ -167,7 +202,7 @@ def measure(args: argparse.Namespace, views: int) -> dict[str, Any]:
     }
     policy.close()
     del engine, model
-    return row
+    return result
 
 
 def commit() -> str:
@@ -188,6 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="denoise steps")
     parser.add_argument("--chunk", type=int, default=10, help="actions per chunk")
     parser.add_argument("--size", default="full", choices=("tiny", "small", "full"))
+    parser.add_argument("--rows", nargs="+", help="rows by key, in place of the options above")
     parser.add_argument("--replays", type=int, default=1000)
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--against", choices=("lerobot",), help="a peer measured in the same run")
@@ -201,25 +237,24 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_policy needs a CUDA GPU: none was found")
-    rows: dict[str, Any] = {}
-    for views in args.views:
-        key = f"{args.policy}.{args.precision}.views{views}" + (
-            "" if args.chunk == 10 else f".chunk{args.chunk}"
-        )
-        rows[key] = measure(args, views)
-        print(key, json.dumps(rows[key], indent=1))
-    if args.rates:
-        rows["rates"] = rates.measure(args.precision)
-    if args.against == "lerobot":
-        rows |= peers.lerobot(args.views, args.steps, args.chunk)
     header = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": args.commit or commit(),
-        "command": " ".join(["python -m benchmarks.bench_policy", *sys.argv[1:]]),
+        "command": report.command("bench_policy"),
     }
-    report.write(args.out, header, rows)
+    for row in wanted_rows(args):
+        measured = measure(args, row)
+        print(row.key, json.dumps(measured, indent=1))
+        report.write(args.out, header, {row.key: measured})
+    rest: dict[str, Any] = {}
+    if args.rates:
+        rest["rates"] = rates.measure(args.precision)
+    if args.against == "lerobot":
+        rest |= peers.lerobot(args.views, args.steps, args.chunk)
+    if rest:
+        report.write(args.out, header, rest)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ SECTIONS = {
     "From disk to the first action": "load.md",
 }
 STAGES = ("images", "vision", "embed", "prefix", "expert", "staging", "h2d", "d2h")
+
+
+def command(module: str) -> str:
+    """This run's command as anybody would give it: without where it wrote, and from which sources."""
+    words, kept = iter(sys.argv[1:]), [f"python -m benchmarks.{module}"]
+    for word in words:
+        if word in ("--commit", "--out", "--checkpoint"):
+            next(words, None)
+        else:
+            kept.append(word)
+    return " ".join(kept)
 
 
 def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None:
