@@ -45,7 +45,7 @@ def match_views(
     missing = [view for view in views if view not in found]
     if missing:
         raise DatasetError(
-            f"no camera for the views {', '.join(missing)} among {', '.join(cameras) or 'none'}: name it: "
-            f"`--view {missing[0]}=CAMERA` for each view"
+            f"no camera for the views {', '.join(missing)} among {', '.join(cameras) or 'none'}: call "
+            f"cameras as the views are, or name them to `flashrt calibrate`: `--view {missing[0]}=CAMERA`"
         )
     return found
