@@ -1,11 +1,27 @@
 """Unit tests run in a plain checkout too: without an installed package, its sources are used."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 for package in ("flashrt_runtime", "flashrt_ros"):
     if importlib.util.find_spec(package) is None:
         sys.path.append(str(ROOT))
+
+SCHEDULING = os.sched_getscheduler(0), os.sched_getparam(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    """A test that gives the main thread another priority fails, rather than the timing of those after it:
+    every process that they start inherits it."""
+    yield
+    found = os.sched_getscheduler(0)
+    if found != SCHEDULING[0]:
+        os.sched_setscheduler(0, *SCHEDULING)
+        pytest.fail(f"the main thread was left with scheduling policy {found}, it had {SCHEDULING[0]}")

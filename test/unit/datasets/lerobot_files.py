@@ -6,6 +6,7 @@ A frame tells what it is: its red value counts its episode, its green its frame,
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -51,7 +52,14 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_video(path: Path, frames: list[np.ndarray], codec: str = "libx264") -> None:
+    """On a thread of its own: SVT-AV1 gives the thread that encodes real-time priority where it may (root),
+    which every process started from that thread inherits."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1) as encoder:
+        encoder.submit(encode_video, path, frames, codec).result()
+
+
+def encode_video(path: Path, frames: list[np.ndarray], codec: str) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(FPS))
         stream.height, stream.width = SIZE

@@ -13,7 +13,7 @@ from serving_support import HOME, VIEWS, encoded, picture, text
 
 CLIENTS = 100
 MAX_HEALTH_P99_MS = 50.0
-MAX_HEALTH_P99_MS_IN_COMPANY = 2000.0
+MAX_HEALTH_P99_MS_OF_SECONDS = 100.0  # where one slow answer in a hundred is the p99
 MAX_GROWTH_BYTES = 24 << 20
 QUEUE = 16
 
@@ -63,9 +63,7 @@ def check(server, tmp_path, seconds: float) -> float:
 
 def test_a_hundred_clients(command_server, tmp_path):
     load(command_server, tmp_path, 1.0)  # allocators and thread pools reach their size
-    # after two thousand other tests the same server takes 300 to 550 ms, by itself 9 to 24: the minute below
-    # holds it to the bound proper
-    assert check(command_server, tmp_path, 5.0) <= MAX_HEALTH_P99_MS_IN_COMPANY
+    assert check(command_server, tmp_path, 5.0) <= MAX_HEALTH_P99_MS_OF_SECONDS
 
 
 @pytest.mark.slow
