@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from flashrt_runtime.checkpoints.open_facts import given
+from flashrt_runtime.command_options import ActionHorizon, AssetId, DeltaActions, Rules
+
 
 def command(
     bag: Annotated[Path, typer.Argument(help="Bag directory, or one .mcap or .db3 file.")],
@@ -21,12 +24,19 @@ def command(
     config: Annotated[str, typer.Option(help="pi05, pi0, pi0fast, or auto.")] = "auto",
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp8.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     seed: Annotated[int, typer.Option(help="Of the flow's noise, the same at every moment.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Predict at moments of a bag and compare with the recorded commands: error per joint, and a plot."""
     from .replay_run import Options, run  # what the other commands need not wait for
 
-    model = {"framework": framework, "config": config, "hardware": hardware, "precision": precision}
+    model = {
+        "framework": framework, "config": config, "hardware": hardware, "precision": precision,
+        **given(asset_id, action_horizon, delta_actions, rule or []),
+    }  # fmt: skip
     options = Options(bag, checkpoint, robot, out, prompt, samples, namespace, sim_time, seed, model)
     run(options, as_json=as_json)

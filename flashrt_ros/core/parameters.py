@@ -80,6 +80,19 @@ class PolicyParameters:
     num_steps: int | None = _parameter(
         0, "denoise steps; 0: the checkpoint's own number", bounds=(0, 100), unset=0
     )
+    asset_id: str | None = _parameter(
+        "", "which assets/ID of the checkpoint holds the statistics; empty: the only one", unset=""
+    )
+    action_horizon: int | None = _parameter(
+        0, "actions a chunk; 0: what the checkpoint's files say", bounds=(0, 1000), unset=0
+    )
+    delta_actions: str | None = _parameter(
+        "", "true,…,false: which actions are offsets to the state; empty: what the checkpoint's files say",
+        unset="",
+    )
+    rules: str | None = _parameter(
+        "", "name=value,…: rules of the checkpoint to override (docs/checkpoints.md)", unset=""
+    )
     decode_cuda_graph: bool = _parameter(
         False, "pi0fast: every decode step in one CUDA graph; false: one graph a step, none behind the stop"
     )

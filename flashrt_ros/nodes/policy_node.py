@@ -56,10 +56,12 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
     import torch
 
     import flashrt_runtime
+    from flashrt_runtime.checkpoints.open_facts import given
 
     # More threads than one make the latency of everything else in this process unpredictable.
     torch.set_num_threads(1)
     yield_this_thread()  # this is the worker's own
+    rules = [text for part in (values.rules or "").split(",") if (text := part.strip())]
     policy = flashrt_runtime.load_model(
         values.checkpoint,
         framework=values.framework,
@@ -72,6 +74,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
         decode_graph_steps=values.decode_graph_steps,
         rtc=contract.timeline.rtc.mode.value,
         calibration=values.calibration_file,
+        **given(values.asset_id, values.action_horizon, values.delta_actions, rules),
     )
     if values.calibration == "required" and not policy.calibrated:
         policy.close()

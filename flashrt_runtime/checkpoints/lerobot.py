@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PROMPT_CAPACITY, DecodeConfig, FamilyRules, NormalizationMode, PolicyName
-from ..errors import CheckpointError, NotSupportedYetError
+from ..errors import CheckpointError, NotSupportedYetError, OptionError
 from .base import FeatureStats, NormStats
 from .json_fields import JsonObject
 from .pipelines import Pipeline, read_pipeline
@@ -62,7 +62,12 @@ class Normalization:
 
 
 def read_lerobot(path: Path, policy: PolicyName, hints: Hints) -> Facts:
-    """Facts of a LeRobot policy directory. Raises CheckpointError naming file and entry."""
+    """Facts of a LeRobot policy directory. Raises CheckpointError naming file and entry, or OptionError."""
+    if hints.asset_id is not None:
+        raise OptionError(
+            f"asset_id is {hints.asset_id!r}, but {path} is a LeRobot policy, which has one set of "
+            "statistics: leave it out"
+        )
     config = JsonObject.read(path / "config.json")
     _check_type(config, policy)
     before = read_pipeline(path / PREPROCESSOR, PREPROCESSOR_STEPS)

@@ -1,8 +1,8 @@
 """openpi's directories: what config.json and assets/ say, for PyTorch and Orbax weights alike.
 
 config.json as openpi's converter writes it holds action_dim, action_horizon, variants and precision. Facts it
-has no place for (views, names, rate, delta actions, rtc_training_max_delay) are read from an optional
-`flashrt` object in the same file.
+has no place for (asset_id, views, names, rate, delta actions, rtc_training_max_delay) are read from an
+optional `flashrt` object in the same file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from ..config import PROMPT_CAPACITY, DecodeConfig, PolicyName
 from ..errors import CheckpointError
 from .json_fields import JsonObject
+from .open_facts import how_to_give
 from .reader import Facts, Hints
 from .rules import openpi_rules
 from .stats import read_norm_stats
@@ -31,7 +32,7 @@ def read_openpi(path: Path, policy: PolicyName, hints: Hints) -> Facts:
     file = path / "config.json"
     config = JsonObject.read(file) if file.is_file() else JsonObject(file, {})
     extra = JsonObject(file, config.section("flashrt"), "flashrt.")
-    asset, stats_file = find_norm_stats(path, hints.asset_id)
+    asset, stats_file = find_norm_stats(path, hints.asset_id or extra.text("asset_id"))
     notes: list[str] = []
     in_prompt = config.flag("discrete_state_input")
     skip = extra.integer("fast_skip_tokens")
@@ -84,7 +85,8 @@ def find_norm_stats(path: Path, asset_id: str | None) -> tuple[str | None, Path 
         return asset_id, found[asset_id]
     if len(found) > 1:
         raise CheckpointError(
-            f"{assets}: statistics of several robots, choose one with asset_id=: {sorted(found)}"
+            f"{assets}: statistics of several robots, {sorted(found)}: choose one by "
+            f"{how_to_give('asset_id')}"
         )
     return next(iter(found.items()), (None, None))
 
@@ -94,7 +96,8 @@ def _horizon(config: JsonObject, hints: Hints) -> int:
         return hints.action_horizon
     if config.values.get("action_horizon") is None:
         raise CheckpointError(
-            f"{config.file}: no action_horizon, and tensors do not tell it. Pass action_horizon= or write "
-            '{"action_horizon": N} there (openpi\'s published checkpoints: base 50, LIBERO 10, DROID 15)'
+            f"{config.file}: no action_horizon, and tensors do not tell it. Pass "
+            f"{how_to_give('action_horizon')}; or write {{\"action_horizon\": N}} there (openpi's published "
+            "checkpoints: base 50, LIBERO 10, DROID 15)"
         )
     return config.required_integer("action_horizon")

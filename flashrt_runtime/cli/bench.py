@@ -9,6 +9,8 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from ..checkpoints.open_facts import given
+from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
 from .console import OUTPUT, print_json, progress
 
 CAMERA = (480, 640, 3)
@@ -26,11 +28,16 @@ def bench_command(
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="As in load_model.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Denoise steps; default the checkpoint's.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Time predict() on random 640x480 images: the wall time a robot sees, with resizing and tokenising."""
     from ..loading import load_model
 
+    facts = given(asset_id, action_horizon, delta_actions, rule or [])
     started = time.perf_counter()
     with progress("loading", None):
         policy = load_model(
@@ -41,6 +48,7 @@ def bench_command(
             hardware=hardware,
             precision=precision,
             num_steps=num_steps,
+            **facts,
         )
     load_s = time.perf_counter() - started
     try:

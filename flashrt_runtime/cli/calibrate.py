@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checkpoints import open_checkpoint
-from ..checkpoints.rules import parse_rules
+from ..checkpoints.open_facts import given
+from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
 from ..errors import OptionError
 from .calibration_sources import Source, SourceOptions, open_source
 from .console import ERRORS, OUTPUT, print_json, progress
@@ -45,18 +46,17 @@ def calibrate_command(
     config: Annotated[str, typer.Option(help="pi05, pi0, pi0fast, or auto.")] = "auto",
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "auto",
     num_steps: Annotated[int | None, typer.Option(help="Denoise steps; default the checkpoint's.")] = None,
-    action_horizon: Annotated[int | None, typer.Option(help="Where the files do not tell it.")] = None,
-    asset_id: Annotated[str | None, typer.Option(help="Which statistics of assets/, if several.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="Override a rule: name=value; repeatable.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Calibrate an fp8 policy and keep the scales in a file; whatever fails, an earlier file stays."""
     opening: dict[str, Any] = {
         "framework": framework,
         "config": config,
-        "action_horizon": action_horizon,
-        "asset_id": asset_id,
-        "rules": parse_rules(rule or []),
+        **given(asset_id, action_horizon, delta_actions, rule or []),
     }
     options = SourceOptions(
         samples + held_out, bag, dataset, images, robot, prompt, namespace, task,

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from ..checkpoints import Checkpoint, FeatureStats, open_checkpoint, resolve_tokenizer
 from ..checkpoints.architecture import parameter_count
-from ..checkpoints.rules import parse_rules
+from ..checkpoints.open_facts import given
+from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
 from ..errors import TokenizerNotFoundError
 from .console import ERRORS, OUTPUT, print_json, progress
 
@@ -22,9 +23,10 @@ def info_command(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint directory, or hub id.")],
     framework: Annotated[str, typer.Option(help="torch, or jax for an Orbax checkpoint.")] = "torch",
     config: Annotated[str, typer.Option(help="Insist on pi05 or pi0.")] = "auto",
-    action_horizon: Annotated[int | None, typer.Option(help="Where the files do not tell it.")] = None,
-    asset_id: Annotated[str | None, typer.Option(help="Which statistics of assets/, if several.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="Override a rule: name=value; repeatable.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     verify: Annotated[bool, typer.Option(help="Read every weight and refuse non-finite ones.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="Does this file belong to it? 0 or 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -39,9 +41,7 @@ def info_command(
             checkpoint,
             framework,
             config,
-            rules=parse_rules(rule or []),
-            action_horizon=action_horizon,
-            asset_id=asset_id,
+            **given(asset_id, action_horizon, delta_actions, rule or []),
             verify_weights=verify,
         ) as opened,
     ):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 from rich.table import Table
 
+from ..checkpoints.open_facts import given
+from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
 from ..errors import OptionError
 from .console import OUTPUT, print_json, progress
 
@@ -22,6 +24,10 @@ def parity_command(
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     num_steps: Annotated[int | None, typer.Option(help="Denoise steps; default the checkpoint's.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     views: Annotated[int, typer.Option(min=1, max=3, help="Camera views.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the random prompt.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
@@ -36,6 +42,7 @@ def parity_command(
 
     if against not in ("lerobot", "reference"):
         raise OptionError(f"--against is {against!r}: expected lerobot or reference")
+    facts = given(asset_id, action_horizon, delta_actions, rule or [])
     target = resolve_target(hardware, precision)
     with progress(f"running {against} and our model", None):
         report = drift_report(
@@ -50,6 +57,7 @@ def parity_command(
             inputs_file=inputs,
             max_abs=max_abs,
             relative_l2=relative_l2,
+            **facts,
         )
     if as_json:
         print_json(report.as_json())

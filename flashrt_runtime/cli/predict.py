@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoints.open_facts import given
+from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
 from ..errors import ObservationError, OptionError
 from .console import OUTPUT, print_json, progress
 
@@ -30,6 +32,10 @@ def predict_command(
     hardware: Annotated[str, typer.Option(help="As in load_model.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp8.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Denoise steps; default the checkpoint's.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     seed: Annotated[int | None, typer.Option(help="Of the flow's noise; fresh noise without it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the chunk (PNG, PDF or SVG).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the chunk as .npy, float32 (horizon, dof).")] = None,
@@ -38,6 +44,7 @@ def predict_command(
     """Predict one chunk of actions in the robot's units."""
     from ..loading import load_model
 
+    facts = given(asset_id, action_horizon, delta_actions, rule or [])
     images = read_images(image)
     values = None if state is None else parse_state(state)
     with progress("loading", None):
@@ -49,11 +56,12 @@ def predict_command(
             hardware=hardware,
             precision=precision,
             num_steps=num_steps,
+            **facts,
         )
     try:
-        given = list(images.values()) if " 0" in images else images
+        by_view = list(images.values()) if " 0" in images else images
         started = time.perf_counter()
-        actions = policy.predict(given, prompt, values, seed=seed)
+        actions = policy.predict(by_view, prompt, values, seed=seed)
         elapsed = time.perf_counter() - started
         spec, used = policy.spec, policy.precision
     finally:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from ..checkpoints.open_facts import given
+from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
 from ..errors import ActionError, CheckpointError, OptionError
 from .console import ERRORS, print_json, progress
 
@@ -33,6 +35,10 @@ def serve_command(
     precision: Annotated[str | None, typer.Option(help="As in load_model.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="File of fp8 activation scales.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Denoise steps; default the checkpoint's.")] = None,
+    action_horizon: ActionHorizon = None,
+    asset_id: AssetId = None,
+    delta_actions: DeltaActions = None,
+    rule: Rules = None,
     prompt: Annotated[str | None, typer.Option(help="For requests that bring none.")] = None,
     layout: Annotated[str, typer.Option(help=f"How openpi observations are read: {LAYOUTS}.")] = "auto",
     camera: Annotated[
@@ -55,6 +61,7 @@ def serve_command(
         ) from error
     from ..loading import load_model
 
+    facts = given(asset_id, action_horizon, delta_actions, rule or [])
     settings = ServerSettings(
         queue_size=queue,
         deadline_s=deadline_ms / 1e3,
@@ -79,6 +86,7 @@ def serve_command(
                     hardware=hardware,
                     precision=precision,
                     num_steps=num_steps,
+                    **facts,
                     calibration=calibration,
                 )
                 digests.append(policy.checkpoint_digest)

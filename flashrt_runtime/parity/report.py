@@ -60,12 +60,13 @@ def drift_report(
     inputs_file: str | Path | None = None,
     max_abs: float | None = None,
     relative_l2: float | None = None,
+    **facts: Any,
 ) -> Report:
     """Run `checkpoint` here and in the other implementation on the same model-space inputs.
 
     Inputs come from `inputs_file` (.npz with the arrays of `Inputs`) or are drawn from `seed`: `views` images
     of noise and a prompt of `tokens` random tokens. The bounds are `default_gates`; max_abs replaces the one
-    on the actions' max-abs, relative_l2 those on relative L2.
+    on the actions' max-abs, relative_l2 those on relative L2. facts: other arguments of `open_checkpoint`.
     The other implementation runs first and is gone before our weights are loaded: the peak is one model.
     Raises CheckpointError, OptionError, ObservationError (inputs that do not fit), NotSupportedYetError or
     ParityError.
@@ -78,7 +79,7 @@ def drift_report(
         check_range("num_steps", num_steps, 1, MAX_STEPS)
     if against == "lerobot":
         lerobot_python()  # before a checkpoint of gigabytes is opened
-    with open_checkpoint(checkpoint, framework=framework) as opened:
+    with open_checkpoint(checkpoint, framework=framework, **facts) as opened:
         if opened.config.policy == "pi0fast":
             raise NotSupportedYetError("a drift report is of a flow's stages: pi0fast has none, only tokens")
         opened.config = opened.config.with_steps(num_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -56,18 +57,19 @@ def test_missing_tokenizer(policy_node, rig, checkpoint: Path, tmp_path: Path) -
 
 @pytest.fixture
 def configure(rig, checkpoint: Path):
-    """configure(parameter=…) -> reason and message with which configuring failed."""
+    """configure(parameter=…) -> reason and message with which configuring failed; succeeds: it must not."""
     context = Context()
     rclpy.init(context=context, domain_id=int(rig.env["ROS_DOMAIN_ID"]))
 
-    def attempt(**parameters) -> tuple[Reason, str]:
+    def attempt(succeeds: bool = False, **parameters) -> tuple[Reason, str]:
         values = {"checkpoint": str(checkpoint), "robot": "demo_arm", "prompt": "wave", **parameters}
         overrides = [Parameter(name, value=value) for name, value in values.items()]
         node = PolicyNode(context=context, parameter_overrides=overrides)
         try:
-            assert node.trigger_configure() == TransitionCallbackReturn.FAILURE
+            wanted = TransitionCallbackReturn.SUCCESS if succeeds else TransitionCallbackReturn.FAILURE
+            assert node.trigger_configure() == wanted, node.report().message
             report = node.report()
-            assert report.state == report.STATE_UNCONFIGURED
+            assert report.state == (report.STATE_INACTIVE if succeeds else report.STATE_UNCONFIGURED)
             return Reason(report.reason), report.message
         finally:
             node.destroy_node()
@@ -103,6 +105,30 @@ def test_checkpoint_for_another_robot(configure, checkpoint_maker) -> None:
     # One line for every disagreement, each with the line of the contract it is about.
     assert all("demo_arm.yaml:" in line for line in message.splitlines())
     assert "width" in message
+
+
+def test_what_the_checkpoint_leaves_open(configure, checkpoint: Path, tmp_path: Path) -> None:
+    """Statistics of two robots, no horizon: the error names the parameters, and with them it configures."""
+    vague = Path(shutil.copytree(checkpoint, tmp_path / "vague"))
+    config = json.loads((vague / "config.json").read_text())
+    horizon = config.pop("action_horizon")
+    (vague / "config.json").write_text(json.dumps(config))
+    (own,) = (vague / "assets").iterdir()
+    shutil.copytree(own, vague / "assets" / "lab")
+    given: dict[str, object] = {"checkpoint": str(vague)}
+    for name, value in (("asset_id", "lab"), ("action_horizon", horizon)):
+        reason, message = configure(**given)
+        assert reason == Reason.CHECKPOINT_INVALID
+        assert f"parameter {name} of the node" in message
+        given[name] = value
+    for name, value, words in (
+        ("delta_actions", "true,false", "names 2 dimensions, the robot has 7"),
+        ("delta_actions", "all", "delta_actions is 'all': expected true"),
+        ("rules", "resize=nearest", "rule 'resize' is 'nearest'"),
+    ):
+        assert words in configure(**given, **{name: value})[1]
+    rules = "resize=bilinear_float, std_eps=0.5"
+    configure(succeeds=True, **given, delta_actions="true,true,true,true,true,true,false", rules=rules)
 
 
 def test_prompt_longer_than_the_policy_takes(configure) -> None:

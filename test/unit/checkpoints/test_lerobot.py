@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint
 from flashrt_runtime.checkpoints.tokenizer import train_tokenizer
-from flashrt_runtime.errors import CheckpointError, NotSupportedYetError
+from flashrt_runtime.errors import CheckpointError, NotSupportedYetError, OptionError
 from flashrt_runtime.processing.actions import ActionTransform
 from flashrt_runtime.processing.prompt import PromptEncoder
 from flashrt_runtime.processing.state import StateTransform
@@ -214,6 +214,11 @@ def test_statistics_that_cannot_be(saved, change, message):
         open_checkpoint(folder).close()
     else:
         refused(folder, message)
+
+
+def test_there_are_no_assets_to_choose_from(saved):
+    with pytest.raises(OptionError, match=r"asset_id is 'lab', but .* one set of statistics: leave it out"):
+        open_checkpoint(saved("pi05"), asset_id="lab")
 
 
 def test_statistics_of_another_width(saved):

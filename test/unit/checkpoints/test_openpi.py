@@ -159,12 +159,17 @@ def test_statistics_of_several_robots_must_be_chosen(copy):
     shutil.copytree(copy / "assets/libero", copy / "assets/lab/franka")
     edit_json(copy / "assets/lab/franka/norm_stats.json", _narrow)
     edit_json(copy / "config.json", lambda config: config["flashrt"].pop("state_names"))
-    with pytest.raises(CheckpointError, match=r"choose one with asset_id=.*lab/franka.*libero"):
+    with pytest.raises(CheckpointError, match=r"lab/franka.*libero.*choose one by asset_id=.*--asset-id"):
         open_checkpoint(copy)
     with open_checkpoint(copy, asset_id="lab/franka") as checkpoint:
         assert checkpoint.state_dim == 5
     with pytest.raises(CheckpointError, match="no droid/norm_stats"):
         open_checkpoint(copy, asset_id="droid")
+    edit_json(copy / "config.json", lambda config: config["flashrt"].update(asset_id="lab/franka"))
+    with open_checkpoint(copy) as checkpoint:
+        assert checkpoint.state_dim == 5
+    with open_checkpoint(copy, asset_id="libero") as checkpoint:
+        assert checkpoint.state_dim == 8
 
 
 def _narrow(content):
