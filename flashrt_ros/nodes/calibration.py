@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from rclpy.node import Node
@@ -162,8 +163,6 @@ class Calibrations:
                 should_stop=job.cancelled.is_set, held_out=plan.held_out,
             )
         response.samples_used, response.estimator = report.samples, report.estimator
-        if report.samples < plan.samples and not warnings:
-            warnings = [f"{report.samples} observations, {plan.samples} were asked for"]
         response.warnings = [*warnings, *report.warnings]
         if (error := report.held_out_error) is not None:
             response.held_out = len(error.per_sample)
@@ -353,9 +352,14 @@ def _refusal(error: BaseException) -> Refused:
 
 def _counted(samples: Samples, job: CalibrationJob) -> Samples:
     """Note how many have been taken."""
-    for sample in samples:
-        yield sample
-        job.done += 1
+    from flashrt_runtime.datasets.sampling import Counted
+
+    def taken() -> Samples:
+        for sample in samples:
+            yield sample
+            job.done += 1
+
+    return Counted(taken(), length_hint(samples, -1))
 
 
 def _needs_scales(policy: PolicyLike | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,10 +125,13 @@ def _calibrate(
     policy: Policy, source: Source, samples: int, held_out: int, thumbnails: list[Any], **options: Any
 ) -> CalibrationReport:
     """With a bar; `thumbnails` gets small pictures of the observations."""
+    from ..datasets.sampling import Counted
     from .calibration_report import MOST_SHOWN, thumbnail
 
+    observations = source.read()
+
     def shown() -> Iterator[dict[str, Any]]:
-        for observation in source.read():
+        for observation in observations:
             if len(thumbnails) < MOST_SHOWN:
                 thumbnails.append(thumbnail(observation["images"]))
             yield observation
@@ -141,7 +145,7 @@ def _calibrate(
             done = count
 
         return policy.calibrate(
-            shown(),
+            Counted(shown(), length_hint(observations, -1)),
             max_samples=samples,
             held_out=held_out,
             source=source.name,

@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.base import Checkpoint
 from ..datasets import load_calibration_obs, load_folder_obs
 from ..datasets.lerobot import LeRobotDataset
+from ..datasets.sampling import Counted
 from ..datasets.views import match_views, parse_views
 from ..errors import DatasetError, FlashRTError, OptionError
 from ..spec import DEFAULT_VIEWS
@@ -138,8 +140,10 @@ def _folder(options: SourceOptions, folder: Path, views: Sequence[str]) -> Sourc
 
 def _told(observations: Observations, prompt: str | None) -> Observations:
     """With the prompt of the command line where an observation has none."""
-    for observation in observations:
-        yield {"prompt": prompt, **observation} if prompt else observation
+    if not prompt:
+        return observations
+    told = ({"prompt": prompt, **observation} for observation in observations)
+    return Counted(told, length_hint(observations, -1))
 
 
 def _cameras(options: SourceOptions, cameras: list[str], views: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from ..errors import DatasetError, OptionError
 from ..processing.images import resize_with_pad
 from .folder import load_folder_obs
 from .lerobot import LeRobotDataset
-from .sampling import pick_frames
+from .sampling import Counted, pick_frames
 from .views import match_views
 
 
@@ -52,7 +52,7 @@ def load_calibration_obs(
                 }
             yield observation | {"seed": seed}
 
-    return observations()
+    return Counted(observations(), len(picks))
 
 
 def _fitted(pixels: Any, size: int) -> Any:

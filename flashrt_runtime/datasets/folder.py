@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DatasetError
-from .sampling import Episode, pick_frames
+from .sampling import Counted, Episode, pick_frames
 
 LAYOUT = (
     'expected observations.json, a list of {"images": {"view": "file.png", ...}, "prompt": "...", '
@@ -38,7 +38,8 @@ def load_folder_obs(
     if n is not None and n < len(entries):
         picks = pick_frames([Episode(0, len(entries), "")], n)
         entries = [entries[index] for index in sorted(pick.frame for pick in picks)]
-    return (_observation(folder, where, entry, seed, views) for seed, (where, entry) in enumerate(entries))
+    read = (_observation(folder, where, entry, seed, views) for seed, (where, entry) in enumerate(entries))
+    return Counted(read, len(entries))
 
 
 def _entries(folder: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import DatasetError, OptionError
@@ -30,6 +30,21 @@ class Pick:
     frame: int
 
 
+class Counted[T](Iterator[T]):
+    """An iterator that tells `operator.length_hint` how many are to come; count: -1 where nobody knows."""
+
+    def __init__(self, items: Iterable[T], count: int) -> None:
+        self._items, self._left = iter(items), count
+
+    def __next__(self) -> T:
+        item = next(self._items)
+        self._left -= 1
+        return item
+
+    def __length_hint__(self) -> int:
+        return self._left if self._left >= 0 else NotImplemented
+
+
 def stratified_sample[T](
     metadata: Sequence[Episode],
     load_fn: Callable[[int, int], T],
@@ -39,7 +54,7 @@ def stratified_sample[T](
 ) -> Iterator[T]:
     """`load_fn(episode, frame)` of what `pick_frames` picks, one at a time as they are asked for."""
     picks = pick_frames(metadata, n, task_filter, exclude)
-    return (load_fn(pick.episode, pick.frame) for pick in picks)
+    return Counted((load_fn(pick.episode, pick.frame) for pick in picks), len(picks))
 
 
 def pick_frames(

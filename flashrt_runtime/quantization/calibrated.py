@@ -77,7 +77,8 @@ class Calibrated(ABC):
         `quantization.statistics.outlying_samples`): the report names it.
 
         max_samples: calibrate on at most this many. held_out: so many observations more are set aside, one
-        in five or spread over max_samples, and fp8 actions are compared with those of bfloat16 activations
+        in five or spread over max_samples (no more than one in five where `observations` tells that it is
+        shorter, as a list does), and fp8 actions are compared with those of bfloat16 activations
         on them. source: kept with the calibration. progress: called with the number of samples so far.
         should_stop: asked between samples; true raises CalibrationCancelledError. verbose: log scales.
 

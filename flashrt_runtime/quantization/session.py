@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -73,12 +74,25 @@ class Request:
             return "max", 100.0
         return self.estimator, self.percentile
 
-    @property
-    def held_out_every(self) -> int:
-        """Of so many observations one is held out, spread over the stream where its length is known."""
+    def held_out_every(self, expected: int | None) -> int:
+        """Of so many observations one is held out: spread over what was asked for, or over the fewer that are
+        expected, of which no more than one in five is.
+        """
         if self.max_samples is None or not self.held_out:
             return HELD_OUT_EVERY
-        return max(2, (self.max_samples + self.held_out) // self.held_out)
+        wanted = self.max_samples + self.held_out
+        if expected is None or expected >= wanted:
+            return max(2, wanted // self.held_out)
+        return max(HELD_OUT_EVERY, expected // self.held_out)
+
+    def shortage(self, samples: int, held_out: int) -> list[str]:
+        """A warning where there were fewer observations than asked for."""
+        if self.max_samples is None or samples + held_out >= self.max_samples + self.held_out:
+            return []
+        return [
+            f"{samples + held_out} observations of the {self.max_samples} + {self.held_out} that were asked "
+            f"for: {samples} calibrated on, {held_out} held out"
+        ]
 
 
 def calibrate(
@@ -92,8 +106,10 @@ def calibrate(
     """`Policy.calibrate`: whatever it raises, the scales in force before still are.
 
     One in five observations is held out until there are enough; with max_samples, one in so many that they
-    are spread over the stream.
+    are spread over the stream. `observations` may tell its length (operator.length_hint) where it is shorter.
     """
+    expected = length_hint(observations, -1)
+    every = request.held_out_every(None if expected < 0 else expected)
     collector = calibrator.collector()
     held_out: dict[int, ModelInputs] = {}
     position = 0
@@ -102,7 +118,7 @@ def calibrate(
             inputs = runner.encode(observation)
             position += 1
             enough = request.max_samples is not None and collector.samples >= request.max_samples
-            due = enough or position % request.held_out_every == 0
+            due = enough or position % every == 0
             if due and len(held_out) < request.held_out:
                 held_out[position - 1] = _own(inputs)
             else:
@@ -128,7 +144,7 @@ def calibrate(
         maxima=collector.maxima,
         held_out=tuple(held_out),
         outliers=None if estimator == "max" else collector.outliers(),
-        warnings=(*warnings, *uncompared),
+        warnings=(*request.shortage(collector.samples, len(held_out)), *warnings, *uncompared),
         held_out_error=error,
         source=request.source,
     )

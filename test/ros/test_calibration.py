@@ -274,7 +274,8 @@ def test_a_dataset_and_a_directory_of_images(node, tmp_path) -> None:
     few = node.calibrate(source="dataset", path=str(folder), samples=30)
     assert few.code == CODES.CODE_OK
     assert 0 < few.samples_used <= 6  # as many as there are
-    assert "30 were asked for" in few.warnings[0]
+    assert few.warnings == ["6 observations of the 30 + 3 that were asked for: 5 calibrated on, 1 held out"]
+    assert few.held_out == 1
     task = node.calibrate(source="dataset", path=str(folder), task_filter="wave")
     assert (task.code, task.reason) == (CODES.CODE_BAD_ARGUMENT, Reason.PARAMETER_INVALID)
     (folder / "meta").mkdir()

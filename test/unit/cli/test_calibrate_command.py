@@ -77,6 +77,18 @@ def test_images_with_report(flashrt, arm, pictures, tmp_path) -> None:
     policy.close()
 
 
+def test_fewer_images_than_asked_for(flashrt, arm, pictures) -> None:
+    """Of twelve observations one in nine, as for the default 64 + 8, would be one."""
+    for prompt in ((), ("--prompt", "wave")):
+        code, printed, err = flashrt("calibrate", "--checkpoint", arm, "--images", pictures, *prompt, *JSON)
+        assert code == 0, err
+        result = json.loads(printed)
+        assert result["error_against_bf16_activations"]["samples"] == 2
+        assert result["warnings"] == [
+            "12 observations of the 64 + 8 that were asked for: 10 calibrated on, 2 held out"
+        ]
+
+
 def test_json_and_the_cache(flashrt, arm, pictures) -> None:
     arguments = ("--checkpoint", arm, "--images", pictures, "--samples", "5", "--held-out", "2", *FAST)
     code, printed, err = flashrt("calibrate", *arguments, "--percentile", "99.9", "--json")

@@ -98,6 +98,30 @@ def test_held_out(load, observations, max_samples, given, held_out, samples, mea
     assert (0 if report.held_out_error is None else len(report.held_out_error.per_sample)) == measured
 
 
+@pytest.mark.parametrize(
+    ("max_samples", "given", "held_out", "samples", "positions"),
+    [
+        (64, 6, 8, 5, [4]),
+        (64, 17, 8, 14, [4, 9, 14]),
+        (16, 18, 4, 15, [4, 9, 14]),
+        (2, 6, 8, 2, [2, 3, 4, 5]),
+        (64, 4, 8, 4, []),
+        (64, 6, 0, 6, []),
+    ],
+)
+def test_a_list_that_is_shorter_than_asked_for(
+    load, observations, max_samples, given, held_out, samples, positions
+) -> None:
+    every = list(observations(given))
+    report = load(num_steps=1).calibrate(every, max_samples=max_samples, held_out=held_out)
+    assert (report.samples, list(report.held_out)) == (samples, positions)
+    assert (report.held_out_error is None) == (not positions)
+    assert report.warnings[0] == (
+        f"{given} observations of the {max_samples} + {held_out} that were asked for: {samples} calibrated "
+        f"on, {len(positions)} held out"
+    )
+
+
 def test_held_out_error_is_that_of_fp8_actions(load, observations) -> None:
     policy = load()
     every = list(observations(5))
