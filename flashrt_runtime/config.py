@@ -87,7 +87,7 @@ class FamilyRules:
     """What differs between checkpoints of openpi and of LeRobot; one named rule each.
 
     quantile_eps is added to q99 - q01; std_eps to std going in, std_eps_inverse coming back;
-    zero_range_eps replaces a range that is exactly zero. absent_view_fill is in model space [-1, 1].
+    zero_range_eps replaces a range that is exactly zero.
     accumulate_time: the flow's time is 1 - 1/N - 1/N ... in float32, in place of 1 - k/N rounded once.
     pi0-FAST only: show_absent_views as black images, where others mask them; lowercase the prompt;
     end_with_bos appends a BOS to it; skip_position leaves one position free between the prompt and what is
@@ -104,7 +104,6 @@ class FamilyRules:
     resize: Literal["antialias_uint8", "bilinear_float"]
     clean_underscores: bool
     state_in_prompt: bool
-    absent_view_fill: float
     rope_bf16: bool = False
     accumulate_time: bool = False
     show_absent_views: bool = False

@@ -32,7 +32,6 @@ def openpi_rules(policy: PolicyName, state_in_prompt: bool | None = None) -> Fam
         resize="antialias_uint8",
         clean_underscores=True,
         state_in_prompt=policy != "pi0" if state_in_prompt is None else state_in_prompt,
-        absent_view_fill=-1.0,
         accumulate_time=True,
         show_absent_views=policy == "pi0fast",
         lowercase=policy == "pi0fast",
@@ -57,7 +56,6 @@ def lerobot_rules(policy: PolicyName, eps: float = 1e-8) -> FamilyRules:
         resize="bilinear_float",
         clean_underscores=policy != "pi0",
         state_in_prompt=policy != "pi0",
-        absent_view_fill=-1.0,
         end_with_bos=policy == "pi0fast",
     )
 
