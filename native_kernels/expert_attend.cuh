@@ -8,20 +8,16 @@
 namespace flashrt {
 namespace expert {
 
-constexpr int kHeadRowBytes = kHeadDim * 2;
 constexpr int kHeadVectors = kHeadRowBytes / 16;
-constexpr int kRowStride = kHeadRowBytes + 16;  // bytes; ldmatrix rows fall into different banks
-constexpr int kMaxTiles = kExpertMaxRows / kTileRows;
-constexpr int kLaneKeys = 4;  // keys of a block a lane of the softmax holds: at most 128 in all
-static_assert(kWarps == kTileRows && kHeadVectors == kWarpSize);
+constexpr int kSlices = kHeadRowBytes / kBlockBytes;  // of a dot product, for different warps
+constexpr int kLaneKeys = 4;                          // keys of a block a lane of the softmax holds: at most 128 in all
+static_assert(kWarps == kTileRows && kWarps == 2 * kSlices && kHeadVectors == kWarpSize);
 
 // Where a block's operands lie in dynamic shared memory, in bytes. All but K and V lie where the products add up: every
 // phase that writes there is behind a barrier behind the last read.
 struct Layout {
   int block_keys;  // a multiple of 16
-  int tiles;       // of 16 queries
-  int parts;       // of a dot product, for different warps: few queries leave warps idle
-  int k, v, q, score, probability, row_scale;
+  int k, v, score, probability, row_maximum;
 
   __host__ static int keys_of_block(int capacity) { return ((capacity + kSplits - 1) / kSplits + 15) / 16 * 16; }
   __host__ __device__ int score_stride() const { return block_keys + 4; }        // floats
@@ -45,179 +41,208 @@ struct Share {
   }
 };
 
-// Start copying the prefix's keys or values to `target`; async_copy_wait() ends it. `from`: the layer's slots.
-__device__ __forceinline__ void load_prefix(unsigned char* target, const Share& share, const __nv_bfloat16* from) {
-  const int vector = thread_id() % kHeadVectors;
-  for (int row = thread_id() / kHeadVectors; row < share.prefix_keys; row += kWarps)
-    async_copy16(target + row * kRowStride + vector * 16, from + (share.first + row) * kHeadDim + vector * 8);
-}
-
 // Rows of V past the last key: 0 * garbage must stay 0. They are alike in all layers.
 __device__ __forceinline__ void blank_values(unsigned char* shared, const Layout& layout, const Share& share) {
   for (int row = share.keys + thread_id() / kHeadVectors; row < share.padded_keys; row += kWarps)
-    *reinterpret_cast<uint4*>(shared + layout.v + row * kRowStride + thread_id() % kHeadVectors * 16) =
+    *reinterpret_cast<uint4*>(shared + layout.v + row * kValueStride + thread_id() % kHeadVectors * 16) =
         make_uint4(0, 0, 0, 0);
 }
 
-// The queries, a row of each tile a warp.
-__device__ __forceinline__ void load_queries(unsigned char* shared, const Layout& layout, const unsigned char* q,
-                                             int rows) {
-  const int vector = thread_id() % kHeadVectors, warp = thread_id() / kWarpSize;
-  const auto address = [&](int tile) { return q + (tile * kTileRows + warp) * kAttended * 2 + vector * 16; };
-  uint4 value[kMaxTiles];
-#pragma unroll
-  for (int tile = 0; tile < kMaxTiles; ++tile)
-    value[tile] = tile * kTileRows + warp < rows ? look(address(tile)) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-  for (int tile = 0; tile < kMaxTiles; ++tile) {
-    if (tile >= layout.tiles) break;
-    for (int polls = 0; absent(value[tile]); count_poll(polls)) value[tile] = look(address(tile));
-    *reinterpret_cast<uint4*>(shared + layout.q + (tile * kTileRows + warp) * kRowStride + vector * 16) = value[tile];
-  }
-}
+// The values of the actions themselves, as far as they are this block's: a warp a row.
+struct SuffixValues {
+  const unsigned char* from;
+  uint4 value;  // of the first row, asked for ahead
+  int row, keys;
 
-// The keys and values of the actions themselves, as far as they are this block's.
-__device__ __forceinline__ void load_suffix(unsigned char* shared, const Layout& layout, const Share& share,
-                                            const unsigned char* kv) {
-  const int vector = thread_id() % kHeadVectors;
-  for (int row = share.prefix_keys + thread_id() / kHeadVectors; row < share.keys; row += kWarps) {
-    const unsigned char* from = kv + (share.first + row - share.prefix) * 2 * kHeadRowBytes + vector * 16;
-    uint4 k = look(from), v = look(from + kHeadRowBytes);
-    for (int polls = 0; absent(k); count_poll(polls)) k = look(from);
-    for (int polls = 0; absent(v); count_poll(polls)) v = look(from + kHeadRowBytes);
-    *reinterpret_cast<uint4*>(shared + layout.k + row * kRowStride + vector * 16) = k;
-    *reinterpret_cast<uint4*>(shared + layout.v + row * kRowStride + vector * 16) = v;
+  __device__ __forceinline__ void ask(const Share& share, const unsigned char* kv) {
+    row = share.prefix_keys + thread_id() / kHeadVectors, keys = share.keys;
+    from = kv + ((share.first + row - share.prefix) * 2 + 1) * kHeadRowBytes + thread_id() % kHeadVectors * 16;
+    value = row < keys ? look(from) : make_uint4(0, 0, 0, 0);
   }
-}
-
-// Parts of q k^T: a warp takes a tile of queries, 8 keys and one part of the dot product at a time.
-__device__ __forceinline__ void scores(unsigned char* shared, const Layout& layout, int keys) {
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, stride = layout.score_stride();
-  const int groups = (keys + 7) / 8, jobs = groups * layout.parts * layout.tiles;
-  const int part_bytes = kHeadRowBytes / layout.parts;
-  for (int job = warp; job < jobs; job += kWarps) {
-    const int slice = job / groups, n = (job - slice * groups) * 8;  // slice: of parts and, where those are one, tiles
-    const int part = layout.parts == 1 ? 0 : slice, tile = layout.parts == 1 ? slice : 0;
-    const unsigned char* q_row =
-        shared + layout.q + (tile * kTileRows + lane % 16) * kRowStride + part * part_bytes + lane / 16 * 16;
-    const unsigned char* k_row = shared + layout.k + (n + lane % 8) * kRowStride + part * part_bytes + lane / 8 * 16;
-    float sum[4][4] = {};  // independent chains
-#pragma unroll 2
-    for (int d = 0; d < part_bytes; d += 128) {
-      uint32_t a[4][4], b[2][4];
-      load_matrix(b[0], k_row + d);
-      load_matrix(b[1], k_row + d + 64);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_matrix(a[i], q_row + d + i * 32);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        mma_bf16(sum[i], a[i][0], a[i][1], a[i][2], a[i][3], b[i / 2][i % 2 * 2], b[i / 2][i % 2 * 2 + 1]);
+  __device__ __forceinline__ void settle(unsigned char* values) {
+    for (; row < keys; row += kWarps, from += kWarps * 2 * kHeadRowBytes) {
+      for (int polls = 0; absent(value); count_poll(polls)) value = look(from);
+      *reinterpret_cast<uint4*>(values + row * kValueStride + thread_id() % kHeadVectors * 16) = value;
+      if (row + kWarps < keys) value = look(from + kWarps * 2 * kHeadRowBytes);
     }
-    float* target =
-        reinterpret_cast<float*>(shared + layout.score) + (slice * kTileRows + lane / 4) * stride + n + lane % 4 * 2;
-    *reinterpret_cast<float2*>(target) = make_float2((sum[0][0] + sum[1][0]) + (sum[2][0] + sum[3][0]),
-                                                     (sum[0][1] + sum[1][1]) + (sum[2][1] + sum[3][1]));
-    *reinterpret_cast<float2*>(target + 8 * stride) = make_float2((sum[0][2] + sum[1][2]) + (sum[2][2] + sum[3][2]),
-                                                                  (sum[0][3] + sum[1][3]) + (sum[2][3] + sum[3][3]));
+  }
+};
+
+// Parts of q k^T of one tile of queries: a warp takes 64 bytes of the dot product and every other group of 8 keys. Its
+// queries (`q`: of this head and tile) come as the tensor cores read them, and so do the actions' own keys.
+__device__ __forceinline__ void scores(unsigned char* shared, const Layout& layout, const Share& share,
+                                       const unsigned char* q, const unsigned char* kv, int rows) {
+  const int slice = thread_id() / kWarpSize % kSlices, lane = thread_id() % kWarpSize;
+  const int stride = layout.score_stride(), lane_bytes = slice * kBlockBytes + lane % 4 * 16;
+  const int keys = share.keys, prefix_keys = share.prefix_keys;
+  const unsigned char* from = q + slice * 2 * kOperandBytes + lane * 16;
+  const bool has = lane / 4 * 2 < rows;
+  const uint32_t second = lane / 4 * 2 + 1 < rows ? kAbsent : 0;
+  uint4 a[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) a[i] = has ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
+  const unsigned char* k_row = shared + layout.k + lane_bytes;
+  const unsigned char* suffix = kv + (share.first - share.prefix) * 2 * kHeadRowBytes + lane_bytes;
+  float* target =
+      reinterpret_cast<float*>(shared + layout.score) + (slice * kTileRows + lane / 4 * 2) * stride + lane % 4 * 2;
+  constexpr int kGroups = 3;  // at once
+  for (int first = thread_id() / (kSlices * kWarpSize) * 8; first < keys; first += kGroups * 16) {
+    uint4 b[kGroups];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int key = first + i * 16 + lane / 4;
+      b[i] = make_uint4(0, 0, 0, 0);
+      if (key < prefix_keys) {
+        b[i] = *reinterpret_cast<const uint4*>(k_row + key * kKeyStride);
+      } else if (key < keys) {
+        b[i] = look(suffix + key * 2 * kHeadRowBytes);
+      }
+    }
+    __syncwarp();
+    for (int polls = 0; __any_sync(0xffffffffu, absent(a[0], second) || absent(a[1], second)); count_poll(polls)) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (absent(a[i], second)) a[i] = look(from + i * kOperandBytes);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int key = first + i * 16 + lane / 4;
+      if (key < prefix_keys || key >= keys) continue;
+      for (int polls = 0; absent(b[i]); count_poll(polls)) b[i] = look(suffix + key * 2 * kHeadRowBytes);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      float sum[4] = {}, odd[4] = {};
+      mma_bf16(sum, a[0].x, a[0].y, a[0].z, a[0].w, b[i].x, b[i].y);
+      mma_bf16(odd, a[1].x, a[1].y, a[1].z, a[1].w, b[i].z, b[i].w);
+      const int key = first + i * 16;
+      if (key >= keys) break;
+      *reinterpret_cast<float2*>(target + key) = make_float2(sum[0] + odd[0], sum[1] + odd[1]);
+      *reinterpret_cast<float2*>(target + stride + key) = make_float2(sum[2] + odd[2], sum[3] + odd[3]);
+    }
   }
 }
 
 // What the blocks of a head send each other: by receiving block its 16 columns (row, sender) as fp16, normalised by the
 // sender's own sum, and once for all the logarithm of that sum (row, sender). A row is contiguous: a warp reads it at
 // once.
+template <bool One>
 struct Inbox {
   unsigned char *values, *sums;  // of this head
   int64_t other;
-  int padded_rows, rank;
+  int rows, rank;  // rows: padded
 
   __device__ __forceinline__ unsigned char* values_of(int receiver, int row, int sender) const {
-    return values + ((receiver * padded_rows + row) * kSplits + sender) * kSplitColumns * 2;
+    return values + ((receiver * (One ? kTileRows : rows) + row) * kSplits + sender) * kSplitColumns * 2;
   }
   __device__ __forceinline__ unsigned char* sums_of(int row, int sender) const {
     return sums + (row * kSplits + sender) * 4;
   }
 };
 
-// exp(score - maximum) of this warp's row of a tile as bf16, zeros past the last key, and 1 / their sum; the logarithm
-// of the sum goes to the blocks of the head.
-__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
-                                        const Inbox& inbox, int tile, int rows) {
-  const int slot = tile * kTileRows + thread_id() / kWarpSize, lane = thread_id() % kWarpSize;  // slot: the row
-  const int stride = layout.score_stride();
-  constexpr float kScale = 0.0625f;  // 1 / sqrt(256)
-  if (slot >= rows) return;          // its probabilities are garbage that stays in its row
-  const float* score = reinterpret_cast<const float*>(shared + layout.score) + slot * stride;
-  float value[kLaneKeys], maximum = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    const int key = i * kWarpSize + lane;
-    value[i] = -INFINITY;
-    if (key < share.keys) {
-      value[i] = score[key];
-      if (layout.parts == 2) value[i] += score[kTileRows * stride + key];
-      value[i] *= kScale;
-    }
-    maximum = fmaxf(maximum, value[i]);
-  }
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-  __nv_bfloat16* probability =
-      reinterpret_cast<__nv_bfloat16*>(shared + layout.probability) + slot * layout.probability_stride();
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    const int key = i * kWarpSize + lane;
-    if (key >= share.padded_keys) break;
-    const float weight = __expf(value[i] - maximum);
-    sum += weight;
-    probability[key] = from_float<__nv_bfloat16>(weight);
-  }
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  if (lane == 0) {
-    reinterpret_cast<float*>(shared + layout.row_scale)[slot] = inverse_of(sum);
-    publish(inbox.sums_of(slot, inbox.rank), inbox.other, __float_as_uint(maximum + __logf(sum)));
-  }
+// The same order as of floats; NaN is more than anything or less.
+__device__ __forceinline__ int ordered(float value) {
+  const int bits = __float_as_int(value);
+  return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
-// P V for this warp's 16 columns and all tiles, sent to the block that merges them.
-__device__ __forceinline__ void send_values(unsigned char* shared, const Layout& layout, const Share& share,
-                                            const Inbox& inbox, int rows) {
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
-  const int probability_bytes = layout.probability_stride() * 2;
-  const unsigned char* v_row = shared + layout.v + lane % 16 * kRowStride + (warp * kSplitColumns + lane / 16 * 8) * 2;
-  const unsigned char* p_row = shared + layout.probability + lane % 16 * probability_bytes + lane / 16 * 16;
-  float sum[kMaxTiles][2][4] = {};
-  for (int key = 0; key < share.padded_keys; key += 16) {
-    uint32_t b[4];
-    load_matrix_transposed(b, v_row + key * kRowStride);
+// exp(score - maximum) of this warp's row of a tile as bf16, zeros past the last key, and the maximum.
+__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share, int tile,
+                                        int rows) {
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, row = tile * kTileRows + warp;
+  const int stride = layout.score_stride();
+  constexpr float kScale = 0.0625f;  // 1 / sqrt(256)
+  if (row >= rows) return;           // its probabilities are garbage that stays in its row
+  const float* score = reinterpret_cast<const float*>(shared + layout.score) + warp * stride + lane;
+  const int keys = share.keys, padded_keys = share.padded_keys;
+  float value[kLaneKeys] = {}, maximum = -INFINITY;
 #pragma unroll
-    for (int tile = 0; tile < kMaxTiles; ++tile) {
-      if (tile >= layout.tiles) break;
-      uint32_t a[4];
-      load_matrix(a, p_row + tile * kTileRows * probability_bytes + key * 2);
-      mma_bf16(sum[tile][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-      mma_bf16(sum[tile][1], a[0], a[1], a[2], a[3], b[2], b[3]);
-    }
+  for (int i = 0; i < kLaneKeys; ++i) {
+    if (i * kWarpSize >= keys) break;
+    float part[kSlices];
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) part[slice] = score[slice * kTileRows * stride + i * kWarpSize];
+    const float sum =
+        ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));  // NaN past the keys
+    value[i] = i * kWarpSize + lane < keys ? sum * kScale : -INFINITY;
+    maximum = fmaxf(maximum, value[i]);
   }
-  // An even lane sends four columns of the first half, its odd neighbour four of the second.
-  const float* scale = reinterpret_cast<const float*>(shared + layout.row_scale) + lane / 4;
-  const bool odd = lane % 2 != 0;
+  const int highest = __reduce_max_sync(0xffffffffu, ordered(maximum));
+  maximum = __int_as_float(highest ^ (highest >> 31 & 0x7fffffff));
+  __nv_bfloat16* probability =
+      reinterpret_cast<__nv_bfloat16*>(shared + layout.probability) + row * layout.probability_stride() + lane;
 #pragma unroll
-  for (int tile = 0; tile < kMaxTiles; ++tile) {
-    if (tile >= layout.tiles) break;
-    const float (&values)[2][4] = sum[tile];
+  for (int i = 0; i < kLaneKeys; ++i) {
+    if (i * kWarpSize >= keys) break;
+    if (i * kWarpSize + lane < padded_keys)
+      probability[i * kWarpSize] = from_float<__nv_bfloat16>(__expf(value[i] - maximum));
+  }
+  if (lane == 0) reinterpret_cast<float*>(shared + layout.row_maximum)[row] = maximum;
+}
+
+// Sixteen keys of P V, and of P times ones.
+__device__ __forceinline__ void add_values(float (&values)[2][4], float (&sums)[4], const uint32_t (&a)[4],
+                                           const uint32_t (&b)[4]) {
+  constexpr uint32_t kOnes = 0x3f803f80;
+  mma_bf16(values[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+  mma_bf16(values[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+  mma_bf16(sums, a[0], a[1], a[2], a[3], kOnes, kOnes);
+}
+
+// P V for this warp's 16 columns and all tiles, sent to the block that merges them. The sums of a row's probabilities
+// are one more product, with ones.
+template <bool One>
+__device__ __forceinline__ void send_values(unsigned char* shared, const Layout& layout, const Share& share,
+                                            const Inbox<One>& inbox, int rows) {
+  constexpr int kSteps = 3;  // of 16 keys, at once
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
+  const int probability_bytes = layout.probability_stride() * 2, padded_keys = share.padded_keys;
+  const unsigned char* v_row =
+      shared + layout.v + lane % 16 * kValueStride + (warp * kSplitColumns + lane / 16 * 8) * 2;
+  const unsigned char* p_row = shared + layout.probability + lane % 16 * probability_bytes + lane / 16 * 16;
+  const bool odd = lane % 2 != 0;
+  unsigned char* target = inbox.values_of(warp, lane / 4, inbox.rank) + odd * 16 + lane % 4 / 2 * 8;
+  const float* maximum = reinterpret_cast<const float*>(shared + layout.row_maximum) + lane / 4;
+  for (int first = 0; first < rows; first += kTileRows) {
+    float values[2][4] = {}, sums[4] = {};
+    uint32_t a[kSteps][4], b[kSteps][4];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const bool has = i * 16 < padded_keys;  // else zeros times the first keys
+      load_matrix_transposed(b[i], v_row + (has ? i * 16 : 0) * kValueStride);
+      load_matrix(a[i], p_row + first * probability_bytes + i * 32);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[i][j] = has ? a[i][j] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) add_values(values, sums, a[i], b[i]);
+#pragma unroll 1
+    for (int key = kSteps * 16; key < padded_keys; key += 16) {
+      load_matrix_transposed(b[0], v_row + key * kValueStride);
+      load_matrix(a[0], p_row + first * probability_bytes + key * 2);
+      add_values(values, sums, a[0], b[0]);
+    }
+    // An even lane sends four columns of the first half, its odd neighbour four of the second.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = tile * kTileRows + lane / 4 + half * 8;
-      const float factor = scale[tile * kTileRows + half * 8];
-      const uint32_t first = pack_f16(values[0][half * 2] * factor, values[0][half * 2 + 1] * factor);
-      const uint32_t second = pack_f16(values[1][half * 2] * factor, values[1][half * 2 + 1] * factor);
-      const uint32_t theirs = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+      const int row = first + lane / 4 + half * 8;
+      const float factor = inverse_of(sums[half * 2]);
+      const uint32_t low = pack_f16(values[0][half * 2] * factor, values[0][half * 2 + 1] * factor);
+      const uint32_t high = pack_f16(values[1][half * 2] * factor, values[1][half * 2 + 1] * factor);
+      const uint32_t theirs = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
       if (row < rows)
-        publish(inbox.values_of(warp, row, inbox.rank) + odd * 16 + lane % 4 / 2 * 8, inbox.other,
-                odd ? make_uint2(theirs, second) : make_uint2(first, theirs));
+        publish(target + (first + half * 8) * kSplits * kSplitColumns * 2, inbox.other,
+                odd ? make_uint2(theirs, high) : make_uint2(low, theirs));
+    }
+    if (warp == kWarps - 1 && lane % 4 == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + lane / 4 + half * 8;
+        if (row < rows)
+          publish(inbox.sums_of(row, inbox.rank), inbox.other,
+                  __float_as_uint(maximum[first + half * 8] + __logf(sums[half * 2])));
+      }
     }
   }
 }
@@ -227,14 +252,17 @@ struct Parts {
   uint2 part[2];
   uint32_t sum[2];
 
-  static __device__ __forceinline__ const unsigned char* values(const Inbox& inbox, int row, int i) {
+  template <bool One>
+  static __device__ __forceinline__ const unsigned char* values(const Inbox<One>& inbox, int row, int i) {
     const int lane = thread_id() % kWarpSize;
     return inbox.values_of(inbox.rank, row, lane / 4 + 8 * i) + lane % 4 * 8;
   }
-  static __device__ __forceinline__ const unsigned char* sums(const Inbox& inbox, int row, int i) {
+  template <bool One>
+  static __device__ __forceinline__ const unsigned char* sums(const Inbox<One>& inbox, int row, int i) {
     return inbox.sums_of(row, thread_id() % kWarpSize / 4 + 8 * i);
   }
-  __device__ __forceinline__ void ask(const Inbox& inbox, int active, int row) {
+  template <bool One>
+  __device__ __forceinline__ void ask(const Inbox<One>& inbox, int active, int row) {
     const int sender = thread_id() % kWarpSize / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -243,7 +271,8 @@ struct Parts {
       sum[i] = has ? look_word(sums(inbox, row, i)) : 0xff800000u;  // -infinity
     }
   }
-  __device__ __forceinline__ void settle(const Inbox& inbox, int row) {
+  template <bool One>
+  __device__ __forceinline__ void settle(const Inbox<One>& inbox, int row) {
     for (int polls = 0;; count_poll(polls)) {
       bool missing = false;
 #pragma unroll
@@ -259,9 +288,9 @@ struct Parts {
 };
 
 // A row of this block's 16 columns from what the blocks of the head sent.
-template <bool Fp8>
-__device__ __forceinline__ void merge(const Parts& parts, const Inbox& inbox, int head, int row, unsigned char* out,
-                                      int64_t other, float scale) {
+template <bool Fp8, bool One>
+__device__ __forceinline__ void merge(const Parts& parts, const Inbox<One>& inbox, int head, int row,
+                                      unsigned char* out, int64_t other, float scale) {
   const int lane = thread_id() % kWarpSize, split = lane / 4;
   const uint2(&part)[2] = parts.part;
   const uint32_t (&sum)[2] = parts.sum;
@@ -300,7 +329,7 @@ __device__ __forceinline__ void merge(const Parts& parts, const Inbox& inbox, in
     publish(target, other, word);
   } else {
     publish(target, other, pack_bf16(value[0], value[1]));
-    publish(target + 4, other, pack_bf16(value[2], value[3]));
+    publish(out + activation_offset<Fp8, kOut>(row, (column + 2) * 2), other, pack_bf16(value[2], value[3]));
   }
 }
 

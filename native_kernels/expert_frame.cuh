@@ -12,14 +12,26 @@ struct Plan {
   int slots, big, small;  // the ring comes first; then the sums of products with many tiles, and of those with one
 };
 
-constexpr int kSmallBytes = kWarps * kTileStride * 4, kBigBytes = 8 * kSmallBytes;
+constexpr int kSmallBytes = kWarps * kTileElements * 4, kBigBytes = 2 * kGateUpUnits * kSmallBytes;
 
-// What the epilogue of products 3 and 5 needs beside the sum.
-struct Residual {
-  float gate = 1.0f, weight = 1.0f, input = 1.0f, scale = 0.0f;
+// What the epilogues of a visit need of the conditioning, and its scales: where each lies in a table of floats. It is
+// copied a visit ahead, as it comes from DRAM, where a load would stand behind the weights asked for before it.
+enum Condition : int {
+  kOutGate = 0,
+  kMlpScale = kOutGate + kTileFeatures,  // of the norm behind the out projection
+  kDownGate = kMlpScale + kTileFeatures,
+  kNextScale = kDownGate + kTileFeatures,      // of the next layer's first norm
+  kQkvShift = kNextScale + kTileFeatures,      // shift W: two units of two halves
+  kGateShift = kQkvShift + 4 * kTileFeatures,  // shift W
+  kUpShift = kGateShift + kGateUpUnits * kTileFeatures,
+  kWeightScale = kUpShift + kGateUpUnits * kTileFeatures,  // of each product
+  kInputScale = kWeightScale + kProducts,                  // of out and of down
+  kConditions = kInputScale + 4
 };
+static_assert(kWeightScale == 4 * kWarpSize);  // 16 bytes a lane
 
-template <bool Fp8>
+// `One`: a single tile of rows, for which loops and most addresses are constants.
+template <bool Fp8, bool One>
 struct Frame {
   static constexpr int Half = kHeadDim / 2, UnitsPerHead = Half / kTileFeatures;
 
@@ -27,61 +39,110 @@ struct Frame {
   const Plan& plan;
   unsigned char* shared;
   Ring ring;
-  // in shared memory too, as registers are short
-  Mover* mover;
-  const Source* sources;
   const Share& share;
-  float* inverse;  // parts of the sums of squares: (warp, row)
-  float* scratch;  // three floats a warp
+  uint64_t* prefix_full;
+  float* inverse;     // parts of the sums of squares: (warp, row)
+  float* scratch;     // three floats a warp
+  float* conditions;  // of each copy's visit
   Cursor chunk = {};
-  int visit = 0;
-  float h = 0.0f;  // row thread_id() / 8, column block_id() * 8 + thread_id() % 8
+  int visit = 0, copy = 0;  // copy: visit % kCopies
+  float h = 0.0f;           // row row_of_thread(), column block_id() * 8 + thread_id() % 8
 
+  // Of h and of the epilogues of products 3 and 5.
+  static __device__ __forceinline__ int row_of_thread() {
+    return thread_id() / kTileElements * kTileRows + row_of_slot(thread_id() % kTileElements / kTileFeatures);
+  }
   __device__ float* big() const { return reinterpret_cast<float*>(shared + plan.big); }
   __device__ float* small() const { return reinterpret_cast<float*>(shared + plan.small); }
-  __device__ Exchange exchange() const {
-    return {static_cast<unsigned char*>(p.exchange), (p.rows + kTileRows - 1) / kTileRows * kTileRows};
+  __device__ __forceinline__ int tiles() const { return One ? 1 : (p.rows + kTileRows - 1) / kTileRows; }
+  __device__ __forceinline__ Exchange<One> exchange(int of_copy) const {
+    const int rows = tiles() * kTileRows, bytes = kExchangeRowBytes * rows;
+    return {static_cast<unsigned char*>(p.exchange) + of_copy * bytes, of_copy == 0 ? (kCopies - 1) * bytes : -bytes,
+            rows};
   }
-  __device__ int tiles() const { return (p.rows + kTileRows - 1) / kTileRows; }
-  __device__ float weight_scale(int layer, int product) const {
-    return Fp8 ? p.weight_scale[layer * kProducts + product] : 1.0f;
+  __device__ __forceinline__ Exchange<One> exchange() const { return exchange(copy); }
+  __device__ __forceinline__ int next_copy() const { return copy + 1 == kCopies ? 0 : copy + 1; }
+  __device__ __forceinline__ void end_visit() { ++visit, copy = next_copy(); }
+
+  __device__ __forceinline__ float condition(int index) const { return conditions[copy * kConditions + index]; }
+  __device__ __forceinline__ float weight_scale(int product) const {
+    return Fp8 ? condition(kWeightScale + product) : 1.0f;
   }
-  __device__ float input_scale(int layer, int product) const {
-    return Fp8 ? p.input_scale[layer * 2 + (product == kDown)] : 1.0f;
+  __device__ __forceinline__ float input_scale(int product) const {
+    return Fp8 ? condition(kInputScale + (product == kDown)) : 1.0f;
   }
   __device__ const float* style(const float* base, int step, int norm) const {
     return base == nullptr ? nullptr : base + step * p.step_stride + norm * p.norm_stride;
   }
-  // shift W of a feature at this step.
-  __device__ __forceinline__ float shift_product(int step, int layer, int feature) const {
+  // What stays as it is where the policy has no gates or shifts.
+  __device__ void blank_conditions() const {
+    for (int i = thread_id(); i < kCopies * kConditions; i += kThreads) {
+      const int start = i % kConditions / kTileFeatures * kTileFeatures;
+      conditions[i] = start == kOutGate || start == kDownGate ? 1.0f : 0.0f;
+    }
+  }
+
+  // By one warp, a visit ahead, 16 bytes a lane; it waits for them in front of the next visit's first barrier.
+  __device__ __forceinline__ void copy_conditions(int step, int layer, int of_copy) const {
+    const int lane = thread_id() % kWarpSize;
+    float* target = conditions + of_copy * kConditions;
+    const float* from = condition_source(step, layer, lane);
+    if (from != nullptr) async_copy16(target + lane * 4, from);
+    if (Fp8 && lane == 0) async_copy16(target + kWeightScale, p.weight_scale + layer * kProducts);
+    if (Fp8 && lane == 1) async_copy8(target + kInputScale, p.input_scale + layer * 2);
+    async_copy_commit();
+  }
+  __device__ __forceinline__ const float* condition_source(int step, int layer, int lane) const {
+    const int half = lane % 2 * 4;
+    if (lane < kQkvShift / 4) {
+      const int kind = lane / 2;
+      const float* base = style(kind % 2 == 0 ? p.gate : p.norm_scale, step, 2 * layer + (kind + 1) / 2);
+      return base == nullptr ? nullptr : base + block_id() * kTileFeatures + half;
+    }
     constexpr int64_t Features = kQkvHeads * kHeadDim + 2 * kMlp;
-    return p.shift_products == nullptr ? 0.0f
-                                       : p.shift_products[(int64_t(step) * p.layers + layer) * Features + feature];
+    if (p.shift_products == nullptr) return nullptr;
+    const float* base = p.shift_products + (int64_t(step) * p.layers + layer) * Features;
+    if (lane >= kGateShift / 4)
+      return base + kQkvHeads * kHeadDim + lane / 8 % 2 * kMlp + block_id() * kGateUpUnits * kTileFeatures +
+             lane % 8 * 4;
+    const int index = (lane - kQkvShift / 4) / 4, unit = qkv_unit(index);
+    if (index >= qkv_units()) return nullptr;
+    return base + unit / UnitsPerHead * kHeadDim + lane / 2 % 2 * Half + unit % UnitsPerHead * kTileFeatures + half;
+  }
+  // The next visit's, by a warp whose activations take their time.
+  __device__ __forceinline__ void copy_next_conditions(int step, int layer) const {
+    if (thread_id() / kWarpSize != kWarps - 3) return;
+    if (++layer == p.layers) layer = 0, ++step;
+    if (step < p.steps) copy_conditions(step, layer, next_copy());
   }
 
-  // Behind a barrier: `chunks` chunks have been read by all, and others take their place. Off the critical path: this
-  // warp's activations take longer to come than it takes to ask.
-  __device__ __forceinline__ void refill(int chunks) {
-    if (thread_id() == kThreads - kWarpSize) mover->fill(p, ring, sources, sources_of_visit<Fp8>(), chunks);
+  // Behind a barrier: everybody has read the chunks in front of `chunk`, and others may take their place. By the last
+  // warp: it has no row to finish, or the last.
+  __device__ __forceinline__ void give_back() const {
+    if (thread_id() == kThreads - kWarpSize) poke(&ring.counters->used, chunk.chunk);
   }
-
-  // Behind a barrier, by a warp that has nothing else to wait for: what the block has blanked so far is blank for all
-  // who see what it publishes behind its next barrier.
+  // Behind the out projection: what the block has blanked so far will be fenced, and the next visit's keys and values
+  // copied;
   __device__ __forceinline__ void order_published() const {
-    if (thread_id() == kThreads - 2 * kWarpSize) exchange_fence();
+    if (thread_id() == kThreads - kWarpSize) poke(&ring.counters->ordered, visit + 1);
+  }
+  // and in front of the last barrier of a visit: it has been fenced.
+  __device__ __forceinline__ void await_order() const {
+    if (thread_id() / kWarpSize == kWarps - 1)
+      for (int polls = 0; peek(&ring.counters->fenced) <= static_cast<unsigned>(visit); count_peek(polls)) {
+      }
   }
 
   // Every warp's part of the sums of a tile's rows; behind the next barrier inverse_rms() has the whole.
   __device__ __forceinline__ void add_squares(Squares& squares) {
-    const float4 sum = squares.settle();
-    if (thread_id() % kWarpSize < 4)
-      reinterpret_cast<float4*>(inverse)[thread_id() / kWarpSize * 4 + thread_id() % kWarpSize] = sum;
+    const float sum = squares.settle();
+    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares::settled_row()] = sum;
   }
 
-  // r / kHeadroom of row `slot` of the tile, by eight neighbouring lanes of that row.
-  __device__ __forceinline__ float inverse_rms(int slot) const {
+  // r / kHeadroom of a row of the tile, by eight neighbouring lanes of that row.
+  __device__ __forceinline__ float inverse_rms(int row) const {
     const int part = thread_id() % 8;
-    float sum = inverse[part * kTileRows + slot] + inverse[(part + 8) * kTileRows + slot];
+    float sum = inverse[part * kTileRows + row] + inverse[(part + 8) * kTileRows + row];
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
@@ -93,66 +154,47 @@ struct Frame {
                                                int rows) {
     float sum[2][4] = {};
     multiply_unit(a, ring, cursor, sum);
-    spread(big(), 2 * units, 2 * unit, sum[0], rows);
-    spread(big(), 2 * units, 2 * unit + 1, sum[1], rows);
+    spread_pairs(big(), units, unit, sum, rows);
   }
 
-  // Keys and values of the prefix for the attention after next, at times when nothing urgent is asked for: 6 MB of L2
-  // traffic for all blocks. Every warp is past this layer's scores and P V.
-  __device__ __forceinline__ void prefetch(const void* cache, int place, int layer) {
-    const int next = layer + 1 < p.layers ? layer + 1 : 0;
-    load_prefix(shared + place, share,
-                static_cast<const __nv_bfloat16*>(cache) + int64_t(next) * p.capacity * kHeadDim);
-  }
-
-  // h (1 + scale) of this thread's element and the sum of squares of its eight for copy `copy` of the given buffers.
+  // h (1 + scale) of this thread's element and the sum of squares of its eight for the given buffers of a copy.
   // All threads of a warp take part; those of rows past the end publish nothing.
   template <int P, int Normed, int SquaresOf>
-  __device__ __forceinline__ void publish_normed(int copy, float factor) {
-    const int m = thread_id() / kTileFeatures, column = thread_id() % kTileFeatures;
-    const int64_t other = exchange().other(copy);
+  __device__ __forceinline__ void publish_normed(const Exchange<One>& to, float factor) {
+    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
     const float scaled = h * factor * kHeadroom, next = __shfl_down_sync(0xffffffffu, scaled, 1);
+    const bool has = m < p.rows;
+    if (has && column % 2 == 0)
+      publish(to.template buffer<Normed>() + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
+              to.other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
     float squares = h * h;
 #pragma unroll
     for (int offset = kTileFeatures / 2; offset > 0; offset /= 2)
       squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-    if (m >= p.rows) return;
-    if (column % 2 == 0)
-      publish(exchange().buffer<Normed>(copy) + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
-              other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
-    if (column == 1)
-      publish(exchange().buffer<SquaresOf>(copy) + square_offset(m) + block_id() * kTileRows * 4, other,
+    if (has && column == 1)
+      publish(to.template buffer<SquaresOf>() + square_offset(m) + block_id() * kTileRows * 4, to.other,
               __float_as_uint(squares));
   }
 
   // The last h of a step, for the seam.
-  __device__ __forceinline__ void publish_last(int copy) {
-    const int m = thread_id() / kTileFeatures, column = thread_id() % kTileFeatures;
+  __device__ __forceinline__ void publish_last(const Exchange<One>& to) {
+    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
     const float next = __shfl_down_sync(0xffffffffu, h, 1);
     if (m < p.rows && column % 2 == 0)
-      publish(exchange().buffer<kLast>(copy) + (m * kWidth + block_id() * kTileFeatures + column) * 2,
-              exchange().other(copy), pack_bf16(h, next));
+      publish(to.template buffer<kLast>() + (m * kWidth + block_id() * kTileFeatures + column) * 2, to.other,
+              pack_bf16(h, next));
   }
 
-  __device__ __forceinline__ Residual residual(int step, int layer, int product, int norm) const {
-    const int n = block_id() * kTileFeatures + thread_id() % kTileFeatures;
-    const float* gates = style(p.gate, step, norm);
-    return {gates == nullptr ? 1.0f : gates[n], weight_scale(layer, product), input_scale(layer, product),
-            style(p.norm_scale, step, norm + 1)[n]};
-  }
-
-  // A product of one unit of 8 columns on `x`: every thread's element, by `finish(sum, residual)`, which whole warps
-  // call.
+  // A product of one unit of 8 columns on `x`: every thread's element, by `finish(sum)`, which whole warps call.
   template <int P, typename Finish>
   __device__ __forceinline__ void narrow_product(const unsigned char* x, int step, int layer, Finish finish) {
     using S = Shape<Fp8, P>;
     Activations<Fp8, P> a;
+    if constexpr (P == kOut) copy_next_conditions(step, layer);
+    if constexpr (P == kDown || P == kMix) be_patient();
     a.ask(x, 0, p.rows);
-    // behind the activations in the queue: it is needed later
-    const Residual operands = P == kMix ? Residual{} : residual(step, layer, P, 2 * layer + (P == kDown));
     for (int tile = 0; tile < tiles(); ++tile) {
       a.settle();
-      if (P == kDown && tile == 0) prefetch(p.v_cache, plan.attention.v, layer);
       float sum[1][4] = {};
       Cursor cursor = chunk;
       ring.wait(cursor, S::Chunks);
@@ -164,13 +206,16 @@ struct Frame {
         multiply_unit(a, ring, cursor, sum);
       }
       if (tile + 1 < tiles()) a.ask(x, tile + 1, p.rows);
-      spread(small(), 1, 0, sum[0], p.rows - tile * kTileRows);
-      __syncthreads();
-      if (tile + 1 == tiles()) chunk = cursor;
-      if (thread_id() / kTileElements == tile) finish(gather(small(), 1, 0, thread_id() % kTileElements), operands);
-      __syncthreads();
+      spread(small(), sum[0], p.rows - tile * kTileRows);
+      if (P == kDown && tile == 0) await_order();
+      block_sync();
+      if (tile + 1 == tiles()) {
+        chunk = cursor;
+        give_back();
+      }
+      if (static_cast<int>(thread_id()) / kTileElements == tile) finish(gather(small(), thread_id() % kTileElements));
+      block_sync();  // nobody looks for more while this block still computes
     }
-    refill(S::Chunks);
   }
 };
 

@@ -2,70 +2,75 @@
 // the norms' sums.
 #pragma once
 
-#include "expert_stream.cuh"
+#include "expert_mover.cuh"
 
 namespace flashrt {
 namespace expert {
 
-// Activations lie in global memory as the tensor cores want them: tile by tile of 16 rows, pieces of 64 bytes of k, row
-// by row. What a warp asks for at once is contiguous; reading rows one by one costs more than twice the time. With
-// `Wide` a thread has 32 bytes of a k block, the second half of them in a piece of its own.
-constexpr int kPieceBytes = kTileRows * kBlockBytes;
+// Activations lie in global memory as the tensor cores want them: tile by tile of 16 rows, k block by k block. Rows
+// 2 i and 2 i + 1 are rows i and i + 8 of an operand, and their words lie in turn, so that 16 bytes as loaded are an
+// operand: a k block is its operands one after the other, of each the row pairs, four lanes each. What a warp asks for
+// at once is contiguous; reading rows one by one costs more than twice the time.
+constexpr int kOperandBytes = kTileRows * 32;  // of all lanes
 
-template <bool Wide>
-__device__ __forceinline__ int piece_offset(int row, int row_bytes, int byte) {
-  const int start = row / kTileRows * kTileRows * row_bytes + row % kTileRows * kBlockBytes;
-  if constexpr (Wide)
-    return start + (byte / (2 * kBlockBytes) * 2 + byte / 16 % 2) * kPieceBytes + byte % (2 * kBlockBytes) / 32 * 16 +
-           byte % 16;
-  return start + byte / kBlockBytes * kPieceBytes + byte % kBlockBytes;
+// The row of a tile that is row `slot` of an operand and of the sums.
+__device__ __forceinline__ int row_of_slot(int slot) { return slot % 8 * 2 + slot / 8; }
+
+// `Operands` of a k block: a lane has 8 bytes of a row in each.
+template <int Operands>
+__device__ __forceinline__ int operand_offset(int row, int row_bytes, int byte) {
+  constexpr int LaneBytes = Operands * 8;
+  const int block = byte / (4 * LaneBytes), lane = byte / LaneBytes % 4, operand = byte % LaneBytes / 8;
+  return row / kTileRows * kTileRows * row_bytes + (block * Operands + operand) * kOperandBytes +
+         (row % kTileRows / 2 * 4 + lane) * 16 + byte % 8 / 4 * 8 + row % 2 * 4 + byte % 4;
 }
 
 // Byte `byte` of row `row` among the activations of product P.
 template <bool Fp8, int P>
 __device__ __forceinline__ int activation_offset(int row, int byte) {
-  return piece_offset<Shape<Fp8, P>::Wide>(row, Shape<Fp8, P>::RowBytes, byte);
+  return operand_offset<Shape<Fp8, P>::Operands>(row, Shape<Fp8, P>::RowBytes, byte);
 }
 
-// A thread's part of one tile of activations: 16 bytes of rows `lane / 4` and `lane / 4 + 8` of each piece that is its
-// warp's. A block of k is read by one warp only: 16 warps read each activation once.
+// 16 bytes of which the words of the second row do not count where there is none: what comes of them stays in that row.
+__device__ __forceinline__ bool absent(const uint4& v, uint32_t second) {
+  return max(max(v.x, v.z), max(v.y, v.w) & second) == kAbsent;
+}
+
+// A thread's operands of one tile of activations: those of each k block that is its warp's. A block of k is read by one
+// warp only: 16 warps read each activation once.
 template <bool Fp8, int P>
 struct Activations {
   using S = Shape<Fp8, P>;
-  uint4 low[S::Pieces], high[S::Pieces];
-  const unsigned char* from;  // this thread's first piece
-  bool has_low, has_high;
+  uint4 operand[S::Pieces];
+  const unsigned char* from;  // this thread's first
+  bool has;
+  uint32_t second;
 
   static __device__ __forceinline__ constexpr int offset(int piece) {
-    const int vector = piece % S::Vectors, own = piece / S::Vectors % S::Own, chunk = piece / S::Vectors / S::Own;
-    return ((chunk * S::Blocks + own) * S::Vectors + vector) * kPieceBytes;
+    const int of_block = piece % S::Operands, own = piece / S::Operands % S::Own, chunk = piece / S::Operands / S::Own;
+    return ((chunk * S::Blocks + own) * S::Operands + of_block) * kOperandBytes;
   }
-  static constexpr int kHigh = 8 * kBlockBytes;
 
-  // Ask for the pieces of tile `tile` of `x`; they may not have come yet.
+  // Ask for the operands of tile `tile` of `x`; they may not have come yet.
   __device__ __forceinline__ void ask(const unsigned char* x, int tile, int rows, int batch = 0) {
-    const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, first = tile * kTileRows + lane / 4;
+    const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, row = tile * kTileRows + lane / 4 * 2;
     from = x + tile * kTileRows * S::RowBytes + batch * (S::RowBytes / S::Batches) * kTileRows +
-           warp * S::Own * S::Vectors * kPieceBytes + lane * 16;
-    has_low = first < rows, has_high = first + 8 < rows;
+           warp * S::Own * S::Operands * kOperandBytes + lane * 16;
+    has = row < rows;
+    second = row + 1 < rows ? kAbsent : 0;
 #pragma unroll
-    for (int i = 0; i < S::Pieces; ++i) {
-      low[i] = has_low ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
-      high[i] = has_high ? look(from + offset(i) + kHigh) : make_uint4(0, 0, 0, 0);
-    }
+    for (int i = 0; i < S::Pieces; ++i) operand[i] = has ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
   }
   // Until all have.
   __device__ __forceinline__ void settle() {
     for (int polls = 0;; count_poll(polls)) {
       bool missing = false;
 #pragma unroll
-      for (int i = 0; i < S::Pieces; ++i) missing |= absent(low[i]) | absent(high[i]);
+      for (int i = 0; i < S::Pieces; ++i) missing |= absent(operand[i], second);
       if (!__any_sync(0xffffffffu, missing)) break;
 #pragma unroll
-      for (int i = 0; i < S::Pieces; ++i) {
-        if (absent(low[i])) low[i] = look(from + offset(i));
-        if (absent(high[i])) high[i] = look(from + offset(i) + kHigh);
-      }
+      for (int i = 0; i < S::Pieces; ++i)
+        if (absent(operand[i], second)) operand[i] = look(from + offset(i));
     }
   }
 };
@@ -84,50 +89,71 @@ __device__ __forceinline__ void multiply_unit(const Activations<Fp8, P>& a, cons
     cursor.advance(ring.slots);
 #pragma unroll
     for (int o = 0; o < S::Own; ++o) {
-      const int piece = (chunk * S::Own + o) * S::Vectors;
+      const uint4* x = a.operand + (chunk * S::Own + o) * S::Operands;
 #pragma unroll
       for (int t = 0; t < S::Tiles; ++t) {
         const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + o) * kTileBytes);
         if constexpr (S::Wide) {
           uint32_t b[8];
           widen(packed, b);
-          const uint4 &low0 = a.low[piece], &low1 = a.low[piece + 1];
-          const uint4 &high0 = a.high[piece], &high1 = a.high[piece + 1];
-          mma_f16(sum[t], low0.x, high0.x, low0.y, high0.y, b[0], b[1]);
-          mma_f16(odd[t], low0.z, high0.z, low0.w, high0.w, b[2], b[3]);
-          mma_f16(sum[t], low1.x, high1.x, low1.y, high1.y, b[4], b[5]);
-          mma_f16(odd[t], low1.z, high1.z, low1.w, high1.w, b[6], b[7]);
+          mma_f16(sum[t], x[0].x, x[0].y, x[0].z, x[0].w, b[0], b[1]);
+          mma_f16(odd[t], x[1].x, x[1].y, x[1].z, x[1].w, b[2], b[3]);
+          mma_f16(sum[t], x[2].x, x[2].y, x[2].z, x[2].w, b[4], b[5]);
+          mma_f16(odd[t], x[3].x, x[3].y, x[3].z, x[3].w, b[6], b[7]);
+        } else if constexpr (S::E4m3) {
+          mma_e4m3(sum[t], x[0].x, x[0].y, x[0].z, x[0].w, packed.x, packed.y);
+          mma_e4m3(odd[t], x[1].x, x[1].y, x[1].z, x[1].w, packed.z, packed.w);
         } else {
-          multiply<S::E4m3>((chunk * S::Own + o) % 2 == 0 ? sum[t] : odd[t], a.low[piece], a.high[piece], packed);
+          mma_bf16(sum[t], x[0].x, x[0].y, x[0].z, x[0].w, packed.x, packed.y);
+          mma_bf16(odd[t], x[1].x, x[1].y, x[1].z, x[1].w, packed.z, packed.w);
         }
       }
     }
   }
-  if constexpr (S::Wide || S::Chunks * S::Own > 1) {
 #pragma unroll
-    for (int t = 0; t < S::Tiles; ++t)
+  for (int t = 0; t < S::Tiles; ++t)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[t][i] += odd[t][i];
-  }
+    for (int i = 0; i < 4; ++i) sum[t][i] += odd[t][i];
 }
 
 constexpr int kTileElements = kTileRows * kTileFeatures;
 
-constexpr int kTileStride = kTileElements + 4;  // floats: four tiles side by side fall into different banks
-
-// A warp's part of the sums of tile `index` of `count` into shared memory: [warp][tile][row][feature]; `rows` count.
-__device__ __forceinline__ void spread(float* sums, int count, int index, const float (&sum)[4], int rows) {
+// A warp's part of the sums of a unit of one tile into shared memory: [warp][slot][feature]; `rows` count.
+__device__ __forceinline__ void spread(float* sums, const float (&sum)[4], int rows) {
   const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
-  float* target = sums + (warp * count + index) * kTileStride + lane / 4 * kTileFeatures + lane % 4 * 2;
-  *reinterpret_cast<float2*>(target) = make_float2(sum[0], sum[1]);
-  if (lane / 4 + 8 < rows) *reinterpret_cast<float2*>(target + 8 * kTileFeatures) = make_float2(sum[2], sum[3]);
+  float* target = sums + warp * kTileElements + lane * 2;
+  if (lane / 4 * 2 < rows) *reinterpret_cast<float2*>(target) = make_float2(sum[0], sum[1]);
+  if (lane / 4 * 2 + 1 < rows) *reinterpret_cast<float2*>(target + kTileElements / 2) = make_float2(sum[2], sum[3]);
 }
 
-__device__ __forceinline__ float gather(const float* sums, int count, int index, int element) {
+__device__ __forceinline__ float gather(const float* sums, int element) {
   float part[4] = {};  // independent chains
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) part[w % 4] += sums[(w * count + index) * kTileStride + element];
+  for (int w = 0; w < kWarps; ++w) part[w % 4] += sums[w * kTileElements + element];
   return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// The same of unit `unit` of `units` of two tiles, whose features are met in pairs: [warp][unit][slot][feature][tile].
+// Odd units have neighbouring slots exchanged, so that those of two units fall into different banks.
+constexpr int kPairElements = 2 * kTileElements;
+
+__device__ __forceinline__ void spread_pairs(float* sums, int units, int unit, const float (&sum)[2][4], int rows) {
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
+  float* target = sums + (warp * units + unit) * kPairElements + ((lane * 4) ^ (unit % 2 * 2 * kTileFeatures));
+  if (lane / 4 * 2 < rows) *reinterpret_cast<float4*>(target) = make_float4(sum[0][0], sum[1][0], sum[0][1], sum[1][1]);
+  if (lane / 4 * 2 + 1 < rows)
+    *reinterpret_cast<float4*>(target + kPairElements / 2) = make_float4(sum[0][2], sum[1][2], sum[0][3], sum[1][3]);
+}
+
+__device__ __forceinline__ float2 gather_pair(const float* sums, int units, int unit, int element) {
+  const float* from = sums + unit * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
+  float2 part[2] = {};  // independent chains
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float2 value = *reinterpret_cast<const float2*>(from + w * units * kPairElements);
+    part[w % 2].x += value.x, part[w % 2].y += value.y;
+  }
+  return make_float2(part[0].x + part[1].x, part[0].y + part[1].y);
 }
 
 // 1 / x to an ulp, without the branch that exact division takes; x is a scale, far from 0 and infinity.
@@ -171,20 +197,25 @@ struct Squares {
     return (rows > 0 && part.x == kAbsent) || (rows > 1 && part.y == kAbsent) || (rows > 2 && part.z == kAbsent) ||
            (rows > 3 && part.w == kAbsent);
   }
-  // This warp's sums, four rows each in its first four lanes.
-  __device__ __forceinline__ float4 settle() {
+  // Ask again for what has not come.
+  __device__ __forceinline__ void refresh() {
+    if (missing()) part = look(from);
+  }
+  // This warp's sum of row settled_row(); four lanes have the same.
+  __device__ __forceinline__ float settle() {
     for (int polls = 0; __any_sync(0xffffffffu, missing()); count_poll(polls))
       if (missing()) part = look(from);
-    float4 sum =
-        make_float4(__uint_as_float(part.x), __uint_as_float(part.y), __uint_as_float(part.z), __uint_as_float(part.w));
-#pragma unroll
-    for (int offset = 4; offset < kWarpSize; offset *= 2) {
-      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, offset);
-      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, offset);
-      sum.z += __shfl_xor_sync(0xffffffffu, sum.z, offset);
-      sum.w += __shfl_xor_sync(0xffffffffu, sum.w, offset);
-    }
-    return sum;
+    const bool upper = thread_id() & 16, odd = thread_id() & 8;
+    const float x = __uint_as_float(part.x), y = __uint_as_float(part.y), z = __uint_as_float(part.z),
+                w = __uint_as_float(part.w);
+    const float first = (upper ? z : x) + __shfl_xor_sync(0xffffffffu, upper ? x : z, 16);
+    const float second = (upper ? w : y) + __shfl_xor_sync(0xffffffffu, upper ? y : w, 16);
+    const float sum = (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 8);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 4);
+  }
+  static __device__ __forceinline__ int settled_row() {
+    const int lane = thread_id() % kWarpSize;
+    return lane % 4 * 4 + lane / 16 * 2 + lane / 8 % 2;
   }
 };
 

@@ -11,9 +11,9 @@
 // constant of the step. h itself stays in a register of the thread that adds to it, over all layers.
 //
 // Bytes moved, e4m3: 17.3 MB of weights a layer, 311 MB a step: 73 us a step at 4.3 TB/s, the floor. A ring of 16 KB
-// weight chunks in shared memory is kept full in the fixed order of use, across phases, layers and steps. What is left
-// is latency: six exchanges a layer. They have no barriers: the words that go from block to block say themselves
-// whether they have come (expert_stream.cuh).
+// weight chunks in shared memory is kept full in the fixed order of use, across phases, layers and steps, by a warp
+// that does nothing else (expert_mover.cuh). What is left is latency: six exchanges a layer. They have no barriers: the
+// words that go from block to block say themselves whether they have come (expert_stream.cuh).
 //
 // e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3
 // and 5. Rows are served in tiles of 16, one after the other over the same chunks. Sums are taken in a fixed order:
@@ -27,23 +27,23 @@ namespace {
 
 using namespace expert;
 
-template <bool Fp8>
-struct Expert : Layer<Fp8> {
-  using Layer<Fp8>::p;
-  using Layer<Fp8>::plan;
-  using Layer<Fp8>::shared;
-  using Layer<Fp8>::share;
-  using Layer<Fp8>::scratch;
-  using Layer<Fp8>::visit;
-  using Layer<Fp8>::h;
-  using Layer<Fp8>::exchange;
-  using Layer<Fp8>::style;
-  using Layer<Fp8>::prefetch;
-  using Layer<Fp8>::qkv;
-  using Layer<Fp8>::attend;
-  using Layer<Fp8>::out;
-  using Layer<Fp8>::gate_up;
-  using Layer<Fp8>::down;
+template <bool Fp8, bool One>
+struct Expert : Layer<Fp8, One> {
+  using Base = Layer<Fp8, One>;
+  using Base::attend;
+  using Base::copy_conditions;
+  using Base::down;
+  using Base::exchange;
+  using Base::gate_up;
+  using Base::h;
+  using Base::out;
+  using Base::p;
+  using Base::plan;
+  using Base::qkv;
+  using Base::scratch;
+  using Base::share;
+  using Base::shared;
+  using Base::style;
 
   // Between two steps: x += dt * (norm(h) W_out + b), some blocks a row; then h = W_in x + b, every block its columns.
   __device__ void seam(int step) {
@@ -62,7 +62,7 @@ struct Expert : Layer<Fp8> {
     constexpr int Quarters = 4, Outputs = kWarps / Quarters;  // at once
     const int column = warp / Outputs * (kWidth / Quarters) + lane * 8;
     const float *scale = style(p.norm_scale, step, 2 * p.layers), *shift = style(p.norm_shift, step, 2 * p.layers);
-    const unsigned char* from = exchange().template buffer<kLast>(step) + (row * kWidth + column) * 2;
+    const unsigned char* from = exchange(step % kCopies).template buffer<kLast>() + (row * kWidth + column) * 2;
     for (int base = 0; base < p.action_dim; base += blocks * Outputs) {
       const int output = base + warp % Outputs * blocks + first;
       float dot = 0.0f, shifted = 0.0f, squares = 0.0f;
@@ -88,9 +88,9 @@ struct Expert : Layer<Fp8> {
         shifted += __shfl_xor_sync(0xffffffffu, shifted, offset);
         squares += __shfl_xor_sync(0xffffffffu, squares, offset);
       }
-      __syncthreads();
+      block_sync();
       if (lane == 0) scratch[warp * 3] = dot, scratch[warp * 3 + 1] = shifted, scratch[warp * 3 + 2] = squares;
-      __syncthreads();
+      block_sync();
       if (lane == 0 && warp < Outputs && output < p.action_dim) {
         for (int quarter = 1; quarter < Quarters; ++quarter) {
           const float* part = scratch + (quarter * Outputs + warp) * 3;
@@ -121,12 +121,12 @@ struct Expert : Layer<Fp8> {
     }
     p.x[index] = after;
     if (step + 1 < p.steps)
-      publish(exchange().template buffer<kActions>(step) + (row * kMaxActionDim + output) * 4, exchange().other(step),
-              __float_as_uint(after));
+      publish(exchange(step % kCopies).template buffer<kActions>() + (row * kMaxActionDim + output) * 4,
+              exchange(step % kCopies).other, __float_as_uint(after));
   }
 
   __device__ void project_in(int step) {
-    const int m = thread_id() / kTileFeatures, n = block_id() * kTileFeatures + thread_id() % kTileFeatures;
+    const int m = this->row_of_thread(), n = block_id() * kTileFeatures + thread_id() % kTileFeatures;
     const float factor = style(p.norm_scale, step, 0)[n] + 1.0f;
     const float mix_bias = p.mix_weights == nullptr ? 0.0f : p.mix_bias[n];
     float value = m < p.rows ? in_product(step, m, n) : 0.0f;
@@ -134,20 +134,21 @@ struct Expert : Layer<Fp8> {
       value = __fdividef(value, 1.0f + __expf(-value));
       const float next = __shfl_down_sync(0xffffffffu, value, 1);
       if (m < p.rows && n % 2 == 0)
-        publish(exchange().template buffer<kMixed>(step) + activation_offset<Fp8, kMix>(m, n * 2),
-                exchange().other(step), pack_bf16(value, next));
-      __syncthreads();  // the sums of the last product have been read
-      this->template narrow_product<kMix>(exchange().template buffer<kMixed>(step), step, 0,
-                                          [&](float sum, const Residual&) { value = sum + mix_bias; });
+        publish(exchange(step % kCopies).template buffer<kMixed>() + activation_offset<Fp8, kMix>(m, n * 2),
+                exchange(step % kCopies).other, pack_bf16(value, next));
+      block_sync();  // the sums of the last product have been read
+      this->template narrow_product<kMix>(exchange(step % kCopies).template buffer<kMixed>(), step, 0,
+                                          [&](float sum) { value = sum + mix_bias; });
     }
     h = round_bf16(value);
-    this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(visit, factor);
+    this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(exchange(), factor);
   }
 
   __device__ __forceinline__ float in_product(int step, int m, int n) {
     const float* weight = p.in_weight + n * p.action_dim;
-    const unsigned char* actions = step == 0 ? reinterpret_cast<const unsigned char*>(p.x + m * p.action_dim)
-                                             : exchange().template buffer<kActions>(step - 1) + m * kMaxActionDim * 4;
+    const unsigned char* actions =
+        step == 0 ? reinterpret_cast<const unsigned char*>(p.x + m * p.action_dim)
+                  : exchange((step - 1) % kCopies).template buffer<kActions>() + m * kMaxActionDim * 4;
     constexpr int kPieces = 4;
     float sum = p.in_bias[step * p.in_bias_stride + n];
     for (int first = 0; first < p.action_dim / 4; first += kPieces) {
@@ -170,54 +171,64 @@ struct Expert : Layer<Fp8> {
   }
 
   __device__ void run() {
+    if (thread_id() / kWarpSize == kWarps - 3) copy_conditions(0, 0, 0);
     blank_values(shared, plan.attention, share);
-    prefetch(p.k_cache, plan.attention.k, -1);
-    prefetch(p.v_cache, plan.attention.v, -1);
     for (int step = 0; step < p.steps; ++step) {
       seam(step);
-      for (int layer = 0; layer < p.layers; ++layer, ++visit) {
-        qkv(step, layer);
-        attend(layer);
+      for (int layer = 0; layer < p.layers; ++layer, this->end_visit()) {
+        qkv();
+        attend();
         out(step, layer);
-        gate_up(step, layer);
+        gate_up();
         down(step, layer);
       }
     }
     seam(p.steps);
-    async_copy_wait();
   }
 };
 
-// The first copy of the exchange, before anyone waits for anything.
-__device__ void blank_exchange(const Exchange& exchange) {
+// All copies of the exchange but the last, which the first to publish blanks, before anyone waits for anything.
+template <bool One>
+__device__ void blank_exchange(const Exchange<One>& exchange) {
   uint4* words = reinterpret_cast<uint4*>(exchange.base);
-  const int64_t count = exchange.copy_bytes() / 16;
-  for (int64_t i = block_id() * kThreads + thread_id(); i < count; i += kBlocks * kThreads)
+  const int count = (kCopies - 1) * kExchangeRowBytes * exchange.padded_rows() / 16;
+  for (int i = block_id() * kThreads + thread_id(); i < count; i += kBlocks * kThreads)
     words[i] = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
 }
 
-template <bool Fp8>
-__global__ void __launch_bounds__(kThreads, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
+template <bool Fp8, bool One>
+__global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint64_t full[kMaxSlots];
-  __shared__ Mover mover;
+  __shared__ uint64_t full[kMaxSlots], prefix_full;
+  __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
-  __shared__ __align__(16) float inverse[kWarps * kTileRows], scratch[kWarps * 3];
+  __shared__ __align__(16) float inverse[kWarps * kTileRows], conditions[kCopies * kConditions], scratch[kWarps * 3];
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
+    barrier_init(&prefix_full, 1);
     barrier_init_fence();
-    mover = {0, 0, p.mix_weights == nullptr ? 0 : -1, 0};
+    counters = {};
     share = Share(block_id() % kSplits, *p.prefix_length, p.rows);
   }
-  const int visit_sources = sources_of_visit<Fp8>();
-  if (thread_id() <= visit_sources) sources[thread_id()] = source<Fp8>(p, thread_id());
+  if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8>()) sources[thread_id()] = source<Fp8>(p, thread_id());
   __syncthreads();
-  const Ring ring{shared, full, plan.slots};
-  if (thread_id() == kThreads - kWarpSize) mover.fill(p, ring, sources, visit_sources, plan.slots);
-  Expert<Fp8> expert{{{p, plan, shared, ring, &mover, sources, share, inverse, scratch}}};
-  blank_exchange(expert.exchange());
+  const Ring ring{shared, &counters, plan.slots};
+  if (thread_id() >= kMoverThread) {
+    const int64_t first = int64_t(share.first) * kHeadRowBytes;
+    const PrefixRows rows{static_cast<const unsigned char*>(p.k_cache) + first,
+                          static_cast<const unsigned char*>(p.v_cache) + first,
+                          int64_t(p.capacity) * kHeadRowBytes,
+                          share.prefix_keys,
+                          shared + plan.attention.k,
+                          shared + plan.attention.v};
+    Mover<Fp8>{p, ring, full, &prefix_full, sources, rows}.run();
+    return;
+  }
+  Expert<Fp8, One> expert{{{p, plan, shared, ring, share, &prefix_full, inverse, scratch, conditions}}};
+  blank_exchange(expert.exchange(0));
+  expert.blank_conditions();
   grid_barrier(p.barrier);
   expert.run();
   if (thread_id() == 0 && atomicAdd(p.barrier + 1, 1) == kBlocks - 1)  // the last block leaves both words zero
@@ -225,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) expert_steps_kernel(const ExpertS
 #endif
 }
 
-template <bool Fp8>
+template <bool Fp8, bool One>
 cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   int device = 0, shared_limit = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
@@ -238,27 +249,25 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   Layout& attention = plan.attention;
   attention.block_keys = Layout::keys_of_block(p.capacity);
   if (attention.block_keys > kLaneKeys * kWarpSize) return cudaErrorNotSupported;
-  attention.tiles = (p.rows + kTileRows - 1) / kTileRows;
-  attention.parts = attention.tiles == 1 ? 2 : 1;
-  const int rows = attention.tiles * kTileRows, key_bytes = attention.block_keys * kRowStride;
-  const int query_bytes = rows * kRowStride, score_bytes = rows * attention.parts * attention.score_stride() * 4;
+  const int rows = (p.rows + kTileRows - 1) / kTileRows * kTileRows, key_bytes = attention.block_keys * kKeyStride;
+  const int value_bytes = attention.block_keys * kValueStride;
+  const int score_bytes = kSlices * kTileRows * attention.score_stride() * 4;
   const int probability_bytes = rows * attention.probability_stride() * 2;
-  const int big_bytes = max(kBigBytes, query_bytes + score_bytes + probability_bytes + rows * 4);
-  const int work_bytes = big_bytes + kSmallBytes + 2 * key_bytes;
-  constexpr int kFixedBytes = 2048;  // the kernel's static shared memory and the alignment
+  const int big_bytes = max(kBigBytes, score_bytes + probability_bytes + rows * 4);
+  const int work_bytes = big_bytes + kSmallBytes + key_bytes + value_bytes;
+  constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
   plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
   if (plan.slots < 4) return cudaErrorNotSupported;  // what one tile of rows reads before it gives anything back
   plan.big = plan.slots * kChunkBytes;
   plan.small = plan.big + big_bytes;
-  attention.q = plan.big;
-  attention.score = attention.q + query_bytes;
+  attention.score = plan.big;
   attention.probability = attention.score + score_bytes;
-  attention.row_scale = attention.probability + probability_bytes;
+  attention.row_maximum = attention.probability + probability_bytes;
   attention.k = plan.small + kSmallBytes;
   attention.v = attention.k + key_bytes;
-  const int bytes = attention.v + key_bytes;
+  const int bytes = attention.v + value_bytes;
 
-  auto kernel = expert_steps_kernel<Fp8>;
+  auto kernel = expert_steps_kernel<Fp8, One>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   // blocks wait for each other: all must be on the device at once, and the attribute makes that a condition
@@ -267,7 +276,7 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kBlocks);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kThreads + kWarpSize);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &attribute;
@@ -278,7 +287,7 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t expert_exchange_bytes(int rows) {
-  return 2 * int64_t(kExchangeRowBytes) * ((rows + kTileRows - 1) / kTileRows * kTileRows);
+  return kCopies * int64_t(kExchangeRowBytes) * ((rows + kTileRows - 1) / kTileRows * kTileRows);
 }
 
 cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
@@ -290,7 +299,9 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
   if (p.rows < 1 || p.rows > kExpertMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows || p.action_dim < 4 ||
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
     return cudaErrorInvalidValue;
-  return p.fp8 ? launch<true>(p, stream) : launch<false>(p, stream);
+  const bool one = p.rows <= kTileRows;
+  if (p.fp8) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
+  return one ? launch<false, true>(p, stream) : launch<false, false>(p, stream);
 }
 
 }  // namespace flashrt

@@ -16,6 +16,7 @@ constexpr int kQkvHeads = kHeads + 2;
 constexpr int kTileRows = 16;  // of activations, as the tensor cores take them
 constexpr int kChunkBytes = 16384;
 constexpr int kMaxSlots = 8;
+constexpr int kMoverThread = kThreads;  // the first of one more warp, which moves the weights
 constexpr int kMaxActionDim = 64;
 constexpr float kHeadroom = 1.0f / 16;  // of h (1 + scale) in fp16
 
@@ -41,10 +42,10 @@ struct Shape {
   static constexpr int Chunks = UnitBytes / kChunkBytes;                   // a unit's
   static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;          // k blocks of a chunk
   static constexpr int Own = Blocks / kWarps;                              // of them a warp's
-  static constexpr int Vectors = Wide ? 2 : 1;                             // 16-byte pieces of a k block of activations
+  static constexpr int Operands = Wide ? 4 : 2;                            // of a k block of activations
   static constexpr int RowBytes = kShapes[P].k * (E4m3 && !Wide ? 1 : 2);  // of the activations
-  static constexpr int Batches = Chunks * Own * Vectors > 4 ? 2 : 1;       // of activations: registers are short
-  static constexpr int Pieces = Chunks * Own * Vectors / Batches;          // of a row a thread holds at once
+  static constexpr int Batches = Chunks * Own * Operands > 8 ? 2 : 1;      // of activations: registers are short
+  static constexpr int Pieces = Chunks * Own * Operands / Batches;         // a thread holds at once
   static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0);
 };
 
@@ -68,29 +69,53 @@ __device__ __forceinline__ int qkv_unit(int index) { return index == 0 ? block_i
 constexpr int kGateUpUnits = 4;
 static_assert(kGateUpUnits * kBlocks == kMlp / kTileFeatures && kBlocks * kTileFeatures == kWidth);
 
-// A place in the ring, advanced by one chunk at a time: no division on the way.
+// The block's computing warps.
+__device__ __forceinline__ void block_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
+// A place in the weight stream, advanced by one chunk at a time: no division on the way.
 struct Cursor {
   int slot = 0;
-  unsigned phase = 0;
+  unsigned chunk = 0;  // of the whole stream
 
   __device__ __forceinline__ void advance(int slots) {
-    if (++slot == slots) slot = 0, phase ^= 1;
+    ++chunk;
+    if (++slot == slots) slot = 0;
   }
 };
 
-// The weight stream of one block: every chunk of its units, in the order of use, through a ring of shared memory. One
-// thread asks for the chunks that take the place of those a phase has read, behind the phase's barrier.
+// Seconds: a launch that waits this long is broken, and an error beats a hang.
+constexpr int kMaxPolls = 1 << 22, kMaxPeeks = 1 << 26;  // of global, of shared memory
+
+__device__ __forceinline__ void count_peek(int& polls) {
+  if (++polls > kMaxPeeks) __trap();
+}
+
+// What the computing warps and the one that moves the weights tell each other, in shared memory: each counter has one
+// writer.
+struct Counters {
+  unsigned come;     // chunks
+  unsigned used;     // chunks that nobody reads any more
+  unsigned ordered;  // visits whose blanks are to be fenced
+  unsigned fenced;   // visits whose blanks are
+};
+__device__ __forceinline__ unsigned peek(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(counter)) : "memory");
+  return value;
+}
+__device__ __forceinline__ void poke(unsigned* counter, unsigned value) {
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(shared_address(counter)), "r"(value) : "memory");
+}
+
+// The weight stream of one block: every chunk of its units, in the order of use, through a ring of shared memory.
 struct Ring {
   unsigned char* chunks;
-  uint64_t* full;
+  Counters* counters;
   int slots;
 
   // Until `count` chunks from `cursor` on have come: all at once, so that the reads behind it can be interleaved.
-  __device__ __forceinline__ void wait(Cursor cursor, int count) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      barrier_wait(full + cursor.slot, cursor.phase);
-      cursor.advance(slots);
+  __device__ __forceinline__ void wait(const Cursor& cursor, int count) const {
+    for (int polls = 0; static_cast<int>(peek(&counters->come) - cursor.chunk) < count; count_peek(polls)) {
     }
   }
   __device__ __forceinline__ const unsigned char* chunk(const Cursor& cursor) const {
@@ -134,32 +159,9 @@ __device__ __forceinline__ int sources_of_visit() {
          kGateUpUnits * Shape<Fp8, kGateUp>::Chunks + Shape<Fp8, kDown>::Chunks;
 }
 
-struct Mover {
-  int step, layer, index, slot;  // of the next chunk; index -1 is the mix
-
-  // By one thread: the next `count` chunks, as far as there are any.
-  __device__ __forceinline__ void fill(const ExpertSteps& p, const Ring& ring, const Source* sources, int visit_sources,
-                                       int count) {
-    const uint64_t policy = evict_first_policy();
-#pragma unroll 1
-    for (; count > 0 && step < p.steps; --count) {
-      const Source& from = sources[index < 0 ? visit_sources : index];
-      barrier_expect(ring.full + slot, kChunkBytes);
-      bulk_copy_once(ring.chunks + slot * kChunkBytes, from.base + layer * from.layer_bytes, kChunkBytes,
-                     ring.full + slot, policy);
-      if (++slot == ring.slots) slot = 0;
-      if (++index < visit_sources) continue;
-      index = 0;
-      if (++layer < p.layers) continue;
-      layer = 0, ++step;
-      if (p.mix_weights != nullptr) index = -1;
-    }
-  }
-};
-
 // The one barrier over the grid, behind the blanking of the exchange.
 __device__ __forceinline__ void grid_barrier(unsigned* counter) {
-  __syncthreads();
+  block_sync();
   if (thread_id() == 0) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     unsigned seen;
@@ -167,20 +169,27 @@ __device__ __forceinline__ void grid_barrier(unsigned* counter) {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     } while (seen < kBlocks);
   }
-  __syncthreads();
+  block_sync();
 }
 
 // Activations go from block to block through words that say themselves whether they have come: a word that is kAbsent
 // has not. Nothing that is published has that value (as a number it is a NaN that no instruction produces), so there
 // is no flag, no fence and no barrier between a store and the load that waits for it.
 //
-// Every buffer has two copies, used in turn; who publishes a word blanks the same word of the other copy. Nobody reads
-// that copy any more: whoever publishes has seen, directly or through others, results that every block computed from
-// it. And nobody takes what it held for new: before anyone looks there again, a visit later, he has seen results that
-// this block published behind a fence that came behind the blanking (two fences a visit, in attention and in front of
-// the last product).
+// Every buffer has three copies, used in turn; who publishes a word blanks the same word of the copy before. Nobody
+// reads that copy any more: whoever publishes has seen, directly or through others, results that every block computed
+// from it. And nobody takes what it held for new: before anyone looks there again, two visits later, he has seen
+// results that this block published behind a fence that came behind the blanking (one fence a visit, by the warp that
+// moves the weights, between the out projection and the end of the down projection).
 constexpr uint32_t kAbsent = 0xffffffffu;
-constexpr int kMaxPolls = 1 << 22;  // seconds: a launch that waits this long is broken, and an error beats a hang
+
+// Before the first look: no word comes sooner, and looks that fail take L2's bandwidth from the words.
+constexpr unsigned kPatience = 300;  // cycles
+__device__ __forceinline__ void be_patient() {
+  const unsigned start = clock();
+  while (clock() - start < kPatience) {
+  }
+}
 
 __device__ __forceinline__ void exchange_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
@@ -216,7 +225,7 @@ __device__ __forceinline__ uint4 await(const void* address) {
   return v;
 }
 
-// Store a word for the other blocks, and blank it in the other copy, `other` bytes away.
+// Store a word for the other blocks, and blank it in the copy before, `other` bytes away.
 __device__ __forceinline__ void publish(void* address, int64_t other, uint32_t word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(min(word, kAbsent - 1)));
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(static_cast<unsigned char*>(address) + other), "r"(kAbsent));
@@ -228,7 +237,7 @@ __device__ __forceinline__ void publish(void* address, int64_t other, uint2 word
                "r"(kAbsent));
 }
 
-// The exchange in global memory: two copies of these buffers, for a multiple of 16 rows; bytes of a row.
+// The exchange in global memory: three copies of these buffers, for a multiple of 16 rows; bytes of a row.
 enum Buffer : int {
   kNormedQkv,
   kNormedMlp,
@@ -259,18 +268,20 @@ __host__ __device__ constexpr int bytes_before(int buffer) {
 }
 constexpr int kExchangeRowBytes = bytes_before(kBuffers);
 
-struct Exchange {
-  unsigned char* base;
-  int padded_rows;
+constexpr int kCopies = 3;
 
-  __device__ __forceinline__ int64_t copy_bytes() const { return int64_t(kExchangeRowBytes) * padded_rows; }
+template <bool One>
+struct Exchange {
+  unsigned char* base;  // of the copy
+  int64_t other;        // from a word to the same word of the copy before
+  int rows;
+
+  __device__ __forceinline__ int padded_rows() const { return One ? kTileRows : rows; }
   template <int B>
-  __device__ __forceinline__ unsigned char* buffer(int copy) const {
+  __device__ __forceinline__ unsigned char* buffer() const {
     constexpr int Before = bytes_before(B);
-    return base + (copy & 1 ? copy_bytes() : 0) + int64_t(Before) * padded_rows;
+    return base + Before * padded_rows();
   }
-  // From a word to the same word of the other copy.
-  __device__ __forceinline__ int64_t other(int copy) const { return copy & 1 ? -copy_bytes() : copy_bytes(); }
 };
 
 }  // namespace expert

@@ -75,6 +75,21 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) 
 #endif
 }
 
+// Whether it has completed, without waiting.
+__device__ __forceinline__ bool barrier_test(uint64_t* barrier, uint32_t phase) {
+  uint32_t done = 0;
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(phase)
+      : "memory");
+#endif
+  return done != 0;
+}
+
 // Copy `bytes` (a multiple of 16) from global to shared memory through the copy engine; completes on `barrier`.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
 #if FLASHRT_DEVICE_HAS_BULK
@@ -110,8 +125,18 @@ __device__ __forceinline__ void async_copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
+__device__ __forceinline__ void async_copy8(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until this thread's committed copies have come.
+__device__ __forceinline__ void async_copy_wait_committed() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
 __device__ __forceinline__ void async_copy_wait() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+  async_copy_commit();
+  async_copy_wait_committed();
 }
 
 // D += A(16x16) B(16x8), bf16 in, float32 out.

@@ -1,0 +1,105 @@
+// The warp of the persistent expert that moves the weights and the prefix's keys and values: all others only compute,
+// as asking for a copy and fencing take a warp thousands of cycles while the memory is busy.
+#pragma once
+
+#include "expert_stream.cuh"
+
+namespace flashrt {
+namespace expert {
+
+constexpr int kHeadRowBytes = kHeadDim * 2;
+constexpr int kKeyStride = kHeadRowBytes + 64;    // bytes: 64 of two rows at once fall into different banks
+constexpr int kValueStride = kHeadRowBytes + 16;  // ldmatrix rows fall into different banks
+
+// Where the prefix's keys and values of this block lie, and where they go.
+struct PrefixRows {
+  const unsigned char *k, *v;  // of layer 0
+  int64_t layer_bytes;
+  int rows;
+  unsigned char *k_target, *v_target;
+};
+
+constexpr unsigned kInFlight = 3;  // chunks asked for that have not come
+
+template <bool Fp8>
+struct Mover {
+  const ExpertSteps& p;
+  const Ring& ring;
+  uint64_t *full, *prefix_full;
+  const Source* sources;
+  PrefixRows prefix;
+
+  static constexpr int kRowsAtOnce = 8;
+
+  // By the whole warp. It asks for a chunk as soon as its place is free, but never for much at once: requests that wait
+  // for DRAM stand in the way of the words that the blocks exchange, and those are what everybody waits for. It tells
+  // when a chunk has come; copies the keys and values of the next visit, and orders what the block has blanked, when
+  // that has been asked for.
+  __device__ __forceinline__ void run() const {
+    Counters& counters = *ring.counters;
+    const bool leader = thread_id() == kMoverThread;
+    const int visit_sources = sources_of_visit<Fp8>();
+    const unsigned visits = p.steps * p.layers;
+    const unsigned chunks = visits * visit_sources + (p.mix_weights != nullptr ? p.steps : 0);
+    const uint64_t policy = evict_first_policy();
+    unsigned asked = 0, come = 0, fenced = 0, phase = 0;
+    int next = 0, slot = 0;                                    // slots: that comes next, that is asked for next
+    int layer = 0, index = p.mix_weights == nullptr ? 0 : -1;  // of the chunk asked for next; index -1 is the mix
+    int prefix_layer = 0, row = 0;                             // of the rows asked for next
+    unsigned prefixes = 0;                                     // visits whose rows have been asked for
+#pragma unroll 1
+    while (come < chunks || fenced < visits) {
+      if (asked < chunks && asked - come < kInFlight &&
+          asked - peek(&counters.used) < static_cast<unsigned>(ring.slots)) {
+        const Source& from = sources[index < 0 ? visit_sources : index];
+        if (leader) {
+          barrier_expect(full + slot, kChunkBytes);
+          bulk_copy_once(ring.chunks + slot * kChunkBytes, from.base + layer * from.layer_bytes, kChunkBytes,
+                         full + slot, policy);
+        }
+        ++asked;
+        if (++slot == ring.slots) slot = 0;
+        if (++index == visit_sources) {
+          index = 0;
+          if (++layer == p.layers) {
+            layer = 0;
+            if (p.mix_weights != nullptr) index = -1;
+          }
+        }
+      }
+      if (come < asked && barrier_test(full + next, phase)) {
+        ++come;
+        if (leader) poke(&counters.come, come);
+        if (++next == ring.slots) next = 0, phase ^= 1;
+      }
+      const unsigned ordered = peek(&counters.ordered);
+      if (ordered != fenced) {
+        if (leader) exchange_fence();
+        ++fenced;
+        if (leader) poke(&counters.fenced, fenced);
+      } else if (prefixes < visits && prefixes <= ordered) {
+        if (row == 0 && leader) barrier_expect(prefix_full, prefix.rows * 2 * kHeadRowBytes);
+        __syncwarp();
+        copy_rows(prefix_layer, row);
+        row += kRowsAtOnce;
+        if (row >= prefix.rows) {
+          row = 0, ++prefixes;
+          if (++prefix_layer == p.layers) prefix_layer = 0;
+        }
+      }
+    }
+  }
+
+  // Up to eight rows of keys and of values, a lane each.
+  __device__ __forceinline__ void copy_rows(int layer, int first) const {
+    const int lane = thread_id() % kWarpSize, row = first + lane % kRowsAtOnce;
+    if (lane >= 2 * kRowsAtOnce || row >= prefix.rows) return;
+    const bool value = lane >= kRowsAtOnce;
+    bulk_copy((value ? prefix.v_target : prefix.k_target) + row * (value ? kValueStride : kKeyStride),
+              (value ? prefix.v : prefix.k) + layer * prefix.layer_bytes + row * kHeadRowBytes, kHeadRowBytes,
+              prefix_full);
+  }
+};
+
+}  // namespace expert
+}  // namespace flashrt
