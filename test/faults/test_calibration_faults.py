@@ -112,6 +112,7 @@ class Calibrated:
         self.stop.set()
         self.thread.join()
         self.executor.shutdown()
+        del self.node, self.executor  # see nodes_here
 
     def ask(self, bag: Path) -> Calibrate.Response:
         name = "/policy_node/calibrate"

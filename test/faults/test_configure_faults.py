@@ -11,15 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from fault_bench import entry_of
 from fault_table import NOT_COMMANDING, Outcome
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from ros_rig import Collector, Rig, wait_until
+from ros_rig import Collector, Rig, nodes_here, wait_until
 
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.nodes.policy_node import PolicyNode, load_policy
@@ -30,19 +28,14 @@ SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FA
 @contextlib.contextmanager
 def make_nodes(rig: Rig, defaults: dict[str, str]):
     """make(parameter=…, load=…) -> an unconfigured policy node in the domain of `rig`."""
-    context = Context()
-    rclpy.init(context=context, domain_id=int(rig.env["ROS_DOMAIN_ID"]))
-    made: list[PolicyNode] = []
+    with nodes_here(rig) as (context, made):
 
-    def make(load=load_policy, **parameters) -> PolicyNode:
-        overrides = [Parameter(name, value=value) for name, value in {**defaults, **parameters}.items()]
-        made.append(PolicyNode(load, context=context, parameter_overrides=overrides))
-        return made[-1]
+        def make(load=load_policy, **parameters) -> PolicyNode:
+            overrides = [Parameter(name, value=value) for name, value in {**defaults, **parameters}.items()]
+            made.append(PolicyNode(load, context=context, parameter_overrides=overrides))
+            return made[-1]
 
-    yield make
-    for each in made:
-        each.destroy_node()
-    rclpy.shutdown(context=context)
+        yield make
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 
@@ -13,10 +12,9 @@ from lifecycle_msgs.srv import ChangeState
 from pipeline_driver import StandInPolicy
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import SetParameters
-from rclpy.context import Context
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile
-from ros_rig import wait_until
+from ros_rig import nodes_here, wait_until
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
@@ -98,34 +96,21 @@ def test_another_publisher_of_commands_is_refused_noticed_or_allowed(
 @pytest.fixture
 def make_node(rig):
     """make_node("name", parameter=…) -> a configured policy node in this process, over a stand-in policy."""
-    context = Context()
-    rclpy.init(context=context, domain_id=int(rig.env["ROS_DOMAIN_ID"]))
-    made = []
+    with nodes_here(rig) as (context, made):
 
-    def make(name: str, **parameters) -> PolicyNode:
-        values = {"checkpoint": "stand-in", "robot": "demo_arm", "prompt": "wave", **parameters}
-        made.append(
-            PolicyNode(
-                lambda _, contract: StandInPolicy(contract.action.joints), context=context,
-                parameter_overrides=[rclpy.Parameter(key, value=value) for key, value in values.items()],
-                cli_args=["--ros-args", "-r", f"__node:={name}"],
+        def make(name: str, **parameters) -> PolicyNode:
+            values = {"checkpoint": "stand-in", "robot": "demo_arm", "prompt": "wave", **parameters}
+            made.append(
+                PolicyNode(
+                    lambda _, contract: StandInPolicy(contract.action.joints), context=context,
+                    parameter_overrides=[rclpy.Parameter(key, value=value) for key, value in values.items()],
+                    cli_args=["--ros-args", "-r", f"__node:={name}"],
+                )
             )
-        )
-        assert made[-1].trigger_configure() == SUCCESS
-        return made[-1]
+            assert made[-1].trigger_configure() == SUCCESS
+            return made[-1]
 
-    yield make
-    while made:
-        made.pop().destroy_node()
-    # The transition_event topic goes with the object, which configuring has hidden from the collector.
-    gc.unfreeze()
-    gc.collect()
-    rclpy.shutdown(context=context)
-    wait_until(lambda: not _leftovers(rig), 5.0, "no topic of these nodes is left for the next test")
-
-
-def _leftovers(rig) -> list[str]:
-    return [name for name, _ in rig.node.get_topic_names_and_types() if name.endswith("/transition_event")]
+        yield make
 
 
 def test_only_an_active_node_that_commands_is_a_publisher_of_commands(make_node) -> None:

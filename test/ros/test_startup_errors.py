@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import rclpy
-from rclpy.context import Context
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from ros_rig import nodes_here
 
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.nodes.policy_node import PolicyNode
@@ -58,24 +57,20 @@ def test_missing_tokenizer(policy_node, rig, checkpoint: Path, tmp_path: Path) -
 @pytest.fixture
 def configure(rig, checkpoint: Path):
     """configure(parameter=…) -> reason and message with which configuring failed; succeeds: it must not."""
-    context = Context()
-    rclpy.init(context=context, domain_id=int(rig.env["ROS_DOMAIN_ID"]))
+    with nodes_here(rig) as (context, made):
 
-    def attempt(succeeds: bool = False, **parameters) -> tuple[Reason, str]:
-        values = {"checkpoint": str(checkpoint), "robot": "demo_arm", "prompt": "wave", **parameters}
-        overrides = [Parameter(name, value=value) for name, value in values.items()]
-        node = PolicyNode(context=context, parameter_overrides=overrides)
-        try:
+        def attempt(succeeds: bool = False, **parameters) -> tuple[Reason, str]:
+            values = {"checkpoint": str(checkpoint), "robot": "demo_arm", "prompt": "wave", **parameters}
+            overrides = [Parameter(name, value=value) for name, value in values.items()]
+            node = PolicyNode(context=context, parameter_overrides=overrides)
+            made.append(node)
             wanted = TransitionCallbackReturn.SUCCESS if succeeds else TransitionCallbackReturn.FAILURE
             assert node.trigger_configure() == wanted, node.report().message
             report = node.report()
             assert report.state == (report.STATE_INACTIVE if succeeds else report.STATE_UNCONFIGURED)
             return Reason(report.reason), report.message
-        finally:
-            node.destroy_node()
 
-    yield attempt
-    rclpy.shutdown(context=context)
+        yield attempt
 
 
 def test_no_robot(configure) -> None:
