@@ -27,6 +27,13 @@ def cache_directory() -> Path:
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "flash_rt"
 
 
+def looked_for(name: str) -> tuple[Path, ...]:
+    """Where a file that a user put into the cache may be: there, and in ~/.cache/flash_rt, where it was
+    once put whatever the variables said.
+    """
+    return tuple(dict.fromkeys((cache_directory() / name, Path.home() / ".cache" / "flash_rt" / name)))
+
+
 def obstacle_to(file: Path) -> str | None:
     """What keeps a file of this name from being written, as far as one can tell before; None: nothing.
 

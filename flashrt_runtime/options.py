@@ -72,7 +72,7 @@ def resolve_config(config: str) -> str:
     """The canonical policy name, or "auto". Raises OptionError (unknown) or NotSupportedYetError."""
     name = CONFIG_ALIASES.get(config)
     if name is None:
-        raise OptionError(f"unknown config {config!r}: expected one of {', '.join(CONFIG_ALIASES)}")
+        raise OptionError(f"unknown config {config!r}: expected one of auto, {', '.join(SUPPORTED_CONFIGS)}")
     if name != "auto" and name not in SUPPORTED_CONFIGS:
         raise NotSupportedYetError(
             f"config {config!r} is not supported yet: this version runs {', '.join(SUPPORTED_CONFIGS)}"
@@ -114,9 +114,8 @@ def requested_precision(
 
     Raises OptionError when two of them contradict each other.
     """
-    known = (*PRECISIONS, *LATER_PRECISIONS)
-    if precision is not None and precision not in known:
-        raise OptionError(f"unknown precision {precision!r}: expected one of {', '.join(known)}")
+    if precision is not None and precision not in (*PRECISIONS, *LATER_PRECISIONS):
+        raise OptionError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     flags = {"fp8": use_fp8, "fp16": use_fp16, "nvfp4": use_fp4}
     wanted = [name for name, flag in flags.items() if flag]
     if len(wanted) > 1:

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch PaliGemma's tokenizer (4 MB) into ~/.cache/flash_rt, checksum verified; does nothing when it is
-there.
+"""Fetch PaliGemma's tokenizer (4 MB) into the cache, checksum verified; does nothing when it is there.
 
 The same as `flashrt download-tokenizer`, from a source tree: scripts/download_tokenizer.py [--out FILE]
 """

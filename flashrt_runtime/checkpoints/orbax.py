@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..cache import cache_directory, content_digest
 from ..errors import CheckpointError, OptionError
 from ..progress import tracked
-from .layout import orbax_params
+from .layout import detect_layout, orbax_params
 from .orbax_names import parts_by_leaf, tensors_of
 from .safetensors_store import WEIGHTS_FILE, SafetensorsStore, SafetensorsWriter, read_header
 from .tokenizer import FAST_FOLDER, IN_CHECKPOINT
@@ -57,11 +57,12 @@ def convert_checkpoint(path: Path, out: Path) -> dict[str, int]:
     """An Orbax checkpoint directory, of any policy, as an openpi safetensors directory: weights, and what
     lies beside params/ (config.json, assets/, tokenizers). Returns the size of each file written, by name.
 
-    Raises OptionError when `out` holds something, CheckpointError as `convert` does; nothing is left then.
+    Raises OptionError when `out` holds something, CheckpointError as `convert` and `detect_layout` do;
+    nothing is left then.
     """
-    params = orbax_params(path) if path.is_dir() else None
-    if params is None:
-        raise CheckpointError(f"{path}: no Orbax parameters here (params/_METADATA or manifest.ocdbt)")
+    detect_layout(path, framework="jax")
+    params = orbax_params(path)
+    assert params is not None  # or there would have been no layout
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"{out} is not empty: choose another directory")
     out.mkdir(parents=True, exist_ok=True)

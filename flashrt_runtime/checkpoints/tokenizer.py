@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cache import cache_directory, looked_for
 from ..errors import CheckpointError, TokenizerNotFoundError
 
 if TYPE_CHECKING:
@@ -32,13 +33,13 @@ def tokenizer_in(directory: Path) -> Path | None:
 
 def cache_file() -> Path:
     """Where the downloaded tokenizer is kept."""
-    return Path.home() / ".cache" / "flash_rt" / FILE_NAME
+    return cache_directory() / FILE_NAME
 
 
 def search_path() -> tuple[Path, ...]:
     """Places looked at when neither the checkpoint nor the environment names a tokenizer, in order."""
     return (
-        cache_file(),
+        *looked_for(FILE_NAME),
         Path.home() / ".cache" / "openpi" / "big_vision" / FILE_NAME,
         Path("/workspace") / FILE_NAME,
     )

@@ -13,7 +13,7 @@ from .console import OUTPUT, print_json, progress
 
 
 def download_tokenizer_command(
-    out: Annotated[Path | None, typer.Option(help="File to write; default ~/.cache/flash_rt.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default the cache.")] = None,
     url: Annotated[
         str, typer.Option(help="A mirror to fetch it from; the checksum stays the same.")
     ] = download.URL,

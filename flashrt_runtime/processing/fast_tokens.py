@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ..cache import cache_directory, looked_for
 from ..checkpoints.base import Checkpoint
 from ..checkpoints.hub import is_hub_id
 from ..checkpoints.json_fields import JsonObject
@@ -187,8 +188,8 @@ def open_action_tokens(checkpoint: Checkpoint, tokenizer: Path) -> ActionTokens:
 
 
 def cache_folder() -> Path:
-    """Where a processor that every checkpoint may use is looked for."""
-    return Path.home() / ".cache" / "flash_rt" / FAST_FOLDER
+    """Where a processor that every checkpoint may use is put."""
+    return cache_directory() / FAST_FOLDER
 
 
 def resolve_processor(checkpoint: Checkpoint) -> Path:
@@ -205,7 +206,7 @@ def resolve_processor(checkpoint: Checkpoint) -> Path:
         )
     named = _named(checkpoint.path / "config.json")
     others = [Path(name) for name in (override, named) if name]
-    places = [checkpoint.path / FAST_FOLDER, *others, cache_folder()]
+    places = [checkpoint.path / FAST_FOLDER, *others, *looked_for(FAST_FOLDER)]
     found = next((place for place in places if (place / CONFIG_FILE).is_file()), None)
     if found is not None:
         return found

@@ -226,8 +226,10 @@ def test_what_lies_beside_the_weights_comes_along(source, orbax, tmp_path):
 
 def test_a_conversion_that_cannot_be(source, orbax, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(CheckpointError, match="no Orbax parameters here"):
+    with pytest.raises(CheckpointError, match=r"no Orbax parameters .*it holds safetensors"):
         convert_checkpoint(source["pi05"][0], out)
+    with pytest.raises(CheckpointNotFoundError, match="nodir: no such checkpoint directory"):
+        convert_checkpoint(tmp_path / "nodir", out)
     foreign = source["pi05"][1] | {"extra/w": np.zeros((4, 2), np.float32)}
     path = orbax(tree=foreign)
     with pytest.raises(CheckpointError, match="no part of"):

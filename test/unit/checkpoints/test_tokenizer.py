@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from flashrt_runtime import cache
 from flashrt_runtime.checkpoints import download, open_checkpoint, resolve_tokenizer
 from flashrt_runtime.checkpoints import tokenizer as places
 from flashrt_runtime.checkpoints.tokenizer import train_tokenizer
 from flashrt_runtime.errors import TokenizerNotFoundError
+from flashrt_runtime.processing import fast_tokens
 
 VARIABLE = "FLASH_RT_PALIGEMMA_TOKENIZER"
 
@@ -24,7 +26,8 @@ VARIABLE = "FLASH_RT_PALIGEMMA_TOKENIZER"
 def home(tmp_path, monkeypatch) -> Path:
     """An empty home directory, no variable, no shared place, no gcsfs."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(VARIABLE, raising=False)
+    for variable in (VARIABLE, *cache.DIRECTORY_VARIABLES, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(places, "find_spec", lambda name: None)
     return tmp_path / "home"
 
@@ -56,6 +59,18 @@ def test_then_the_variable_then_the_caches_in_order(home, bare, tmp_path, monkey
     assert resolve_tokenizer(bare) == own
     monkeypatch.setenv(VARIABLE, str(put(tmp_path / "mine.model")))
     assert resolve_tokenizer(bare) == tmp_path / "mine.model"
+
+
+@pytest.mark.parametrize("variable", [*cache.DIRECTORY_VARIABLES, "XDG_CACHE_HOME"])
+def test_the_cache_is_where_every_other_is(home, bare, tmp_path, monkeypatch, server, variable):
+    """Downloaded to and found in the cache's directory; one in ~/.cache/flash_rt is found as before."""
+    earlier = put(home / ".cache/flash_rt/paligemma_tokenizer.model")
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    assert resolve_tokenizer(bare) == earlier
+    mine = tmp_path / "cache" / ("flash_rt" if variable == "XDG_CACHE_HOME" else "")
+    download.download_tokenizer(places.cache_file(), server.url)
+    assert resolve_tokenizer(bare) == mine / "paligemma_tokenizer.model"
+    assert fast_tokens.cache_folder() == mine / "fast"
 
 
 def test_a_variable_that_names_no_file_is_always_an_error(home, tiny, bare, monkeypatch):

@@ -217,7 +217,8 @@ def test_action_tokens_must_fit_the_vocabulary(processor, text_tokenizer):
 class TestWhereAProcessorIsLookedFor:
     @pytest.fixture(autouse=True)
     def nowhere_else(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(fast_tokens, "cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("FLASHRT_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(fast_tokens, "find_spec", lambda name: None)
         monkeypatch.delenv("FLASH_RT_FAST_TOKENIZER", raising=False)
         self.checkpoint = SimpleNamespace(path=tmp_path / "checkpoint")
@@ -231,7 +232,9 @@ class TestWhereAProcessorIsLookedFor:
             self.found()
 
     def test_in_order(self, tmp_path, monkeypatch):
-        cache = Path(shutil.copytree(PUBLISHED, tmp_path / "cache"))
+        earlier = Path(shutil.copytree(PUBLISHED, tmp_path / "home" / ".cache" / "flash_rt" / "fast"))
+        assert self.found() == earlier
+        cache = Path(shutil.copytree(PUBLISHED, tmp_path / "cache" / "fast"))
         assert self.found() == cache
         named = Path(shutil.copytree(PUBLISHED, tmp_path / "named"))
         (self.checkpoint.path / "config.json").write_text(json.dumps({"action_tokenizer_name": str(named)}))

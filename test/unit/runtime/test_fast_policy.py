@@ -135,7 +135,8 @@ def test_scores_that_are_not_finite_are_an_error(checkpoint: Path) -> None:
 
 
 def test_without_its_processor_it_has_model_space_only(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("flashrt_runtime.processing.fast_tokens.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FLASHRT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("flashrt_runtime.processing.fast_tokens.find_spec", lambda name: None)
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     shutil.rmtree(copy / "fast")
