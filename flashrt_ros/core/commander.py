@@ -3,7 +3,8 @@ its chunk.
 
 Keeps the position commanded last. The first command after a start, a reset or a stop is limited from the
 measured joint positions, so commands never jump to where the arm is not. Silence never follows a command that
-moves the arm: a hold comes between, and velocities are brought down to zero, whatever the deadlines say.
+moves the arm: a hold comes between, velocities are brought down to zero, and acceleration limits are kept,
+whatever the deadlines say.
 """
 
 from __future__ import annotations
@@ -224,6 +225,7 @@ class Commander:
             self.timeline.confirm(self._reference)
         except CoreError as error:
             if self._representation is not Representation.VELOCITY:  # zero is right wherever the robot is
+                self._moving = False
                 self.timeline.stop(error.reason)
                 return self._silence(error.reason, str(error))
         command = self.timeline.hold_command()
@@ -249,27 +251,29 @@ class Commander:
 
     @property
     def _brakes(self) -> bool:
-        """Whether the arm goes on with a velocity if nothing more is sent."""
-        return self._moving and self._representation is Representation.VELOCITY
+        """Whether a last hold is not enough before silence: the arm goes on with its velocity, or would stop
+        harder than its acceleration limits allow."""
+        velocity = self._representation is Representation.VELOCITY
+        return self._moving and (velocity or self.limiter.bounds_acceleration)
 
     def _braked(self, reason: Reason, message: str = "") -> Output:
-        """Zero velocity, or as near to it as acceleration limits allow."""
-        start = self._start()
-        limited = self.limiter.apply(np.zeros_like(start), start, self._speed)
-        self._follow(start, limited.values, limited.positions, CommandKind.HOLDING)
-        timeline = self.timeline
-        return Output(
-            CommandKind.HOLDING, reason, message or reason.text, limited.values, None, (),
-            timeline.sequence, -1, timeline.generation, limited.positions,
-        )
+        """A hold, as near to standing as acceleration limits allow."""
+        assert self._reference is not None
+        self._moving = False  # if nothing can be sent, silence it is
+        held = self._limited(self.timeline.hold(self._reference, reason))
+        return replace(held, message=message or reason.text)
 
     def _follow(
         self, start: FloatArray, values: FloatArray, positions: FloatArray, kind: CommandKind
     ) -> None:
         """Note where a command that is sent leads."""
-        self._reference, self._speed = positions, (positions - start) / to_s(self._control_period)
-        velocity = self._representation is Representation.VELOCITY
-        self._moving = bool(values.any()) if velocity else kind is CommandKind.RUNNING
+        speed = (positions - start) / to_s(self._control_period)
+        self._reference, self._speed = positions, speed
+        if self._representation is Representation.VELOCITY:
+            self._moving = bool(values.any())
+        else:
+            braking = self.limiter.bounds_acceleration and bool(speed.any())
+            self._moving = braking or kind is CommandKind.RUNNING
 
     def _silence(self, reason: Reason, message: str = "", violations: tuple[Violation, ...] = ()) -> Output:
         """No command, once nothing moves any more."""

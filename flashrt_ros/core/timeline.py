@@ -4,8 +4,8 @@ Chunks are spliced by the count of commands really sent since their observation,
 latency: a chunk whose observation was handed to the model k commands ago starts k commands into itself.
 Ticks on which the robot was held count for nothing, so the first chunk starts at action 0 however long the
 first inference took. An action is never played more than `open_loop_cap` after the start of its chunk; when
-actions run out the robot is held by representation (absolute: last command; delta, velocity: zero), and
-after `hold_deadline` commands stop.
+actions run out the robot is held by representation (absolute: last command; delta, velocity: zero), for one
+tick at least, and after `hold_deadline` commands stop.
 
 Counts alone would let an old plan outlive a pause, so a monotonic clock bounds them: the age of a chunk's
 observation, the wait of an accepted chunk for its first tick, the hold, and the gap between two ticks.
@@ -286,12 +286,11 @@ class Timeline:
                 return self._silent(self._idle_reason())
             self._held += 1
             self._held_since = now if self._held == 1 else self._held_since
-            # One hold at least: a controller may still have a lookahead to play, or a velocity.
             if self._held > max(1, self._hold_ticks) or now - self._held_since > self._hold_deadline:
                 self._stop(Reason.HOLD_DEADLINE)
                 return self._silent(Reason.HOLD_DEADLINE)
             self._kind = CommandKind.HOLDING
-            return replace(self._hold(self._last, self._reason or Reason.STARVED), stalled=stalled)
+            return replace(self.hold(self._last, self._reason or Reason.STARVED), stalled=stalled)
 
     def watch(self) -> bool:
         """Tell that the control thread is alive but asks for no command now: a chunk waiting for its first
@@ -348,7 +347,8 @@ class Timeline:
         offsets = (first + ratio * np.arange(len(points), dtype=np.int64)) * self._control_period
         return points, offsets
 
-    def _hold(self, last: FloatArray, reason: Reason) -> Command:
+    def hold(self, last: FloatArray, reason: Reason) -> Command:
+        """The hold for `last`, values of a command sent; nothing advances."""
         values = last if self._representation is Representation.ABSOLUTE else self._rest
         count = self._lookahead_ticks // self._ratio
         step = self._ratio * self._control_period
@@ -364,7 +364,7 @@ class Timeline:
     def hold_command(self) -> Command | None:
         """The hold for what was sent last, without advancing: a node's farewell. None: nothing to hold."""
         with self._lock:
-            return None if self._last is None else self._hold(self._last, self._reason or Reason.STARVED)
+            return None if self._last is None else self.hold(self._last, self._reason or Reason.STARVED)
 
     def confirm(self, values: FloatArray) -> None:
         """Tell that the last ticked command went out as `values`: a hold repeats what was really sent."""

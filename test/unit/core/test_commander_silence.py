@@ -64,6 +64,31 @@ def test_velocities_brake_past_the_deadline(small: Small) -> None:
     assert [outputs[27].reason, outputs[35].kind] == [Reason.HOLD_DEADLINE, STOPPED]
 
 
+@pytest.mark.parametrize("representation", ["absolute", "delta"])
+@pytest.mark.parametrize("end", ["starved", "fault"])
+def test_positions_brake_past_the_deadline(small: Small, representation: str, end: str) -> None:
+    clock = Clock()
+    limits = ((-1.0, 1.0, 1.0, 2.0), (0.0, 0.5, 2.0))
+    contract = contract_of(small, representation, limits=limits, hold_deadline=0.02)
+    commander, _ = commander_of(contract, clock=clock)
+    steps = np.column_stack([0.0004 * np.arange(1, 21), np.zeros(20)])  # up to 0.4 rad/s
+    positions = np.array([0.0, 0.1]) + np.cumsum(steps, axis=0)
+    submit(commander, steps if representation == "delta" else positions)
+    reached = [0.0]
+    for tick in range(60):
+        if end == "fault" and tick == 15:
+            commander.pause(Reason.INFERENCE_ERROR, "broken", bounded=True)
+        clock.now += PERIOD
+        output = commander.tick()
+        if output.positions is not None:
+            reached.append(output.positions[0])
+    speeds = np.diff(reached, prepend=0.0) / 0.02
+    assert np.all(np.abs(np.diff(speeds)) <= 2.0 * 0.02)
+    assert speeds.max() > 0.25
+    assert speeds[-1] == 0.0
+    assert output.kind is STOPPED
+
+
 def test_the_farewell_of_a_braking_arm_is_zero(small: Small) -> None:
     limits = ((-9.0, 9.0, 1.0, 2.0), (-9.0, 9.0, 2.0))
     commander, _ = commander_of(contract_of(small, "velocity", limits=limits, cap=0.5, hold_deadline=0.0))
