@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # Wall, 2 views, 10 steps, chunk 10: measured side by side on one H200 with the same random checkpoint.
-ANCHORS = {"FlashRT 0.1.0 fp8": 14.68, "LeRobot 0.6.1 compiled": 57.1}
+ANCHORS = {"FlashRT 0.1.0 fp8 (H200)": 14.68, "LeRobot 0.6.1 compiled (H200)": 57.1}
 FLOOR_MS = {1: 1.61, 2: 2.38, 3: 3.17}  # fp8, H200: the larger of operations and bytes over this GPU's rates
 # tables of other benchmarks: their Markdown output, kept in gpu/ beside the report
 SECTIONS = {
@@ -46,9 +46,15 @@ def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None
             "date": header["date"],
         }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    render(directory)
+    print(f"wrote {file}, gpu_report.md and gpu_report.png")
+
+
+def render(directory: Path) -> None:
+    """Table and chart anew from gpu_report.json and the sections beside it."""
+    content = json.loads((directory / "gpu_report.json").read_text(encoding="utf-8"))
     (directory / "gpu_report.md").write_text(table(content, directory / "gpu"), encoding="utf-8")
     chart(content, directory / "gpu_report.png")
-    print(f"wrote {file}, gpu_report.md and gpu_report.png")
 
 
 def table(content: dict[str, Any], directory: Path) -> str:
@@ -116,9 +122,11 @@ def chart(content: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    bars = {f"floor fp8, {views} views": value for views, value in FLOOR_MS.items()}
+    bars = {
+        f"floor fp8, {views} view{'s' * (views > 1)} (H200)": value for views, value in FLOOR_MS.items()
+    }
     colours = ["#999999"] * len(bars)
     ours = {
         key: row["wall_p50_ms"]
@@ -133,7 +141,15 @@ def chart(content: dict[str, Any], path: Path) -> None:
     axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(1.0, 2.0 * max(bars.values()))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"ms per predict, wall p50 ({content['gpu']}; 2 views unless named)")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    render(Path("docs"))

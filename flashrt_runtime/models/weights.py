@@ -116,7 +116,7 @@ def load_weights(
     dtype.
 
     A layer that stores another form of its weight (8 bits) takes it in float32 through its `set_weight`.
-    Memory beyond the mapped file and the parameters is one tensor at most.
+    Host memory beyond the mapped file is one tensor at most.
     """
     wanted = sources(config)
     for source in tracked(wanted, len(wanted)):
@@ -130,8 +130,7 @@ def load_weights(
         for key in source.keys:
             stored = checkpoint.tensor(key)
             stored = stored.reshape(stored.shape[0], *target.shape[1:])
-            # a copy that converts too would do so on the host
-            target[row : row + stored.shape[0]].copy_(stored.to(device))
+            target[row : row + stored.shape[0]].copy_(stored)
             row += stored.shape[0]
         if convert is None:
             setattr(owner, name, nn.Parameter(target, requires_grad=False))

@@ -84,7 +84,8 @@ class Case:
         a, b = got.float(), want.float()
         assert torch.isfinite(a).all()
         assert ((a - b).abs() <= b.abs() / 8 + 2**-9 + allowed).all()
-        assert (a != b).float().mean() < differing
+        expected = differing * a.numel()
+        assert (a != b).sum() <= expected + 3 * expected**0.5 + 1, "more than chance of a small case gives"
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
