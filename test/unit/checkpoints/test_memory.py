@@ -10,17 +10,20 @@ import pytest
 from flashrt_runtime.checkpoints import make_checkpoint
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.loading import load_model
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return read("VmHWM")  # ru_maxrss would begin at that of the test runner
 
 def own():
+    return read("RssAnon")
+
+def read(name):
     status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+    return int(status.split(name + ":")[1].split()[0]) * 1024
 
 load_model(sys.argv[1], hardware="cpu", precision="bf16").close()  # imports and thread pools
 before, private = peak(), own()
