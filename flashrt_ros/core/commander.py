@@ -84,6 +84,7 @@ class Commander:
         self._reference: FloatArray | None = None  # position commanded last
         self._speed: FloatArray | None = None  # at which it was reached, None at rest
         self._moving = False  # whether what was sent last moves the arm until something else is sent
+        self._gap = False  # whether ticks had stopped coming before this one
 
     def mark_observation(self, taken: int | None = None) -> ObservationMark:
         """See Timeline.mark_observation; with what `plan` needs."""
@@ -189,6 +190,7 @@ class Commander:
             except CoreError as error:
                 return self._silence(error.reason, str(error))
         command = self.timeline.tick()
+        self._gap = command.stalled
         if command.values is None:
             return self._silence(command.reason)
         return self._stalled() if command.stalled else self._limited(command)
@@ -196,7 +198,7 @@ class Commander:
     def _paused(self, pause: Pause) -> Output:
         """Hold what was commanded last, after a stall where the robot is; silence when nothing was commanded,
         or once the pause's bound is over."""
-        stalled = self.timeline.watch()
+        stalled = self._gap = self.timeline.watch()
         over = pause.until is not None and self._clock() >= pause.until
         if over and not stalled and not self._moving:
             if self.timeline.kind is not CommandKind.STOPPED:
@@ -234,13 +236,14 @@ class Commander:
     def farewell(self) -> Output | None:
         """The last message before going silent (deactivate, shutdown): a hold. None when nothing was
         commanded, or when ticks had stopped coming and the robot's position is not known."""
-        stalled = self.timeline.watch()
+        stalled = self._gap = self.timeline.watch()
         command = self.timeline.hold_command()
         if self._representation is Representation.VELOCITY:
             self._speed = None  # nothing follows that could brake further: zero, whatever the acceleration
         if command is None or self._reference is None:
-            return self._braked(Reason.HELD) if self._brakes else None
-        output = self._stalled() if stalled else self._limited(command)
+            output = self._silence(Reason.HELD)
+        else:
+            output = self._stalled() if stalled else self._limited(command)
         return None if output.values is None else output
 
     def reset(self) -> int:
@@ -257,9 +260,17 @@ class Commander:
         return self._moving and (velocity or self.limiter.bounds_acceleration)
 
     def _braked(self, reason: Reason, message: str = "") -> Output:
-        """A hold, as near to standing as acceleration limits allow."""
+        """A hold, as near to standing as acceleration limits allow; after a stall where the robot is now, or
+        silence when that is not known."""
         assert self._reference is not None
         self._moving = False  # if nothing can be sent, silence it is
+        if self._gap:
+            self._speed = None
+            try:
+                self._reference = self.limiter.check_start(self._measured())
+            except CoreError as error:
+                if self._representation is not Representation.VELOCITY:  # zero is right wherever it is
+                    return self._silence(error.reason, str(error))
         held = self._limited(self.timeline.hold(self._reference, reason))
         return replace(held, message=message or reason.text)
 
@@ -331,7 +342,8 @@ class Commander:
         if self._trajectories:
             rows = np.concatenate([rows, command.lookahead])
             periods = np.concatenate([periods, np.diff(command.offsets, prepend=0)])
-        return self.limiter.apply_path(rows, start, periods, self._speed)
+        standing = command.kind is CommandKind.HOLDING and self.limiter.bounds_acceleration
+        return self.limiter.apply_path(rows, start, periods, self._speed, standing)
 
     def _trajectory(
         self, limited: Limited, offsets: NDArray[np.int64], previous: FloatArray

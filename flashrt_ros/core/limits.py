@@ -118,13 +118,14 @@ class Limiter:
 
     def apply_path(
         self, values: ArrayLike, previous: ArrayLike, periods: NDArray[np.int64],
-        speed: FloatArray | None = None,
+        speed: FloatArray | None = None, standing: bool = False,
     ) -> Limited:
         """Limit commands (n, dof) one after the other.
 
         `previous`: position (dof,) before the first; `periods`: (n,) ns from each command's predecessor to
-        it; `speed`: (dof,) commanded up to there, None at rest. Raises ChunkError for a wrong shape or values
-        that are not finite, StartError as check_start does.
+        it; `speed`: (dof,) commanded up to there, None at rest. standing: a hold at `previous`; where braking
+        takes time each command stays where the one before got to, and none drives back. Raises ChunkError for
+        a wrong shape or values that are not finite, StartError as check_start does.
         """
         rows, start = self.check_chunk(values), self.check_start(previous)
         with np.errstate(over="ignore", invalid="ignore"):  # absurd wishes overflow and fail the test below
@@ -133,7 +134,7 @@ class Limiter:
             if self._within(targets, start, periods, speed):
                 return Limited(rows, targets, ())
             violations = self._judge(targets[:1], start, periods[:1], speed)
-            return Limited(*self._clamp(rows, start, periods, speed), violations)
+            return Limited(*self._clamp(rows, start, periods, speed, standing), violations)
 
     def first_violation(
         self, values: FloatArray, previous: FloatArray, periods: NDArray[np.int64],
@@ -183,7 +184,8 @@ class Limiter:
         return bool(((speeds >= low) & (speeds <= high)).all())
 
     def _clamp(
-        self, rows: FloatArray, start: FloatArray, periods: NDArray[np.int64], speed: FloatArray
+        self, rows: FloatArray, start: FloatArray, periods: NDArray[np.int64], speed: FloatArray,
+        standing: bool,
     ) -> tuple[FloatArray, FloatArray]:
         """Values and positions, each row limited from the position that the row before really reaches."""
         values, positions = np.empty_like(rows), np.empty_like(rows)
@@ -191,6 +193,7 @@ class Limiter:
             seconds = float(periods[index]) / NS_PER_S
             lower, upper = self._bounds(start)
             target = self._targets(rows[index : index + 1], start, periods[index : index + 1])[0]
+            target = start if standing else target
             target = np.clip(target, start - step, start + step)
             if self.bounds_acceleration:
                 bounds = speed_bounds(speed, start - lower, upper - start, self.acceleration, seconds, MARGIN)

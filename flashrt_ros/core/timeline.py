@@ -283,10 +283,11 @@ class Timeline:
             if self._cursor < len(self._path):
                 return self._run()
             if self._last is None:
-                return self._silent(self._idle_reason())
+                return replace(self._silent(self._idle_reason()), stalled=stalled)
             self._held += 1
             self._held_since = now if self._held == 1 else self._held_since
-            if self._held > max(1, self._hold_ticks) or now - self._held_since > self._hold_deadline:
+            over = self._held > max(1, self._hold_ticks) or now - self._held_since > self._hold_deadline
+            if over and not stalled:  # after a stall one hold goes out, where the robot is by then
                 self._stop(Reason.HOLD_DEADLINE)
                 return self._silent(Reason.HOLD_DEADLINE)
             self._kind = CommandKind.HOLDING
@@ -302,14 +303,15 @@ class Timeline:
         """Drop the plan when ticks had stopped coming (returned) or it waited too long to be started."""
         gap = 0 if self._ticked is None else now - self._ticked
         self._ticked = now
-        if gap > self._stall and self._last is not None:
+        stalled = gap > self._stall
+        if stalled and self._last is not None:
             self._fenced_serial = self._serial  # the robot may have gone on along its lookahead, uncounted
             self._flush(Reason.CONTROL_STALLED)
             return True
         waiting = self._cursor == 0 and len(self._path) > 0
         if waiting and now - self._accepted_at > self._cap + self._control_period:  # a tick may be that far
             self._flush(Reason.CHUNK_LATE)
-        return False
+        return stalled
 
     def stop(self, reason: Reason) -> None:
         """Stop for `reason`, as after the hold deadline: only a chunk of a later observation starts again."""
