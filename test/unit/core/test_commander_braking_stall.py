@@ -1,5 +1,5 @@
-"""Ticks that stop coming while the arm brakes: the controller has finished its trajectory by then, so the next
-command starts from where the arm is. And a hold that takes time to brake never drives back.
+"""Ticks that stop coming while the arm brakes: the controller has finished its trajectory by then, so the
+next command starts from where the arm is. And a hold that takes time to brake never drives back.
 """
 
 from collections.abc import Callable
