@@ -193,21 +193,21 @@ class Commander:
         self._gap = command.stalled
         if command.values is None:
             return self._silence(command.reason)
-        return self._stalled() if command.stalled else self._limited(command)
+        return self._stalled() if self._gap else self._limited(command)
 
     def _paused(self, pause: Pause) -> Output:
         """Hold what was commanded last, after a stall where the robot is; silence when nothing was commanded,
         or once the pause's bound is over."""
-        stalled = self._gap = self.timeline.watch()
+        self._gap = self.timeline.watch()
         over = pause.until is not None and self._clock() >= pause.until
-        if over and not stalled and not self._moving:
+        if over and not self._gap and not self._moving:
             if self.timeline.kind is not CommandKind.STOPPED:
                 self.timeline.stop(pause.reason)
             return self._silence(pause.reason, pause.message)
         command = self.timeline.hold_command()
         if command is None or self._reference is None:
             return self._quiet(pause)
-        held = self._stalled() if stalled else self._limited(command)
+        held = self._stalled() if self._gap else self._limited(command)
         return self._quiet(pause) if held.values is None else replace(
             held, reason=pause.reason, message=pause.message
         )
@@ -221,29 +221,37 @@ class Commander:
 
     def _stalled(self) -> Output:
         """Hold where the robot is now: while no tick came it may have gone on along its last lookahead."""
+        if (error := self._settle()) is not None:
+            self.timeline.stop(error.reason)
+            return self._silence(error.reason, str(error))
+        assert self._reference is not None
+        self.timeline.confirm(self._reference)
+        command = self.timeline.hold_command()
+        return self._silence(self.timeline.idle_reason) if command is None else self._limited(command)
+
+    def _settle(self) -> CoreError | None:
+        """Go on from where the robot is now, at rest. Returns why that is not known: then silence it is, but
+        for velocities, of which zero is right wherever the robot is."""
         self._speed = None
         try:
             self._reference = self.limiter.check_start(self._measured())
-            self.timeline.confirm(self._reference)
         except CoreError as error:
-            if self._representation is not Representation.VELOCITY:  # zero is right wherever the robot is
+            if self._representation is not Representation.VELOCITY:
                 self._moving = False
-                self.timeline.stop(error.reason)
-                return self._silence(error.reason, str(error))
-        command = self.timeline.hold_command()
-        return self._silence(self.timeline.idle_reason) if command is None else self._limited(command)
+                return error
+        return None
 
     def farewell(self) -> Output | None:
         """The last message before going silent (deactivate, shutdown): a hold. None when nothing was
         commanded, or when ticks had stopped coming and the robot's position is not known."""
-        stalled = self._gap = self.timeline.watch()
+        self._gap = self.timeline.watch()
         command = self.timeline.hold_command()
         if self._representation is Representation.VELOCITY:
             self._speed = None  # nothing follows that could brake further: zero, whatever the acceleration
         if command is None or self._reference is None:
             output = self._silence(Reason.HELD)
         else:
-            output = self._stalled() if stalled else self._limited(command)
+            output = self._stalled() if self._gap else self._limited(command)
         return None if output.values is None else output
 
     def reset(self) -> int:
@@ -264,13 +272,8 @@ class Commander:
         silence when that is not known."""
         assert self._reference is not None
         self._moving = False  # if nothing can be sent, silence it is
-        if self._gap:
-            self._speed = None
-            try:
-                self._reference = self.limiter.check_start(self._measured())
-            except CoreError as error:
-                if self._representation is not Representation.VELOCITY:  # zero is right wherever it is
-                    return self._silence(error.reason, str(error))
+        if self._gap and (error := self._settle()) is not None:
+            return self._silence(error.reason, str(error))
         held = self._limited(self.timeline.hold(self._reference, reason))
         return replace(held, message=message or reason.text)
 
