@@ -77,13 +77,20 @@ def test_hold_before_anything_was_commanded_stays_silent(driver: Driver) -> None
     assert (report(driver).state, report(driver).reason) == (PolicyStatus.STATE_WAITING, Reason.HELD)
 
 
-def test_failures_in_a_row_latch_and_reset_goes_on(driver: Driver) -> None:
+def breakable(driver: Driver) -> threading.Event:
+    """While it is set, every inference fails."""
+    broken = threading.Event()
+
     def fail(prompt: str) -> None:
         if broken.is_set():
             raise RuntimeError("no luck")
 
-    broken = threading.Event()
     driver.policy.behave = fail
+    return broken
+
+
+def test_failures_in_a_row_latch_and_reset_goes_on(driver: Driver) -> None:
+    broken = breakable(driver)
     driver.begin()
     wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
     broken.set()
@@ -120,12 +127,7 @@ def test_fewer_failures_than_that_latch_nothing(driver: Driver) -> None:
 
 def test_a_reset_ends_a_row_of_failures_before_it_latches(driver: Driver) -> None:
     """One failure that was on its way when the fault was reset must not latch again at once."""
-    def fail(prompt: str) -> None:
-        if broken.is_set():
-            raise RuntimeError("no luck")
-
-    broken = threading.Event()
-    driver.policy.behave = fail
+    broken = breakable(driver)
     driver.begin()
     wait_until(lambda: len(driver.chunks) >= 2, 30.0, "two chunks")
     driver.pipeline.latch.max_failures = 10_000
