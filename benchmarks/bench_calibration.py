@@ -347,7 +347,7 @@ def gates(drift: dict[str, Any]) -> list[str]:
         (worst["ratio"] <= GATE_RATIO, f"worst stage {worst['stage']}: {worst['ratio']:.2f} <= {GATE_RATIO}"),
         (cosine >= GATE_COSINE, f"worst sample's cosine to fp32: {cosine:.5f} >= {GATE_COSINE}"),
     )
-    return [f"{'holds' if held else 'EXCEEDED'}: {text}" for held, text in checks]
+    return [report.gate(held, text) for held, text in checks]
 
 
 def main() -> None:

@@ -109,12 +109,12 @@ def gates(size: float, rows: dict[str, Any]) -> list[str]:
         if name in rows
     ]
     lines = [
-        f"- {'holds' if value <= bound else 'EXCEEDED'}: {name} {value:.2f} s <= {bound} s"
-        for name, value, bound in checks
+        report.gate(value <= bound, f"{name} {value:.2f} s <= {bound} s") for name, value, bound in checks
     ]
     peak = max(row["host_peak_gib"] for row in rows.values()) / size
-    held = "holds" if peak <= HOST_SHARE else "EXCEEDED"
-    return [*lines, f"- {held}: host peak over the file's size {peak:.2f} <= {HOST_SHARE}"]
+    text = f"host peak over the file's size {peak:.2f} <= {HOST_SHARE}"
+    lines.append(report.gate(peak <= HOST_SHARE, text))
+    return [f"- {line}" for line in lines]
 
 
 def main() -> None:

@@ -46,13 +46,17 @@ def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None
             "date": header["date"],
         }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    render(directory)
+    render(directory, content)
     print(f"wrote {file}, gpu_report.md and gpu_report.png")
 
 
-def render(directory: Path) -> None:
-    """Table and chart anew from gpu_report.json and the sections beside it."""
-    content = json.loads((directory / "gpu_report.json").read_text(encoding="utf-8"))
+def gate(held: bool, text: str) -> str:
+    """A bound in a report, and whether it holds."""
+    return f"{'holds' if held else 'EXCEEDED'}: {text}"
+
+
+def render(directory: Path, content: dict[str, Any]) -> None:
+    """Table and chart of gpu_report.json's content and the sections beside it."""
     (directory / "gpu_report.md").write_text(table(content, directory / "gpu"), encoding="utf-8")
     chart(content, directory / "gpu_report.png")
 
@@ -152,4 +156,4 @@ def chart(content: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    render(Path("docs"))
+    render(Path("docs"), json.loads(Path("docs/gpu_report.json").read_text(encoding="utf-8")))
