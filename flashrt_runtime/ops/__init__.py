@@ -7,6 +7,8 @@ kernel may be faster at some shapes, `variants` has what was measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,19 @@ def _named(x: Tensor) -> str:
     return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
 
 
+def _one_of(
+    served: bool,
+    device: torch.device,
+    operation: str,
+    own: Callable[[], Tensor],
+    library: Callable[[], Tensor],
+) -> Tensor:
+    """By our kernel where it serves and was not measured to be the slower one, else by the library's."""
+    if not served:
+        return library()
+    return variants.of(device).run(operation, {"own": own, "library": library})
+
+
 def quantise(x: Tensor, scale: Tensor) -> Tensor:
     """e4m3 of x / scale; see `reference.quantise`."""
     return prefix.quantise(x, scale) if _native(x) else reference.quantise(x, scale)
@@ -94,10 +109,8 @@ def scaled_linear(
         out = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
         return out.view(*x.shape[:-1], n)
 
-    if products.plain_served(x, weight, bias, dtype):
-        operation = f"linear {_named(x)} by {_named(weight)}"
-        return variants.of(x.device).run(operation, {"own": own, "library": library})
-    return library()
+    served = products.plain_served(x, weight, bias, dtype)
+    return _one_of(served, x.device, f"linear {_named(x)} by {_named(weight)}", own, library)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
@@ -162,10 +175,8 @@ def linear_gelu(
     def library() -> Tensor:
         return gelu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
 
-    if products.gelu_served(x, weight, bias):
-        operation = f"linear_gelu {_named(x)} by {_named(weight)}"
-        return variants.of(x.device).run(operation, {"own": own, "library": library})
-    return library()
+    served = products.gelu_served(x, weight, bias)
+    return _one_of(served, x.device, f"linear_gelu {_named(x)} by {_named(weight)}", own, library)
 
 
 def linear_geglu(
@@ -185,10 +196,8 @@ def linear_geglu(
     def library() -> Tensor:
         return geglu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
 
-    if bias is None and products.served(x, weight, halves=2):
-        operation = f"linear_geglu {_named(x)} by {_named(weight)}"
-        return variants.of(x.device).run(operation, {"own": own, "library": library})
-    return library()
+    served = bias is None and products.served(x, weight, halves=2)
+    return _one_of(served, x.device, f"linear_geglu {_named(x)} by {_named(weight)}", own, library)
 
 
 def split_qkv_rope(
@@ -233,10 +242,9 @@ def attention(
             out = flash(q, k, v, *lengths, *limits, 0.0, False, False)[0].flatten(1)
         return out if scale is None else quantise(out, scale)
 
-    if _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k):
-        operation = f"attention {_named(q)} keys {k.shape[0]} {'e4m3' if scale is not None else ''}"
-        return variants.of(q.device).run(operation, {"own": own, "library": library})
-    return library()
+    served = _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k)
+    operation = f"attention {_named(q)} keys {k.shape[0]} {'e4m3' if scale is not None else ''}"
+    return _one_of(served, q.device, operation, own, library)
 
 
 def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -> Tensor:
@@ -249,10 +257,9 @@ def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None = None) -
         out = reference.vision_attention(qkv, num_heads)
         return out if scale is None else quantise(out, scale)
 
-    if _native(qkv) and prefix.vision_attention_supported(qkv, num_heads):
-        operation = f"vision_attention {_named(qkv)} {'e4m3' if scale is not None else ''}"
-        return variants.of(qkv.device).run(operation, {"own": own, "library": library})
-    return library()
+    served = _native(qkv) and prefix.vision_attention_supported(qkv, num_heads)
+    operation = f"vision_attention {_named(qkv)} {'e4m3' if scale is not None else ''}"
+    return _one_of(served, qkv.device, operation, own, library)
 
 
 def guide_velocity(

@@ -80,10 +80,6 @@ def rope_order(heads: int, head_dim: int) -> Tensor:
     return pair_order(features[:, 0].reshape(-1), features[:, 1].reshape(-1))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def skinny_gemm(
     x: Tensor,
     linear: PackedLinear,
@@ -108,32 +104,33 @@ def skinny_gemm(
     norm: (scale, shift) float32 (k,), applied as x_hat * (1 + scale) + shift on bf16 rows; without it x has
     the weights' type (GEGLU and ROPE: up to 16 rows). Returns `out`.
     """
-    native.load().skinny_gemm(
+    native.launch(
+        "skinny_gemm",
+        x.device,
         linear.fp8,
         int(epilogue),
         x.shape[0],
         linear.n,
         linear.k,
-        x.data_ptr(),
-        linear.data.data_ptr(),
-        _address(norm[0] if norm else None),
-        _address(norm[1] if norm else None),
+        x,
+        linear.data,
+        norm[0] if norm else None,
+        norm[1] if norm else None,
         eps,
-        _address(linear.input_scale),
-        _address(linear.weight_scale),
-        _address(out_scale),
-        _address(bias),
-        _address(gate),
-        out.data_ptr(),
-        _address(rope[0] if rope else None),
-        _address(rope[1] if rope else None),
-        _address(prefix_length),
-        _address(k_cache),
-        _address(v_cache),
+        linear.input_scale,
+        linear.weight_scale,
+        out_scale,
+        bias,
+        gate,
+        out,
+        rope[0] if rope else None,
+        rope[1] if rope else None,
+        prefix_length,
+        k_cache,
+        v_cache,
         heads,
         kv_heads,
         head_dim,
-        torch.cuda.current_stream(x.device).cuda_stream,
     )
     return out
 
@@ -151,19 +148,20 @@ def expert_attention(
     k_cache, v_cache: (slots, kv_heads, 256) bf16; prefix_length: int32 scalar on the device;
     out: (rows, heads * 256) bf16, or e4m3 with `out_scale`. Returns `out`.
     """
-    native.load().expert_attention(
+    native.launch(
+        "expert_attention",
+        q.device,
         out.dtype == torch.float8_e4m3fn,
         q.shape[0],
         q.shape[1],
         k_cache.shape[1],
-        q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        prefix_length.data_ptr(),
+        q,
+        k_cache,
+        v_cache,
+        prefix_length,
         k_cache.shape[0],
-        _address(out_scale),
-        out.data_ptr(),
-        torch.cuda.current_stream(q.device).cuda_stream,
+        out_scale,
+        out,
     )
     return out
 
@@ -186,21 +184,22 @@ def action_step(
     bias)
     float32 of shapes (action_dim, width) and (width, action_dim); silu is applied to `following` (pi0).
     """
-    native.load().action_step(
+    native.launch(
+        "action_step",
+        x.device,
         x.shape[0],
         following.shape[1],
         x.shape[1],
-        _address(hidden),
-        _address(norm[0] if norm else None),
-        _address(norm[1] if norm else None),
+        hidden,
+        norm[0] if norm else None,
+        norm[1] if norm else None,
         eps,
-        out[0].data_ptr(),
-        out[1].data_ptr(),
+        out[0],
+        out[1],
         dt,
-        x.data_ptr(),
-        _address(project[0] if project else None),
-        _address(project[1] if project else None),
+        x,
+        project[0] if project else None,
+        project[1] if project else None,
         silu,
-        following.data_ptr(),
-        torch.cuda.current_stream(x.device).cuda_stream,
+        following,
     )

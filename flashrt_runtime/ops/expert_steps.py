@@ -140,7 +140,9 @@ def expert_steps(
     base, row = norms.data_ptr(), norms.stride(2) * norms.element_size()
     in_bias = weights.project_in[1]
     products = weights.products
-    native.load().expert_steps(
+    native.launch(
+        "expert_steps",
+        x.device,
         products["qkv"].dtype == torch.float8_e4m3fn,
         x.shape[0],
         products["qkv"].shape[0],
@@ -174,5 +176,4 @@ def expert_steps(
         0 if guidance is None else guidance.target.data_ptr(),
         buffers.exchange.data_ptr(),
         buffers.barrier.data_ptr(),
-        torch.cuda.current_stream(x.device).cuda_stream,
     )

@@ -26,17 +26,8 @@ def guide_velocity(
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
     out = torch.empty_like(velocity)
-    with torch.cuda.device(velocity.device):
-        native.load().guide_velocity(
-            velocity.data_ptr(),
-            x.data_ptr(),
-            target.data_ptr(),
-            weight.data_ptr(),
-            gain.data_ptr(),
-            time,
-            out.data_ptr(),
-            velocity.shape[0],
-            velocity.shape[1],
-            torch.cuda.current_stream(velocity.device).cuda_stream,
-        )
+    rows, width = velocity.shape
+    native.launch(
+        "guide_velocity", velocity.device, velocity, x, target, weight, gain, time, out, rows, width
+    )
     return out

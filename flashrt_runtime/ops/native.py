@@ -26,7 +26,7 @@ DIRECTORY_VARIABLE = "FLASHRT_NATIVE_DIR"
 INTERFACE_VERSION = 5
 BUILD_COMMANDS = "colcon build (make kernels in a source checkout)"
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def available() -> bool:
@@ -103,6 +103,18 @@ def _import_from(directory: Path) -> ModuleType:
     return module
 
 
+def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
+    """Call a kernel's binding on the current stream of `device`, whichever GPU is current in this thread.
+
+    arguments: the binding's, a tensor (None: 0) for each address; the stream comes last by itself.
+    """
+    plain = [
+        each.data_ptr() if isinstance(each, Tensor) else 0 if each is None else each for each in arguments
+    ]
+    with torch.cuda.device(device):
+        getattr(load(), kernel)(*plain, torch.cuda.current_stream(device).cuda_stream)
+
+
 def image_upload(host: Tensor, device: Tensor) -> Any:
     """A thread that copies images into `host`, pinned uint8, and on to `device`, of the same size.
 
@@ -133,26 +145,15 @@ def add_rms_norm(
     out = torch.empty_like(x) if out is None else out
     residual_out = torch.empty_like(x) if residual_out is None else residual_out
     width = x.shape[-1]
-    with torch.cuda.device(x.device):
-        load().add_rms_norm(
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            residual_out.data_ptr(),
-            x.numel() // width,
-            width,
-            eps,
-            _DTYPE_CODES[x.dtype],
-            _DTYPE_CODES[weight.dtype],
-            torch.cuda.current_stream(x.device).cuda_stream,
-        )
+    codes = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
+    rows = x.numel() // width
+    launch("add_rms_norm", x.device, x, residual, weight, out, residual_out, rows, width, eps, *codes)
     return out, residual_out
 
 
 def _check_rows(operation: str, *, x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
     """Refuse what a kernel reading raw pointers would read or write out of bounds."""
-    usable = x.is_cuda and x.dtype in _DTYPE_CODES and x.is_contiguous()
+    usable = x.is_cuda and x.dtype in DTYPE_CODES and x.is_contiguous()
     if not usable or x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(
             f"{operation}: x must be a contiguous CUDA tensor (..., width) of float32, float16 or bfloat16; "

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import native
+from .native import DTYPE_CODES
 from .reference import E4M3
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 IDENTITY, GELU, GEGLU = range(3)
 ATTENTION_DIM = 256
 VISION_DIM, VISION_TOKENS = 72, 256
@@ -31,19 +31,9 @@ def norm(
     residual = None if residual is None else residual.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype if scale is None else E4M3, device=x.device)
     total = x if residual is None else torch.empty_like(x)
-    native.load().row_norm(
-        x.data_ptr(),
-        _address(residual),
-        weight.data_ptr(),
-        _address(bias),
-        _address(scale),
-        out.data_ptr(),
-        0 if residual is None else total.data_ptr(),
-        x.numel() // width,
-        width,
-        eps,
-        DTYPE_CODES[x.dtype],
-        _stream(x),
+    native.launch(
+        "row_norm", x.device, x, residual, weight, bias, scale, out, None if residual is None else total,
+        x.numel() // width, width, eps, DTYPE_CODES[x.dtype],
     )
     return out, total
 
@@ -68,9 +58,7 @@ def _activation(kind: int, x: Tensor, width: int, scale: Tensor | None) -> Tenso
     _check("activation", x, scale=scale)
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype if scale is None else E4M3, device=x.device)
     rows = out.numel() // width
-    native.load().activation(
-        kind, x.data_ptr(), out.data_ptr(), _address(scale), rows, width, DTYPE_CODES[x.dtype], _stream(x)
-    )
+    native.launch("activation", x.device, kind, x, out, scale, rows, width, DTYPE_CODES[x.dtype])
     return out
 
 
@@ -99,22 +87,9 @@ def split_qkv_rope(
     if device_slots is not None and (device_slots.dtype != torch.int64 or device_slots.shape != (tokens,)):
         raise ValueError(f"split_qkv_rope: slots must be ({tokens},) int64, got {tuple(device_slots.shape)}")
     q = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    native.load().qkv_rope(
-        qkv.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        _address(device_slots),
-        start,
-        q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        capacity,
-        tokens,
-        num_heads,
-        kv_heads,
-        head_dim,
-        DTYPE_CODES[qkv.dtype],
-        _stream(qkv),
+    native.launch(
+        "qkv_rope", qkv.device, qkv, cos, sin, device_slots, start, q, k_cache, v_cache, capacity, tokens,
+        num_heads, kv_heads, head_dim, DTYPE_CODES[qkv.dtype],
     )
     return q
 
@@ -135,17 +110,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: Tens
     q = q.contiguous()
     _check_attention(q, k, v)
     out = torch.empty(queries, heads * head_dim, dtype=q.dtype if scale is None else E4M3, device=q.device)
-    native.load().prefix_attention(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        _address(valid),
-        _address(scale),
-        out.data_ptr(),
-        queries * heads,
-        k.shape[0],
-        _stream(q),
-    )
+    native.launch("prefix_attention", q.device, q, k, v, valid, scale, out, queries * heads, k.shape[0])
     return out
 
 
@@ -169,9 +134,7 @@ def vision_attention(qkv: Tensor, num_heads: int, scale: Tensor | None) -> Tenso
     views, tokens, triple = qkv.shape
     dtype = qkv.dtype if scale is None else E4M3
     out = torch.empty(views, tokens, triple // 3, dtype=dtype, device=qkv.device)
-    native.load().vision_attention(
-        qkv.data_ptr(), _address(scale), out.data_ptr(), views, num_heads, _stream(qkv)
-    )
+    native.launch("vision_attention", qkv.device, qkv, scale, out, views, num_heads)
     return out
 
 
@@ -203,9 +166,7 @@ def camera_patches(frames: Tensor, views: Tensor, size: int, patch: int, antiali
     out = torch.empty(
         count, (size // patch) ** 2, 3 * patch * patch, dtype=torch.float32, device=frames.device
     )
-    native.load().camera_patches(
-        frames.data_ptr(), views.data_ptr(), out.data_ptr(), count, size, patch, antialias, _stream(frames)
-    )
+    native.launch("camera_patches", frames.device, frames, views, out, count, size, patch, antialias)
     return out
 
 
@@ -215,16 +176,9 @@ def embed_tokens(table: Tensor, ids: Tensor, factor: float, out: Tensor) -> Tens
         raise ValueError(f"embed_tokens: out must be {(ids.shape[0], table.shape[1])} {table.dtype}")
     if ids.dtype != torch.int64 or not table.is_contiguous():
         raise ValueError("embed_tokens: expected int64 ids and a contiguous table")
-    native.load().embed_tokens(
-        table.data_ptr(),
-        ids.data_ptr(),
-        out.data_ptr(),
-        ids.shape[0],
-        table.shape[0],
-        table.shape[1],
-        factor,
+    native.launch(
+        "embed_tokens", table.device, table, ids, out, ids.shape[0], table.shape[0], table.shape[1], factor,
         DTYPE_CODES[table.dtype],
-        _stream(table),
     )
     return out
 
@@ -244,11 +198,3 @@ def _check(operation: str, x: Tensor, **float32: Tensor | None) -> None:
             raise ValueError(
                 f"{operation}: {name} must be contiguous float32 on {x.device}, got {tensor.dtype}"
             )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream

@@ -76,18 +76,9 @@ def linear(
     width, depth = weight.shape
     dtype = torch.bfloat16 if scale is None else E4M3
     out = torch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
-    native.load().linear_product(
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        x_scale.data_ptr(),
-        weight_scale.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        out.data_ptr(),
-        x.numel() // depth,
-        width,
-        depth,
-        torch.cuda.current_stream(x.device).cuda_stream,
+    native.launch(
+        "linear_product", x.device, x, weight, bias, x_scale, weight_scale, scale, out, x.numel() // depth,
+        width, depth,
     )
     return out
 
@@ -99,17 +90,9 @@ def linear_geglu(
     _check("linear_geglu", x, weight, 2, x_scale=x_scale, weight_scale=weight_scale, scale=scale)
     width, depth = weight.shape[0] // 2, weight.shape[1]
     out = torch.empty(*x.shape[:-1], width, dtype=E4M3, device=x.device)
-    native.load().geglu_product(
-        x.data_ptr(),
-        weight.data_ptr(),
-        x_scale.data_ptr(),
-        weight_scale.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        x.numel() // depth,
-        width,
+    native.launch(
+        "geglu_product", x.device, x, weight, x_scale, weight_scale, scale, out, x.numel() // depth, width,
         depth,
-        torch.cuda.current_stream(x.device).cuda_stream,
     )
     return out
 

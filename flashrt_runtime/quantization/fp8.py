@@ -82,19 +82,24 @@ class Fp8Linear(Linear):
 
     def gelu(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """In one kernel where there is one for 8-bit input and output."""
-        own = self.input_scale
-        if self.observer is not None or own is None or scale is None:
-            return super().gelu(x, scale)
-        x = self._quantised(x, own)
-        return ops.linear_gelu(x, self.weight, own, self.weight_scale, self.bias, scale, self.dtype)
+        return self._in_one(ops.linear_gelu, super().gelu, x, scale)
 
     def geglu(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """The same."""
+        return self._in_one(ops.linear_geglu, super().geglu, x, scale)
+
+    def _in_one(
+        self,
+        fused: Callable[..., Tensor],
+        apart: Callable[[Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        scale: Tensor | None,
+    ) -> Tensor:
         own = self.input_scale
         if self.observer is not None or own is None or scale is None:
-            return super().geglu(x, scale)
+            return apart(x, scale)
         x = self._quantised(x, own)
-        return ops.linear_geglu(x, self.weight, own, self.weight_scale, self.bias, scale, self.dtype)
+        return fused(x, self.weight, own, self.weight_scale, self.bias, scale, self.dtype)
 
     @staticmethod
     def _quantised(x: Tensor, scale: Tensor) -> Tensor:
