@@ -103,7 +103,7 @@ void guide_velocity(uintptr_t velocity, uintptr_t x, uintptr_t target, uintptr_t
         "guide_velocity");
 }
 
-void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
+void expert_steps(bool fp8, bool fill, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
                   uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
                   uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
                   uintptr_t shift_products, float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length,
@@ -113,6 +113,7 @@ void expert_steps(bool fp8, int rows, int layers, int steps, int action_dim, uin
                   uintptr_t guide_target, uintptr_t exchange, uintptr_t barrier, uintptr_t stream) {
   flashrt::ExpertSteps problem = {};
   problem.fp8 = fp8;
+  problem.fill = fill;
   problem.rows = rows;
   problem.layers = layers;
   problem.steps = steps;
@@ -178,7 +179,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("stream"));
   module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"), py::arg("weight"),
              py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"), py::arg("stream"));
-  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("rows"), py::arg("layers"), py::arg("steps"),
+  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("fill"), py::arg("rows"), py::arg("layers"), py::arg("steps"),
              py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),
              py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"),
              py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"),

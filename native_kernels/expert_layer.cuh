@@ -100,6 +100,13 @@ struct Layer : Frame<Fp8, One> {
                                 ? queries(head) + operand_offset<2>(m, kHeadRowBytes, d * 2)
                                 : buffers.template buffer<kKv>() + (m * 2 + head - kHeads) * kHeadRowBytes + d * 2;
     publish(target, buffers.other, word);
+    if (p.fill && head >= kHeads) keep(head == kHeads ? p.k_cache : p.v_cache, m, d, word);
+  }
+
+  // Two elements of a row's keys or values into the cache; one step: the visit is the layer.
+  __device__ __forceinline__ void keep(void* cache, int m, int d, uint32_t word) const {
+    const int64_t slot = int64_t(visit) * p.capacity + share.prefix + m;
+    *reinterpret_cast<uint32_t*>(static_cast<unsigned char*>(cache) + slot * kHeadRowBytes + d * 2) = word;
   }
 
   __device__ void attend() {

@@ -47,7 +47,7 @@ struct Expert : Layer<Fp8, One> {
 
   // Between two steps: x += dt * (norm(h) W_out + b), some blocks a row; then h = W_in x + b, every block its columns.
   __device__ void seam(int step) {
-    if (step > 0) {
+    if (step > 0 && !p.fill) {
       project_out(step - 1);
     }
     if (step == p.steps) return;
@@ -297,7 +297,7 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   if (major < 9) return cudaErrorNotSupported;  // the bulk copy engine
   if (p.rows < 1 || p.rows > kExpertMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows || p.action_dim < 4 ||
-      p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
+      p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1))
     return cudaErrorInvalidValue;
   const bool one = p.rows <= kTileRows;
   if (p.fp8) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);

@@ -81,6 +81,7 @@ class FusedExpert:
             weight_scale=weight_scale,
             input_scale=input_scale,
         )
+        self.state_weights = _of_state(model, self.weights) if isinstance(model, Pi0) else None
         self.buffers = ExpertBuffers.allocate(model.config.horizon, device)
 
     def _share_input_scales(self, layers: int, device: torch.device) -> Tensor:
@@ -109,17 +110,38 @@ class FusedExpert:
         if guide is not None:
             weight = guide.weight.unsqueeze(-1).expand_as(x).contiguous()
             guidance = steps_op.Guidance(guide.gains, weight, guide.target)
+        self._launch(self.weights, x, model.config.num_steps, guidance=guidance)
+
+    def fill_cache(self, state: Tensor) -> None:
+        """Keys and values of pi0's state token into the cache, behind the prefix: the layers' visit of one row.
+
+        state: (action_dim,) float32, normalised and padded. What would come behind the last keys is computed
+        and not used: a layer visit in eighteen.
+        """
+        assert self.state_weights is not None
+        self._launch(self.state_weights, state.view(1, -1), 1, fill=True)
+
+    def _launch(
+        self,
+        weights: ExpertWeights,
+        x: Tensor,
+        steps: int,
+        guidance: steps_op.Guidance | None = None,
+        fill: bool = False,
+    ) -> None:
+        model = self.model
         steps_op.expert_steps(
-            self.weights,
+            weights,
             self.buffers,
             x,
-            model.config.num_steps,
+            steps,
             model.rope,
             model.prefix_length,
             model.cache.k,
             model.cache.v,
             EPS,
             guidance,
+            fill,
         )
 
 
@@ -169,6 +191,14 @@ def _conditioning(
         "project_in": ((model.action_half @ weight).contiguous(), biases.contiguous()),
         "mix": (steps_op.pack_mix(out.weight), out.bias),
     }
+
+
+def _of_state(model: Pi0, weights: ExpertWeights) -> ExpertWeights:
+    """The same layers behind the state's projection, which knows no time."""
+    projection = model.state_in
+    return replace(
+        weights, project_in=(projection.weight.contiguous(), projection.bias.view(1, -1)), mix=None
+    )
 
 
 def _linear(layer: GemmaLayer, name: str) -> Linear:

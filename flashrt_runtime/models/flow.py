@@ -32,6 +32,10 @@ class ExpertKernel(Protocol):
         """As `FlowPolicy.integrate`, but for trained guides; the frozen rows are left as they come out."""
         ...
 
+    def fill_cache(self, state: Tensor) -> None:
+        """What `FlowPolicy.extend_prefix` leaves in the cache for a state (action_dim,); the length is the model's."""
+        ...
+
 
 @dataclass(frozen=True)
 class Guide:

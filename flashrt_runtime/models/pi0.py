@@ -48,9 +48,13 @@ class Pi0(FlowPolicy):
         """Run the state token through the expert and leave its K and V behind the prefix."""
         if state is None:
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
-        token = self.state_in(state).to(self.dtype).unsqueeze(0)
-        window = self.suffix_window(1)
-        self.expert.fill_cache(token, window.rope(self.rope), self.cache, window)
+        fused = self.fused_expert
+        if fused is not None and fused.ready():
+            fused.fill_cache(state)
+        else:
+            token = self.state_in(state).to(self.dtype).unsqueeze(0)
+            window = self.suffix_window(1)
+            self.expert.fill_cache(token, window.rope(self.rope), self.cache, window)
         if self.cache.length is not None:
             self.cache.length += 1
         self.prefix_bound += 1

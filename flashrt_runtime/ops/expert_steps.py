@@ -126,13 +126,15 @@ def expert_steps(
     v_cache: Tensor,
     eps: float = 1e-6,
     guidance: Guidance | None = None,
+    fill: bool = False,
 ) -> None:
     """Integrate x over all denoise steps, as one kernel on the current stream.
 
     x: (rows, action_dim) float32, noise in, actions out; rope: (cos, sin) float32 (positions, 128);
     prefix_length: int32 scalar on the device; k_cache, v_cache: bf16 (layers, capacity, 1, 256), read up to
-    prefix_length (the keys and values of the actions stay in `buffers`). Raises RuntimeError where the
-    device cannot run the kernel (cudaErrorNotSupported).
+    prefix_length (the keys and values of the actions stay in `buffers`). fill: a single step that leaves the
+    keys and values of the rows in the caches, behind the prefix, and x as it is. Raises RuntimeError where
+    the device cannot run the kernel (cudaErrorNotSupported).
     """
     norms = weights.norms
     adaptive = norms.shape[2] == 3
@@ -144,6 +146,7 @@ def expert_steps(
         "expert_steps",
         x.device,
         products["qkv"].dtype == torch.float8_e4m3fn,
+        fill,
         x.shape[0],
         products["qkv"].shape[0],
         steps,

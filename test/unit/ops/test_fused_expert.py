@@ -162,3 +162,54 @@ def test_calibration_reaches_the_kernel() -> None:
     first = model.expert.layers[0].out.activation_scale
     assert table[0, 0] == first
     assert first.data_ptr() == table.data_ptr()
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("prefix", [1, PREFIX])
+def test_state_token_as_the_loop_leaves_it(fp8: bool, prefix: int) -> None:
+    """Keys and values no further from the model in float32 than the loop's; nothing else is written."""
+    torch.manual_seed(prefix)
+    policy = config(policy="pi0")
+    model = random_model(policy, fp8, "cuda")
+    for cache in (model.cache.k, model.cache.v):
+        cache.normal_()
+    exact = float32_twin(model, policy, "cuda")
+    state, before = torch.randn(32, device="cuda"), (model.cache.k.clone(), model.cache.v.clone())
+    given = state.clone()
+
+    def extend(policy: FlowPolicy) -> tuple[torch.Tensor, torch.Tensor]:
+        for cache, old in zip((policy.cache.k, policy.cache.v), before, strict=True):
+            cache.copy_(old)
+        policy.cache.length = policy.prefix_bound = prefix
+        policy.prefix_length.fill_(prefix)
+        policy.extend_prefix(state)
+        assert policy.prefix_length.item() == policy.cache.length == prefix + 1
+        return policy.cache.k.clone(), policy.cache.v.clone()
+
+    if fp8:
+        calibrator = Calibrator(model)
+        collector = calibrator.collector()
+        with collector.observe():
+            extend(model)
+            model.integrate(torch.randn(10, 32, device="cuda"))
+        calibrator.apply(estimate(collector, "mse", None)[0])
+    wanted, loop = extend(exact), extend(model)
+    fused_expert.attach(model, torch.device("cuda"))
+    assert model.fused_expert is not None
+    assert model.fused_expert.ready()
+    got = extend(model)
+    assert torch.equal(state, given)
+    for mine, slow, true, old in zip(got, loop, wanted, before, strict=True):
+        rest = torch.arange(old.shape[1], device="cuda") != prefix
+        assert torch.equal(mine[:, rest], old[:, rest])
+        for layer in range(DEPTH):
+            target = true[layer, prefix]
+            loop_error, error = (
+                ((each[layer, prefix].float() - target).norm() / target.norm()).item()
+                for each in (slow, mine)
+            )
+            assert error < 1.5 * loop_error + 2e-3, f"layer {layer}: {error:.2e}, of the loop {loop_error:.2e}"
+    again = extend(model)
+    assert all(torch.equal(*each) for each in zip(again, got, strict=True))
