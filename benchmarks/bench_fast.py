@@ -73,7 +73,7 @@ def prefix_time(engine: Engine, model: Pi0Fast, bucket: int) -> float:
     """Milliseconds of images and prompt into K and V, as a graph of its own."""
     tokens = engine.staging.tokens[:bucket]
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
-        return timing.graph_time(lambda: model.prefill_padded(engine.images(), tokens))
+        return timing.graph_time(lambda: model.prefill_padded(model.paligemma.see(engine.images()), tokens))
 
 
 def step_times(engine: Engine, model: Pi0Fast) -> dict[str, float]:
@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = len(policy._encode(example.images(), PROMPTS[0], example.state()).tokens)
     bucket = stepwise.bucket_of(tokens)
     with torch.cuda.stream(stepwise.stream):
-        first = timing.replay_times(stepwise.graphs[bucket].replay, args.replays)
+        first = timing.replay_times(lambda: stepwise.replay(bucket), args.replays)
     result = {
         "gpu": torch.cuda.get_device_name(device),
         "commit": args.commit or commit(),

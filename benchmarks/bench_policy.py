@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def stages(engine: Engine, model: FlowPolicy, bucket: int) -> dict[str, float]:
     tokens = engine.staging.tokens[:bucket]
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
         patches = engine.images()
-        embedded = model.paligemma.embed(patches, tokens)
-        model.prefill_padded(patches, tokens)
+        seen = model.paligemma.see(patches)
+        embedded = model.paligemma.embed(seen, tokens)
+        model.prefill_padded(seen, tokens)
         from flashrt_runtime.layers.kv_cache import Window
 
         def prefix() -> None:
@@ -73,7 +75,7 @@ def stages(engine: Engine, model: FlowPolicy, bucket: int) -> dict[str, float]:
         with_calibration = {
             "images": engine.images,
             "vision": lambda: model.paligemma.vision(patches),
-            "embed": lambda: model.paligemma.embed(patches, tokens),
+            "embed": lambda: model.paligemma.embed(seen, tokens),
             "prefix": prefix,
             "expert": expert,
         }
@@ -178,7 +180,7 @@ def measure(args: argparse.Namespace, row: Row) -> dict[str, Any]:
     tokens = len(policy._encode(images, state=state, seed=0).tokens)
     bucket = engine.bucket_of(tokens)
     with torch.cuda.stream(engine.stream):
-        replays = timing.replay_times(engine.graphs[bucket].replay, args.replays)
+        replays = timing.replay_times(partial(engine.replay, bucket), args.replays)
     calls = timing.wall_times(lambda: policy.predict(example.images(), None, state, seed=1), args.calls)
     graph, wall = timing.summary(replays), timing.summary(calls)
     moved = transfers(engine, example)

@@ -327,8 +327,8 @@ class Policy(Calibrated):
         return self._decoded(output)
 
     def _begin(self, views: list[NDArray[np.uint8]]) -> None:
-        """Let the images go to the GPU while the prompt is encoded."""
-        if self._engine is not None and len(views) == len(self.spec.views):
+        """Let the GPU see the images while the prompt is encoded; not before the first scales are set."""
+        if self._engine is not None and self.calibrated and len(views) == len(self.spec.views):
             self._engine.begin(views)
 
     def _eager(

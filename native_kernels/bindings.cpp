@@ -179,14 +179,14 @@ PYBIND11_MODULE(_native, module) {
              py::arg("stream"));
   module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"), py::arg("weight"),
              py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"), py::arg("stream"));
-  module.def("expert_steps", &expert_steps, py::arg("fp8"), py::arg("fill"), py::arg("rows"), py::arg("layers"), py::arg("steps"),
-             py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),
-             py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"),
-             py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"),
-             py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"),
-             py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"),
-             py::arg("out_weight"), py::arg("out_bias"), py::arg("mix_weights"), py::arg("mix_bias"),
-             py::arg("guide_gain"), py::arg("guide_weight"), py::arg("guide_target"), py::arg("exchange"),
-             py::arg("barrier"), py::arg("stream"));
+  module.def(
+      "expert_steps", &expert_steps, py::arg("fp8"), py::arg("fill"), py::arg("rows"), py::arg("layers"),
+      py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),
+      py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("gate"),
+      py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"), py::arg("rope_cos"),
+      py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("capacity"),
+      py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"), py::arg("out_weight"),
+      py::arg("out_bias"), py::arg("mix_weights"), py::arg("mix_bias"), py::arg("guide_gain"), py::arg("guide_weight"),
+      py::arg("guide_target"), py::arg("exchange"), py::arg("barrier"), py::arg("stream"));
   module.def("expert_exchange_bytes", &flashrt::expert_exchange_bytes, py::arg("rows"));
 }

@@ -20,19 +20,22 @@ class Upload {
  public:
   Upload(py::object host, py::object device, uintptr_t host_address, uintptr_t device_address, int device_index)
       : buffers_(py::make_tuple(std::move(host), std::move(device))),
-        images_(py::none()),
+        used_(py::none()),
         upload_(std::make_unique<flashrt::ImageUpload>(pointer<uint8_t>(host_address), pointer<uint8_t>(device_address),
                                                        device_index)) {}
 
-  void begin(py::object images, const std::vector<Rows>& rows, uintptr_t stream) {
+  // graph: of torch; raw_graph: its executable's address, 0 for none.
+  void begin(py::object images, const std::vector<Rows>& rows, py::object graph, uintptr_t raw_graph,
+             uintptr_t stream) {
     std::vector<flashrt::ImageRows> parts;
     for (const auto& [source, count, bytes, pitch, offset] : rows)
       parts.push_back({pointer<const uint8_t>(source), count, bytes, pitch, offset});
     {
       py::gil_scoped_release released;
-      upload_->begin(std::move(parts), reinterpret_cast<cudaStream_t>(stream));
+      upload_->begin(std::move(parts), reinterpret_cast<cudaGraphExec_t>(raw_graph),
+                     reinterpret_cast<cudaStream_t>(stream));
     }
-    images_ = std::move(images);  // those of the call before were read to their end
+    used_ = py::make_tuple(std::move(images), std::move(graph));  // those of the call before are through
   }
 
   void finish() {
@@ -41,13 +44,13 @@ class Upload {
       py::gil_scoped_release released;
       status = upload_->finish();
     }
-    images_ = py::none();
+    used_ = py::none();
     check(status, "image upload");
   }
 
  private:
   py::object buffers_;  // outlive the thread, which is destroyed first
-  py::object images_;
+  py::object used_;     // images and graph that it may still read
   std::unique_ptr<flashrt::ImageUpload> upload_;
 };
 
@@ -57,6 +60,7 @@ void bind_upload(py::module_& module) {
   py::class_<Upload>(module, "ImageUpload")
       .def(py::init<py::object, py::object, uintptr_t, uintptr_t, int>(), py::arg("host"), py::arg("device"),
            py::arg("host_address"), py::arg("device_address"), py::arg("device_index"))
-      .def("begin", &Upload::begin, py::arg("images"), py::arg("rows"), py::arg("stream"))
+      .def("begin", &Upload::begin, py::arg("images"), py::arg("rows"), py::arg("graph"), py::arg("raw_graph"),
+           py::arg("stream"))
       .def("finish", &Upload::finish);
 }

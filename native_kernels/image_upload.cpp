@@ -18,11 +18,12 @@ ImageUpload::~ImageUpload() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);  // copies under way still read and write the buffers
 }
 
-void ImageUpload::begin(std::vector<ImageRows> images, cudaStream_t stream) {
+void ImageUpload::begin(std::vector<ImageRows> images, cudaGraphExec_t graph, cudaStream_t stream) {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [this] { return !busy_; });
     images_ = std::move(images);
+    graph_ = graph;
     stream_ = stream;
     status_ = cudaSuccess;
     busy_ = true;
@@ -41,8 +42,8 @@ void ImageUpload::work() {
   for (;;) {
     changed_.wait(lock, [this] { return busy_ || ending_; });
     if (!busy_) return;
-    lock.unlock();  // nobody else touches images_ and stream_ while busy
-    const cudaError_t status = copy(images_, stream_);
+    lock.unlock();  // nobody else touches images_, graph_ and stream_ while busy
+    const cudaError_t status = copy();
     lock.lock();
     status_ = status;
     busy_ = false;
@@ -50,10 +51,11 @@ void ImageUpload::work() {
   }
 }
 
-cudaError_t ImageUpload::copy(const std::vector<ImageRows>& images, cudaStream_t stream) {
+cudaError_t ImageUpload::copy() const {
   cudaError_t status = cudaSetDevice(device_index_);
-  for (const ImageRows& image : images) {
-    if (status != cudaSuccess) break;
+  int64_t copied = 0;
+  for (const ImageRows& image : images_) {
+    if (status != cudaSuccess) return status;
     uint8_t* target = host_ + image.offset;
     const int64_t bytes = image.rows * image.row_bytes;
     if (image.pitch == image.row_bytes) {
@@ -62,8 +64,11 @@ cudaError_t ImageUpload::copy(const std::vector<ImageRows>& images, cudaStream_t
       for (int64_t row = 0; row < image.rows; ++row)
         std::memcpy(target + row * image.row_bytes, image.source + row * image.pitch, image.row_bytes);
     }
-    status = cudaMemcpyAsync(device_ + image.offset, target, bytes, cudaMemcpyHostToDevice, stream);
+    const int64_t end = image.offset + bytes;
+    status = cudaMemcpyAsync(device_ + copied, host_ + copied, end - copied, cudaMemcpyHostToDevice, stream_);
+    copied = end;
   }
+  if (status == cudaSuccess && graph_ != nullptr) status = cudaGraphLaunch(graph_, stream_);
   return status;
 }
 

@@ -1,5 +1,5 @@
-// Camera images to the device by a thread that needs no interpreter: into pinned memory, and from there as one
-// asynchronous copy an image. Its caller prepares the rest of the observation meanwhile.
+// Camera images to the device by a thread that needs no interpreter: into pinned memory, from there as one asynchronous
+// copy an image, and a graph that computes on them. Its caller prepares the rest of the observation meanwhile.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,15 +29,17 @@ class ImageUpload {
   ImageUpload(const ImageUpload&) = delete;
   ImageUpload& operator=(const ImageUpload&) = delete;
 
-  // Starts on the images, after those of the last call are through. They must stay where they are until `finish`.
-  void begin(std::vector<ImageRows> images, cudaStream_t stream);
+  // Starts on the images, after those of the last call are through. They must stay where they are until `finish`. What
+  // lies in front of an image, up to the image before or the start, goes along. graph: launched behind the copies; null
+  // for none.
+  void begin(std::vector<ImageRows> images, cudaGraphExec_t graph, cudaStream_t stream);
 
-  // Waits until every copy of the last `begin` is queued on its stream. Returns the first failure's status.
+  // Waits until all of the last `begin` is queued on its stream. Returns the first failure's status.
   cudaError_t finish();
 
  private:
   void work();
-  cudaError_t copy(const std::vector<ImageRows>& images, cudaStream_t stream);
+  cudaError_t copy() const;
 
   uint8_t* const host_;
   uint8_t* const device_;
@@ -45,6 +47,7 @@ class ImageUpload {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<ImageRows> images_;  // guarded by mutex_, as all below
+  cudaGraphExec_t graph_ = nullptr;
   cudaStream_t stream_ = nullptr;
   cudaError_t status_ = cudaSuccess;
   bool busy_ = false;

@@ -1,8 +1,9 @@
-"""The captured forward: vision, prefix and every denoise step as one CUDA graph per prompt bucket.
+"""The captured forward: what the images alone decide as one CUDA graph, and all behind it, prefix and every
+denoise step, as one per prompt bucket.
 
 A graph takes every input from static buffers and the prompt's valid length from the device. A prompt of any
 length runs in the smallest bucket that holds it: nothing is captured, compiled or allocated after
-`capture`.
+`capture`. The first graph runs while the prompt is still encoded.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +34,8 @@ from .repeats import Repeats
 from .staging import FRAME_BYTES, Staging
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 BUCKETS = (48, 64, 96, 128)
 TIMED_REPLAYS = 5
@@ -84,6 +88,8 @@ class Engine:
         self.buckets = prompt_buckets(config.prompt_capacity)
         self.image_tokens = model.num_views * config.vision.tokens
         self.captures = 0
+        self.seeing: torch.cuda.CUDAGraph | None = None
+        self.seen = torch.empty(0, device=device)  # image tokens: from the one graph to the others
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.graph_ms: dict[int, float] = {}
         self.before = torch.cuda.Event()
@@ -121,18 +127,22 @@ class Engine:
         pixels = self.staging.frames.view(torch.float32)
         return pixels.view(self.model.num_views, 3, vision.image_size, vision.image_size)
 
-    def forward(self, bucket: int) -> None:
-        """The work that is captured: staged observation in, `actions` out, up to what the model repeats."""
+    def see(self) -> Tensor:
+        """The first work that is captured: staged images to image tokens."""
+        return self.model.paligemma.see(self.images())
+
+    def act(self, image_tokens: Tensor, bucket: int) -> None:
+        """The rest: the staged observation to `actions`, up to what the model repeats."""
         model, staging = self.model, self.staging
         ops.assign(model.prefix_length, staging.prefix_length)
-        model.prefill_padded(self.images(), staging.tokens[:bucket])
+        model.prefill_padded(image_tokens, staging.tokens[:bucket])
         with guided(model, self.guide):
             model.generate(staging.state, staging.noise, self.actions)
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture every bucket; some hundred milliseconds each. Scales of quantised activations may come
-        later.
+        """Capture the images' part and every bucket; some hundred milliseconds each. Scales of quantised
+        activations may come later.
         """
         started = time.perf_counter()
         self._stage_example()
@@ -143,7 +153,11 @@ class Engine:
             entered.enter_context(Calibrator(self.model).assumed())
             if self.autotune:
                 entered.enter_context(self._tuned())
-            self.graphs = {bucket: self._fastest(bucket, pool) for bucket in self.buckets}
+            seeing_ms, self.seeing, self.seen = self._fastest(self.see, pool)
+            self.graphs = {}
+            for bucket in self.buckets:
+                rest_ms, self.graphs[bucket], _ = self._fastest(partial(self.act, self.seen, bucket), pool)
+                self.graph_ms[bucket] = seeing_ms + rest_ms
             if self.model.repeats(self.actions):
                 self.repeats = Repeats(self.model, self.staging.noise, self.actions, self.whole)
                 self.repeats.capture(self.stream, pool)
@@ -159,20 +173,22 @@ class Engine:
         identity, file = variants.device_identity(self.device), variants.device_file(self.device)
         return variants.of(self.device).remembered(identity, file, self.anew)
 
-    def _fastest(self, bucket: int, pool: Any) -> torch.cuda.CUDAGraph:
+    def _fastest(
+        self, work: Callable[[], Result], pool: Any
+    ) -> tuple[float, torch.cuda.CUDAGraph, Result]:
+        """Milliseconds and graph of the capture that replays fastest, and what `work` returned in it."""
         # libraries choose algorithms and allocate workspaces outside the capture
         with variants.of(self.device).measuring() if self.autotune else contextlib.nullcontext():
-            self.forward(bucket)
+            work()
         self.stream.synchronize()
-        candidates: list[tuple[float, int, torch.cuda.CUDAGraph]] = []
+        candidates: list[tuple[float, torch.cuda.CUDAGraph, Result]] = []
         for _ in range(max(1, self.autotune)):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-                self.forward(bucket)
+                result = work()
             self.captures += 1
-            candidates.append((self._replay_time(graph), len(candidates), graph))
-        self.graph_ms[bucket], _, fastest = min(candidates)
-        return fastest
+            candidates.append((self._replay_time(graph), graph, result))
+        return min(candidates, key=lambda candidate: candidate[0])
 
     def _replay_time(self, graph: torch.cuda.CUDAGraph) -> float:
         times: list[float] = []
@@ -193,6 +209,7 @@ class Engine:
         state = np.zeros(config.action_dim, np.float32)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
+            self.seeing = None  # it is still to be captured, or reads other buffers
             self._upload(grey, np.ones(1, np.int64), state, noise)
         self.stream.synchronize()
 
@@ -205,7 +222,7 @@ class Engine:
         guide: GuideArrays | None = None,
     ) -> None:
         if self.begun is not images:
-            self._upload_images(images)
+            self._start(images, self.seeing)
         self.begun = None
         extra = self.unguided if guide is None else guide.arrays()
         self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
@@ -213,24 +230,36 @@ class Engine:
         self.staging.upload()
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> None:
-        """Start the upload of the next `run`'s images: it goes on while the caller prepares the rest.
+        """Start on the next `run`'s images, upload and first graph, while the caller prepares the rest.
 
-        Images that do not fit are left to `run`.
+        Images that do not fit are left to `run`. Until then the scales in force must stay.
         """
         self.begun = None
         if self._fits(images):
-            self._upload_images(images)
+            self._follow_caller()
+            self._start(images, self.seeing)
             self.begun = images
 
-    def _upload_images(self, images: Sequence[NDArray[np.uint8]]) -> None:
+    def _follow_caller(self) -> None:
+        """A calibration on the caller's stream writes scales and cache that the graphs read and write."""
+        self.before.record(torch.cuda.current_stream(self.device))
+        self.stream.wait_event(self.before)
+
+    def _start(self, images: Sequence[NDArray[np.uint8]], graph: torch.cuda.CUDAGraph | None) -> None:
         if not self.on_device_resize:
             size, rule = self.model.config.vision.image_size, self.resize_rule
             pixels = [prepare_image(image, size, rule).numpy() for image in images]
             images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
-        self.staging.start_images(images, self.stream)
+        self.staging.start_images(images, self.stream, graph)
 
     def _fits(self, images: Sequence[NDArray[np.uint8]]) -> bool:
         return not self.on_device_resize or sum(image.size for image in images) <= self.staging.frame_bytes
+
+    def replay(self, bucket: int) -> None:
+        """The whole forward on what is staged, on the current stream: for measurements."""
+        assert self.seeing is not None
+        self.seeing.replay()
+        self.graphs[bucket].replay()
 
     def bucket_of(self, tokens: int) -> int:
         """The smallest bucket that holds a prompt of `tokens`."""
@@ -257,17 +286,15 @@ class Engine:
             logger.warning(
                 "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
             )
-            before = self.staging, self.guide, self.graphs, self.repeats
+            before = self.staging, self.guide, self.seeing, self.seen, self.graphs, self.repeats
             try:
                 self.staging.finish_images()  # of an observation that was given up
                 self._allocate(needed)
                 self.capture()
             except BaseException:  # the graphs in force read the buffers they were captured with
-                self.staging, self.guide, self.graphs, self.repeats = before
+                self.staging, self.guide, self.seeing, self.seen, self.graphs, self.repeats = before
                 raise
-        # a calibration on the caller's stream writes scales and cache that the graph reads and writes
-        self.before.record(torch.cuda.current_stream(self.device))
-        self.stream.wait_event(self.before)
+        self._follow_caller()
         with torch.cuda.stream(self.stream):
             self._upload(images, tokens, state, noise, guide)
             bucket = self.bucket_of(len(tokens))

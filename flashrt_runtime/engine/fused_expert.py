@@ -113,10 +113,10 @@ class FusedExpert:
         self._launch(self.weights, x, model.config.num_steps, guidance=guidance)
 
     def fill_cache(self, state: Tensor) -> None:
-        """Keys and values of pi0's state token into the cache, behind the prefix: the layers' visit of one row.
+        """Keys and values of pi0's state token into the cache, behind the prefix: one step of one row.
 
-        state: (action_dim,) float32, normalised and padded. What would come behind the last keys is computed
-        and not used: a layer visit in eighteen.
+        state: (action_dim,) float32, normalised and padded. What follows the last layer's keys is computed
+        and used by nothing: a part of one layer visit in eighteen.
         """
         assert self.state_weights is not None
         self._launch(self.state_weights, state.view(1, -1), 1, fill=True)

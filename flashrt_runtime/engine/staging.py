@@ -1,7 +1,7 @@
 """One observation in one block of pinned memory and its twin on the device.
 
-Its images go there in copies of their own, which may start early, all else in another; the result comes back
-in one.
+Its images, and the table of where each lies, go there in copies of their own, which may start early, all else
+in another; the result comes back in one.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ class Staging:
         """extra: dtype and shape of further inputs, kept in `extra` and written by `write`."""
         extra = extra or {}
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "views": (torch.int64, (num_views, 3)),
             "prefix_length": (torch.int32, ()),
             "tokens": (torch.int64, (capacity,)),
             "state": (torch.float32, (action_dim,)),
             "noise": (torch.float32, noise_shape),
             **extra,
+            "views": (torch.int64, (num_views, 3)),
             "frames": (torch.uint8, (frame_bytes,)),
         }
         offsets, size = {}, 0
         for name, (dtype, shape) in layout.items():
             offsets[name] = size
             size += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.frames_offset = offsets["frames"]
+        self.images_offset, self.frames_offset = offsets["views"], offsets["frames"]
         self.host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._rest_host, self._rest_device = (
-            each[: self.frames_offset] for each in (self.host, self.device)
+            each[: self.images_offset] for each in (self.host, self.device)
         )
 
         def part(buffer: Tensor, name: str) -> Tensor:
@@ -66,7 +66,7 @@ class Staging:
             end = offsets[name] + prod(shape) * dtype.itemsize
             return buffer[offsets[name] : end].view(dtype).view(shape)
 
-        self.views, self.prefix_length, self.tokens, self.state, self.noise, self.frames = (
+        self.prefix_length, self.tokens, self.state, self.noise, self.views, self.frames = (
             part(self.device, name) for name in layout if name not in extra
         )
         self.extra: dict[str, Tensor] = {name: part(self.device, name) for name in extra}
@@ -75,7 +75,7 @@ class Staging:
         }
         self.actions = torch.zeros(output.shape, dtype=output.dtype, pin_memory=device.type == "cuda")
         self.uploader = (
-            native.image_upload(self.host[self.frames_offset :], self.device[self.frames_offset :])
+            native.image_upload(self.host[self.images_offset :], self.device[self.images_offset :])
             if device.type == "cuda" and native.available()
             else None
         )
@@ -85,41 +85,55 @@ class Staging:
         """Room for the images of one observation."""
         return self.frames.numel()
 
-    def start_images(self, images: Sequence[NDArray[np.uint8]], stream: torch.cuda.Stream) -> None:
-        """Start the copy of the images (H, W, 3) uint8 to the device, on a stream.
+    def start_images(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        stream: torch.cuda.Stream,
+        graph: torch.cuda.CUDAGraph | None = None,
+    ) -> None:
+        """Start the copy of the images (H, W, 3) uint8 to the device, and a graph behind it, on a stream.
 
-        With our kernels' module a thread without the interpreter copies them, and must be waited for by
-        `finish_images`; they must not change until then.
+        With our kernels' module a thread without the interpreter does it, and must be waited for by
+        `finish_images`; images and graph must not change until then.
         """
         if self.uploader is not None and all(map(_whole_rows, images)):
-            self.uploader.begin(images, self._place(images), stream.cuda_stream)
+            rows = self._place(images)
+            raw_graph = 0 if graph is None else graph.raw_cuda_graph_exec()
+            self.uploader.begin(images, rows, graph, raw_graph, stream.cuda_stream)
             return
         self.finish_images()
         count = self.write_images(images)
         with torch.inference_mode(), torch.cuda.stream(stream):
             self.upload_images(count)
+            if graph is not None:
+                graph.replay()
 
     def finish_images(self) -> None:
-        """Wait until the copies of `start_images` are queued. Raises RuntimeError when one failed."""
+        """Wait until what `start_images` started is queued. Raises RuntimeError when a part failed."""
         if self.uploader is not None:
             self.uploader.finish()
 
     def _place(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int, int, int, int]]:
-        """Note where each image will lie. Returns (address, rows, bytes of a row, pitch, offset) of each."""
+        """Note where each image will lie.
+
+        Returns (address, rows, bytes of a row, pitch, offset behind `images_offset`) of each.
+        """
+        before = self.frames_offset - self.images_offset
         rows, offset = [], 0
         for index, image in enumerate(images):
             height, width, channels = image.shape
             self.host_parts["views"][index] = (offset, height, width)
             address = image.__array_interface__["data"][0]
-            rows.append((address, height, width * channels, image.strides[0], offset))
+            rows.append((address, height, width * channels, image.strides[0], before + offset))
             offset += image.size
         return rows
 
     def write_images(self, images: Sequence[NDArray[np.uint8]]) -> int:
         """Write the images (H, W, 3) uint8 into the pinned block. Returns how many bytes they take."""
         count = 0
-        for image, (*_, offset) in zip(images, self._place(images), strict=True):
-            count = offset + image.size
+        self._place(images)
+        for image in images:
+            offset, count = count, count + image.size
             # Into the image's own shape: flattening rows with padding, or a crop, would copy them once more.
             self.host_parts["frames"][offset:count].reshape(image.shape)[...] = image
         return count
@@ -144,12 +158,12 @@ class Staging:
             parts[name][...] = values
 
     def upload_images(self, count: int) -> None:
-        """Start the copy of `count` bytes of images on the current stream."""
-        start, end = self.frames_offset, self.frames_offset + count
+        """Start the copy of `count` bytes of images, and of where each lies, on the current stream."""
+        start, end = self.images_offset, self.frames_offset + count
         self.device[start:end].copy_(self.host[start:end], non_blocking=True)
 
     def upload(self) -> None:
-        """Start the copy of all else, where each image lies among it, on the current stream."""
+        """Start the copy of all else on the current stream."""
         self._rest_device.copy_(self._rest_host, non_blocking=True)
 
 

@@ -35,13 +35,16 @@ class PaliGemma(nn.Module):
         self.embedding = Embedding(vocab_size, prefix.width, dtype=dtype)
         self.stack = GemmaStack(prefix, dtype, adaptive=False, final_norm=final_norm)
 
-    def embed(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """images: (views, 3, size, size) float32, or their patches; tokens: (text,) int64. Returns (views *
-        patches + text, width).
+    def see(self, images: Tensor) -> Tensor:
+        """images: (views, 3, size, size) float32, or their patches. Returns (views * patches, width)."""
+        image_tokens: Tensor = self.vision(images).flatten(0, 1)
+        return image_tokens
+
+    def embed(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
+        """image_tokens: of `see`; tokens: (text,) int64. Returns (views * patches + text, width).
 
         Text embeddings are scaled by sqrt(width), image embeddings are not.
         """
-        image_tokens = self.vision(images).flatten(0, 1)
         x: Tensor = image_tokens.new_empty(image_tokens.shape[0] + tokens.shape[0], self.width)
         ops.assign(x[: image_tokens.shape[0]], image_tokens)
         self.embed_text(tokens, x[image_tokens.shape[0] :])

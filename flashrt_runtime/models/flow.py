@@ -33,7 +33,7 @@ class ExpertKernel(Protocol):
         ...
 
     def fill_cache(self, state: Tensor) -> None:
-        """What `FlowPolicy.extend_prefix` leaves in the cache for a state (action_dim,); the length is the model's."""
+        """What `FlowPolicy.extend_prefix` leaves in the cache for a state (action_dim,), but the length."""
         ...
 
 

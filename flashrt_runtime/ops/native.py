@@ -118,9 +118,10 @@ def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
 def image_upload(host: Tensor, device: Tensor) -> Any:
     """A thread that copies images into `host`, pinned uint8, and on to `device`, of the same size.
 
-    `begin(images, rows, stream)`: rows (address, rows, bytes of a row, pitch, offset) of each image, which is
-    kept alive; returns at once. `finish()`: waits until all copies are queued on the stream, raises
-    RuntimeError when one was refused.
+    `begin(images, rows, graph, raw_graph, stream)`: rows (address, rows, bytes of a row, pitch, offset) of
+    each image; what lies in front of an image goes along to the device; behind them a graph and its
+    executable's address, or None and 0. Keeps images and graph alive; returns at once. `finish()`: waits
+    until all is queued on the stream, raises RuntimeError when a part was refused.
     """
     return load().ImageUpload(host, device, host.data_ptr(), device.data_ptr(), device.device.index or 0)
 

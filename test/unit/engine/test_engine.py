@@ -14,6 +14,7 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.errors import PromptTooLongError
 from flashrt_runtime.ops import variants
 from flashrt_runtime.policy import Policy
 
@@ -99,7 +100,7 @@ def test_graph_is_bit_identical_to_eager_with_the_same_kernels(every_path: Path)
     inputs = policy._encode(images(3), "open the drawer", STATE, seed=1)
     got = policy._run(model, inputs)
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
-        engine.forward(engine.bucket_of(len(inputs.tokens)))
+        engine.act(engine.see(), engine.bucket_of(len(inputs.tokens)))
     engine.stream.synchronize()
     assert np.array_equal(engine.actions.cpu().numpy(), got)
     policy.close()
@@ -151,6 +152,26 @@ def test_a_loaded_calibration_reaches_the_captured_graph(path: Path, tmp_path: P
     policy.load_calibration(file)
     assert np.array_equal(policy.predict(images(0), "start", STATE, seed=0), one)
     assert engine.captures == captures
+    policy.close()
+
+
+def test_images_seen_early_belong_to_their_observation(path: Path) -> None:
+    """Started while the prompt is encoded: the first call, whose scales are set between, and the one behind a
+    call that failed between give what a call gives that starts nothing early.
+    """
+    policy = load(path, "fp8")
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert model is not None
+    first = policy.predict(images(0), "go", STATE, seed=0)
+    inputs = policy._encode(images(0), "go", STATE, seed=0)
+    assert policy._actions is not None
+    assert np.array_equal(policy._actions.to_physical(policy._run(model, inputs), STATE), first)
+    with pytest.raises(PromptTooLongError):
+        policy.predict(images(1), "go " * 500, STATE, seed=0)
+    assert engine.begun is not None
+    assert np.array_equal(policy.predict(images(0), "go", STATE, seed=0), first)
+    assert not np.array_equal(policy.predict(images(1), "go", STATE, seed=0), first)
     policy.close()
 
 

@@ -58,6 +58,27 @@ def test_every_layout_arrives(kind: str, thread: bool) -> None:
             check(block, images)
 
 
+@pytest.mark.parametrize("thread", [True, False])
+def test_a_graph_sees_all_images_and_where_they_lie(thread: bool) -> None:
+    block, stream = staging(), torch.cuda.Stream()
+    if not thread:
+        block.uploader = None
+    seen = torch.empty_like(block.frames), torch.empty_like(block.views)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for copy, original in zip(seen, (block.frames, block.views), strict=True):
+            copy.copy_(original)
+    for seed in range(5):
+        images = frames(seed)["whole" if seed % 2 else "padded"]
+        block.start_images(images, stream, graph)
+        block.finish_images()
+        stream.synchronize()
+        flat = np.concatenate([image.reshape(-1) for image in images])
+        assert np.array_equal(seen[0][: flat.size].cpu().numpy(), flat)
+        places = [(0, *images[0].shape[:2]), (images[0].size, *images[1].shape[:2])]
+        assert seen[1].tolist() == [list(place) for place in places]
+
+
 def test_images_of_an_abandoned_observation_are_replaced() -> None:
     """Begun, never waited for, their arrays let go: the next ones arrive whole."""
     block, stream = staging(), torch.cuda.current_stream()
@@ -79,7 +100,7 @@ def test_refused_copy_is_told_once() -> None:
     address = image.__array_interface__["data"][0]
     host = torch.zeros(16, dtype=torch.uint8, pin_memory=True)
     upload = native.load().ImageUpload(host, host, host.data_ptr(), beyond, 0)
-    upload.begin([image], [(address, 1, 16, 16, 0)], torch.cuda.current_stream().cuda_stream)
+    upload.begin([image], [(address, 1, 16, 16, 0)], None, 0, torch.cuda.current_stream().cuda_stream)
     with pytest.raises(RuntimeError, match="image upload"):
         upload.finish()
     upload.finish()
