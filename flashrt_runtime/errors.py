@@ -48,6 +48,10 @@ class HardwareError(FlashRTError, RuntimeError):
     """The requested device or precision is not available on this machine."""
 
 
+class DeviceLostError(FlashRTError, RuntimeError):
+    """The GPU is lost to this process, every later use of it fails (see `device_loss`): start it again."""
+
+
 class ActionError(FlashRTError, RuntimeError):
     """The model produced actions that cannot be used (non-finite)."""
 

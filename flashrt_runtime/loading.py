@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import models
+from . import device_loss, models
 from .checkpoints.base import Checkpoint, open_checkpoint
 from .checkpoints.tokenizer import resolve_tokenizer
 from .engine import Engine, fused_decode, fused_expert
@@ -40,6 +40,7 @@ MAX_VIEWS = 3
 MAX_TOKENS = 512
 
 
+@device_loss.recognised()
 def load_model(
     checkpoint: str | Path,
     framework: str = "torch",
@@ -102,8 +103,8 @@ def load_model(
 
     Returns a `Policy`: `predict(images, prompt, state)` -> (horizon, action_dim) float32 in the robot's
     units. Raises OptionError (unknown or contradicting options), NotSupportedYetError, HardwareError,
-    CheckpointNotFoundError, CheckpointError (which file and key) and CalibrationError (one that does not
-    belong or is damaged; the message names the way out).
+    CheckpointNotFoundError, CheckpointError (which file and key), CalibrationError (one that does not
+    belong or is damaged; the message names the way out) and DeviceLostError.
     """
     later = {
         "fp4_layers": fp4_layers,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from . import device_loss
 from .cache import cache_directory, content_digest
 from .checkpoints.base import Checkpoint
 from .checkpoints.tokenizer import BOS_ID
@@ -19,6 +20,7 @@ from .errors import (
     ActionError,
     CheckpointError,
     ClosedError,
+    DeviceLostError,
     ObservationError,
     OptionError,
     TokenizerNotFoundError,
@@ -60,6 +62,7 @@ class Policy(Calibrated):
         self._engine = engine
         self._target = target
         self._lock = threading.Lock()
+        self._lost = False  # the GPU, see `device_loss`
         self._checkpoint = checkpoint
         self.spec = PolicySpec.of(checkpoint, model.num_views)
         self._encode = ObservationEncoder(checkpoint, self.spec, model.noise_shape, model.draw_noise)
@@ -129,9 +132,10 @@ class Policy(Calibrated):
         units, at the rate the policy was trained for.
         Raises ObservationError, PromptError, PromptTooLongError, OptionError, CheckpointError (no
         statistics), TokenizerNotFoundError, ActionError (non-finite actions), NoStopError and
-        ActionTokenError (pi0fast: tokens that are no chunk) or ClosedError.
+        ActionTokenError (pi0fast: tokens that are no chunk), DeviceLostError (the process must be started
+        again) or ClosedError.
         """
-        with self._lock:
+        with self._exclusive():
             model = self._check_open()
             if self._actions is None:
                 raise CheckpointError(
@@ -168,7 +172,7 @@ class Policy(Calibrated):
         pi0.5); noise: (horizon, model_action_dim) float32. Returns (horizon, model_action_dim) float32 in
         model space. Raises ObservationError for shapes that do not fit.
         """
-        with self._lock:
+        with self._exclusive():
             model = self._check_open()
             if not isinstance(model, FlowPolicy):
                 raise OptionError(f"{self.spec.config} generates tokens, not actions: use sample_tokens")
@@ -208,7 +212,7 @@ class Policy(Calibrated):
         shapes that do not fit, OptionError (not pi0fast, max_tokens, temperature) and ActionError
         (non-finite scores).
         """
-        with self._lock:
+        with self._exclusive():
             model = self._check_open()
             if not isinstance(model, Pi0Fast):
                 raise OptionError(f"{self.spec.config} generates actions, not tokens: use sample_actions")
@@ -295,18 +299,27 @@ class Policy(Calibrated):
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
             self._check_open()
-            yield
+            try:
+                with device_loss.recognised():
+                    yield
+            except DeviceLostError:
+                if not self._lost:
+                    device_loss.leave(self._model, self._engine)
+                self._lost = True
+                raise
 
     def close(self) -> None:
-        """Free the model's memory. Any later call raises ClosedError; closing twice is allowed."""
+        """Free the model's memory, but for that of a lost GPU. Any later call raises ClosedError; closing
+        twice is allowed.
+        """
         with self._lock:
-            if self._model is not None:
+            if self._model is not None and not self._lost:
                 self._model.release()
             self._model = None
             self._engine = None
             self._calibration = None
             self._checkpoint.close()
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and not self._lost:
                 torch.cuda.empty_cache()
 
     def _check_open(self) -> PrefixPolicy:

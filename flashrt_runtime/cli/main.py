@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -10,7 +11,8 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from ..errors import FlashRTError
+from .. import device_loss
+from ..errors import DeviceLostError, FlashRTError
 from .bench import bench_command
 from .calibrate import calibrate_command
 from .console import ERRORS
@@ -57,10 +59,14 @@ def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 a check of the command did not hold, 2 a mistake in options, files or the
-    environment, 3 a fault of this program, with its traceback.
+    environment, 3 a fault of this program, with its traceback, 75 the GPU was lost: started again it may run.
     """
     try:
         app()
+    except DeviceLostError as error:
+        ERRORS.print(f"flashrt: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+        os._exit(device_loss.EXIT_STATUS)  # destructors of what was on the GPU may hang or abort
     except (FlashRTError, OSError) as error:
         ERRORS.print(f"flashrt: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

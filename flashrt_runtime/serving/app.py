@@ -42,7 +42,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     422: {"description": "The observation does not fit the policy", "model": ErrorResponse},
     429: {"description": "Too many observations wait: try again", "model": ErrorResponse},
     500: {"description": "The inference failed", "model": ErrorResponse},
-    503: {"description": "The server is shutting down", "model": ErrorResponse},
+    503: {"description": "The server is shutting down, or its GPU is lost", "model": ErrorResponse},
     504: {"description": "No actions within the deadline", "model": ErrorResponse},
 }
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 
-from ..errors import ActionError, FlashRTError
+from ..errors import ActionError, DeviceLostError, FlashRTError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def refusal_of(error: BaseException) -> Refusal:
     if isinstance(error, FlashRTError):
         if type(error).__name__ in CLIENT_ERRORS:
             return Refusal(422, "invalid_observation", str(error))
+        if isinstance(error, DeviceLostError):
+            return Refusal(503, "device_lost", str(error))
         code = "unusable_actions" if isinstance(error, ActionError) else "policy_error"
         return Refusal(500, code, str(error))
     return Refusal(500, "internal_error", "the inference failed; the server's log says why")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from typing import Any
 
 import uvicorn
@@ -17,6 +18,7 @@ from .settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 GRACE_S = 5
+LAST_ANSWERS_S = 2.0  # so long it is said that the GPU is lost before the process ends
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HTTP_CONNECTIONS = 448  # beside the websockets: together half of the usual limit of open files
 
@@ -105,8 +107,22 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
 
 
 def serve(app: FastAPI, settings: ServerSettings, sock: socket.socket) -> None:
-    """Serve on a socket of `listen` until SIGINT or SIGTERM; the app's worker is closed at the end."""
+    """Serve on a socket of `listen` until SIGINT or SIGTERM; the app's worker is closed at the end.
+
+    Raises DeviceLostError LAST_ANSWERS_S after the policy did: only a new process has the GPU back.
+    """
     host = sock.getsockname()[0]
     if host not in ("127.0.0.1", "::1") and settings.token is None:
         logger.warning("%s can be reached from other machines and no token is set: anyone may ask", host)
-    uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[sock])
+    server, worker = uvicorn.Server(uvicorn_config(app, settings)), app.state.service.worker
+
+    def end() -> None:
+        server.should_exit = True
+
+    def end_soon() -> None:
+        threading.Timer(LAST_ANSWERS_S, end).start()
+
+    worker.on_lost = end_soon
+    server.run(sockets=[sock])
+    if worker.lost is not None:
+        raise worker.lost

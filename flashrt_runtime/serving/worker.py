@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import FlashRTError
+from ..errors import DeviceLostError, FlashRTError
 from ..inputs import Images, State
 from ..spec import PolicySpec
-from .refusals import Refusal
+from .refusals import Refusal, refusal_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ class ModelWorker:
         self._closing = False
         self._running_since: float | None = None
         self._failures = 0
+        self.lost: DeviceLostError | None = None  # the GPU: nothing is computed any more
+        self.on_lost: Callable[[], None] = lambda: None  # called once, on the model's thread
         loaded: Future[Predicts] = Future()
         self._thread = threading.Thread(target=self._main, args=(load, loaded), name="model", daemon=True)
         self._thread.start()
@@ -102,7 +104,7 @@ class ModelWorker:
     def submit(self, observation: Observation, deadline: float) -> Future[Prediction]:
         """Queue an observation; deadline: on time.monotonic(). Cancelling the future takes it out again.
 
-        Raises Refusal: 429 when the queue is full, 503 when the worker is closing.
+        Raises Refusal: 429 when the queue is full, 503 when the worker is closing or its GPU is lost.
         """
         job = _Job(observation, deadline)
         with self._changed:
@@ -124,6 +126,8 @@ class ModelWorker:
 
     def problem(self, stuck_after_s: float) -> str | None:
         """Why no actions can be expected from here, or None when all is well."""
+        if self.lost is not None:
+            return str(self.lost)
         if not self._thread.is_alive() or self._closing:
             return "the model's thread has ended"
         started = self._running_since
@@ -145,6 +149,8 @@ class ModelWorker:
         return not self._thread.is_alive()
 
     def _check_room(self) -> None:
+        if self.lost is not None:
+            raise refusal_of(self.lost)
         if self._closing:
             raise Refusal(503, "shutting_down", "the server is shutting down")
         if self._drop_cancelled() >= self.queue_size:
@@ -191,6 +197,9 @@ class ModelWorker:
     def _run(self, policy: Predicts, job: _Job) -> None:
         if not job.future.set_running_or_notify_cancel():
             return
+        if self.lost is not None:
+            job.future.set_exception(self.lost)
+            return
         started = time.monotonic()
         if started > job.deadline:
             job.future.set_exception(
@@ -204,6 +213,11 @@ class ModelWorker:
             actions = policy.predict(observation.images, observation.prompt, observation.state, seed=seed)
             if observation.finish is not None:
                 actions = observation.finish(actions)
+        except DeviceLostError as error:
+            self.lost = error
+            logger.critical("%s", error)
+            self.on_lost()
+            job.future.set_exception(error)
         except Exception as error:
             if not isinstance(error, FlashRTError):
                 self._failures += 1
