@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flashrt_ros.core.latch import AT_ONCE, REPEATED  # noqa: E402
+from flashrt_ros.core.latch import AT_ONCE, FOR_GOOD, REPEATED  # noqa: E402
 from flashrt_ros.core.parameters import markdown_table  # noqa: E402
 from flashrt_ros.core.reasons import Reason  # noqa: E402
 
@@ -22,7 +22,8 @@ def reasons_table() -> str:
     """Code, name, meaning, and whether it latches."""
     lines = ["| code | name | meaning | latches |", "|---|---|---|---|"]
     for reason in Reason:
-        latches = "at once" if reason in AT_ONCE else "when repeated" if reason in REPEATED else ""
+        kinds = (("for good", FOR_GOOD), ("at once", AT_ONCE), ("when repeated", REPEATED))
+        latches = next((words for words, reasons in kinds if reason in reasons), "")
         lines.append(f"| {int(reason)} | `{reason.name}` | {reason.text} | {latches} |")
     return "\n".join(lines) + "\n"
 

@@ -261,6 +261,11 @@ class Commander:
         return self.timeline.reset()
 
     @property
+    def moving(self) -> bool:
+        """Whether what was sent last moves the arm until something else is sent. Any thread."""
+        return self._moving
+
+    @property
     def _brakes(self) -> bool:
         """Whether a last hold is not enough before silence: the arm goes on with its velocity, or would stop
         harder than its acceleration limits allow."""

@@ -1,9 +1,9 @@
 """The fault latch: which problems keep the robot held until somebody has looked (`~/reset_fault`).
 
 At once: an action outside a position limit where the contract rejects violations, an error of the control
-callback, a second publisher on a command topic. After `max_failures` inferences in a row without a good
-chunk between them: errors of the policy, chunks with a wrong shape, with values that are not finite or with
-tokens that are no actions.
+callback, a second publisher on a command topic; and for good, a lost GPU. After `max_failures` inferences in
+a row without a good chunk between them: errors of the policy, chunks with a wrong shape, with values that are
+not finite or with tokens that are no actions.
 Everything else ends by itself when its cause does (a camera comes back, the next chunk keeps the limits),
 and latches nothing.
 """
@@ -16,7 +16,8 @@ from dataclasses import replace
 from .problem import Problem
 from .reasons import Reason
 
-AT_ONCE = frozenset({Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT})
+FOR_GOOD = frozenset({Reason.DEVICE_LOST})  # nobody can reset it: another process is needed
+AT_ONCE = FOR_GOOD | {Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT}
 REPEATED = frozenset({
     Reason.INFERENCE_ERROR, Reason.OUT_OF_MEMORY, Reason.CHUNK_NOT_FINITE, Reason.CHUNK_SHAPE,
     Reason.NO_STOP_TOKEN, Reason.ACTION_TOKENS,
@@ -25,7 +26,7 @@ DEFAULT_MAX_FAILURES = 10
 
 
 class FaultLatch:
-    """Remembers the first fault until `reset`. Thread-safe."""
+    """Remembers the first fault until `reset`, or one that is for good. Thread-safe."""
 
     def __init__(self, max_failures: int = DEFAULT_MAX_FAILURES) -> None:
         """`max_failures`: failed inferences in a row that latch; at least 1."""
@@ -44,6 +45,12 @@ class FaultLatch:
         """Failed inferences since the last good chunk or reset."""
         return self._failures
 
+    @property
+    def for_good(self) -> bool:
+        """Whether what is latched outlives every reset."""
+        fault = self._fault
+        return fault is not None and fault.reason in FOR_GOOD
+
     def note(self, problem: Problem) -> Problem | None:
         """Judge a problem; returns the fault when this one latched it."""
         with self._lock:
@@ -59,13 +66,18 @@ class FaultLatch:
         self._failures = 0
 
     def reset(self) -> Problem | None:
-        """Forget the fault and the failures; returns what was latched."""
+        """Forget the fault and the failures; returns what was latched. A fault for good stays: None."""
         with self._lock:
-            fault, self._fault, self._failures = self._fault, None, 0
+            self._failures = 0
+            if self.for_good:
+                return None
+            fault, self._fault = self._fault, None
             return fault
 
     def _latch(self, problem: Problem) -> Problem | None:
-        if self._fault is not None:
+        for_good = problem.reason in FOR_GOOD
+        if self._fault is not None and (self.for_good or not for_good):
             return None
-        self._fault = replace(problem, message=f"{problem.message}; call ~/reset_fault to go on")
+        advice = "" if for_good else "; call ~/reset_fault to go on"
+        self._fault = replace(problem, message=f"{problem.message}{advice}")
         return self._fault

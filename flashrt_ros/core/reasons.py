@@ -66,6 +66,7 @@ class Reason(IntEnum):
     WORKER_STOPPED = 403, "the inference worker has been stopped"
     CONTROL_ERROR = 404, "the control callback raised an error"
     OUT_OF_MEMORY = 405, "the device has no memory left"
+    DEVICE_LOST = 406, "the GPU is lost to this process: it must be started again"
 
     # 500s: configuration
     CONTRACT_INVALID = 501, "the robot contract is not valid"

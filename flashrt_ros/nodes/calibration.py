@@ -283,8 +283,10 @@ class Calibrations:
             self._node.get_logger().error(f"the calibration could not be saved: {describe(error)}")
             pipeline.calibration = None
         else:
-            text = f"{describe(error)}: nothing is commanded. Deactivate and activate, or call ~/calibrate"
-            job.failed = Problem(reason_of(error, Reason.CALIBRATION_FAILED), "", text)
+            reason, text = reason_of(error, Reason.CALIBRATION_FAILED), describe(error)
+            if reason is not Reason.DEVICE_LOST:  # which says itself what to do
+                text += ": nothing is commanded. Deactivate and activate, or call ~/calibrate"
+            job.failed = Problem(reason, "", text)
             pipeline.raise_fault(job.failed)
 
 

@@ -21,11 +21,12 @@ from flashrt_ros.core.contract import Representation, RobotContract, RtcMode
 from flashrt_ros.core.errors import CoreError, IngestError, WorkerStoppedError
 from flashrt_ros.core.images import image_from_message
 from flashrt_ros.core.ingest import JointReader, NamedValues
+from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.single_chunk import SingleChunk, single_chunk
 from flashrt_ros.core.timing import to_s
 from flashrt_ros.srv import GetActionChunk
-from flashrt_runtime.errors import OptionError, PromptError
+from flashrt_runtime.errors import DeviceLostError, OptionError, PromptError
 from flashrt_runtime.guidance import Guidance
 
 from .deferred import UNLOADED, DeferredService, Refused, Reply
@@ -136,6 +137,8 @@ class ChunkService:
         except OptionError as error:  # of the guidance: all else is the node's own
             raise Refused(Response.CODE_BAD_REQUEST, describe(error)) from error
         except Exception as error:
+            if isinstance(error, DeviceLostError):
+                pipeline.raise_fault(Problem(Reason.DEVICE_LOST, "", describe(error)))
             raise Refused(Response.CODE_INFERENCE, describe(error)) from error
         elapsed = time.perf_counter() - begin
         chunk = _limited(contract.actions_to_robot(actions), measured, contract)

@@ -21,6 +21,7 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (errors.CalibrationError, Reason.CALIBRATION_FAILED),
     (errors.CheckpointError, Reason.CHECKPOINT_INVALID),
     (errors.TokenizerNotFoundError, Reason.CHECKPOINT_INVALID),
+    (errors.DeviceLostError, Reason.DEVICE_LOST),
     (errors.OptionError, Reason.PARAMETER_INVALID),
     (errors.NotSupportedYetError, Reason.PARAMETER_INVALID),
     (errors.HardwareError, Reason.PARAMETER_INVALID),

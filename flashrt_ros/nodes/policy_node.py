@@ -29,6 +29,7 @@ from flashrt_ros.core.problem import NONE, Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.msg import ActionChunk, LatencyMetrics, PolicyStatus
 from flashrt_ros.srv import SetPrompt
+from flashrt_runtime.device_loss import EXIT_STATUS
 
 from . import parameters, safety, services, status, streams
 from .calibration import Calibrations
@@ -102,6 +103,8 @@ class PolicyNode(LifecycleNode):
         self._values: PolicyParameters | None = None
         self._pipeline: Pipeline | None = None
         self._transition_problem = NONE  # why the last configure or activate failed
+        self.exit_status = 0  # when it is another, the process is to end with it
+        self._ending = safety.Ending()
         self._warned: dict[tuple[Reason, str], float] = {}  # when each was last logged [s, monotonic]
         self._commands: CommandPublisher | None = None
         self._stream_subscriptions: list[Subscription] = []
@@ -359,7 +362,13 @@ class PolicyNode(LifecycleNode):
 
     def _guard_commands(self) -> None:
         pipeline = self._pipeline
-        if pipeline is None or not pipeline.active or pipeline.latch.fault is not None:
+        if pipeline is None or not pipeline.active:
+            return
+        if pipeline.latch.fault is not None:
+            # Without autostart it is for whatever manages the life cycle to say when.
+            if self.autostart and not self.exit_status and self._ending.due(pipeline):
+                self.exit_status = EXIT_STATUS
+                self.get_logger().fatal(f"ends with status {EXIT_STATUS}: {pipeline.latch.fault}")
             return
         if (conflict := self._conflict()) is not None:
             pipeline.raise_fault(conflict)
@@ -370,7 +379,7 @@ class PolicyNode(LifecycleNode):
 
 
 def main(args: list[str] | None = None, load: PolicyLoader = load_policy) -> int:
-    """Run the node until SIGINT or SIGTERM; its exit status."""
+    """Run the node until SIGINT or SIGTERM, or until it ends itself; its exit status."""
     return run(lambda stopping: PolicyNode(load, stopping), args)
 
 

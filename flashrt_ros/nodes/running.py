@@ -29,7 +29,10 @@ LOG_PERIOD = 2.0  # between two lines about failed callbacks [s]
 
 def run(make: Callable[[Callable[[], bool]], LifecycleNode], args: list[str] | None = None) -> int:
     """Run the node that `make(stopping)` makes until SIGINT or SIGTERM: 0. With its property `autostart`, 1
-    when it cannot configure and activate itself. `stopping()`: whether a signal has come."""
+    when it cannot configure and activate itself. `stopping()`: whether a signal has come.
+
+    Ends the process, once the node is taken down, with the node's `exit_status` when that is not 0 any more.
+    """
     sys.setswitchinterval(SWITCH_INTERVAL)
     stop = threading.Event()
     asked = 0.0
@@ -47,7 +50,7 @@ def run(make: Callable[[Callable[[], bool]], LifecycleNode], args: list[str] | N
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    node = make(stop.is_set)
+    node, status = make(stop.is_set), 0
     executor = make_executor()
     executor.add_node(node)
     with contextlib.ExitStack() as ending:  # in reverse, each whatever the others raise
@@ -61,9 +64,14 @@ def run(make: Callable[[Callable[[], bool]], LifecycleNode], args: list[str] | N
         # or after it, and each call takes a period from the future: seconds of silence after a burst.
         for timer in node.timers:
             timer.reset()
-        while not stop.is_set():
+        while not stop.is_set() and not status:
             _spin_once(executor, node)
-        return 0
+            status = getattr(node, "exit_status", 0)
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # what is left on a lost GPU may abort the interpreter at its end, or hold it up
+    return 0
 
 
 def _spin_once(executor: Executor, node: LifecycleNode) -> None:

@@ -1,7 +1,9 @@
-"""Who else commands the robot, and the services that hold it, let it go and reset what is latched."""
+"""Who else commands the robot, the services that hold it, let it go and reset what is latched, and when the
+node is to end."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from flashrt_ros.core.reasons import Reason
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
+LAST_REPORTS = 1.2  # longer than the periods of ~/status and /diagnostics [s]
 NOT_CONFIGURED = "no policy is loaded: configure the node first"
 NOT_ACTIVE = "the node is not active: nothing is commanded"
 
@@ -43,6 +46,27 @@ def other_publishers(node: Node, topics: Sequence[str], own_publishers: bool) ->
 def _full_name(info: object) -> str:
     namespace, name = getattr(info, "node_namespace", ""), getattr(info, "node_name", "")
     return f"{namespace.rstrip('/')}/{name}"
+
+
+class Ending:
+    """When a node that starts itself ends itself, because only another process can go on."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None  # [s, monotonic]
+
+    def due(self, pipeline: Pipeline) -> bool:
+        """Whether now: the fault is for good, has been reported for LAST_REPORTS, and the robot stands still.
+
+        Never for a node that was held or deactivated: the one that follows it would drive the robot.
+        """
+        control = pipeline.control
+        if not pipeline.latch.for_good or not pipeline.active or pipeline.held or control is None:
+            self._since = None
+            return False
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        moving = pipeline.commander.moving and control.running
+        return not moving and now - self._since >= LAST_REPORTS
 
 
 def create_services(
@@ -93,6 +117,8 @@ def _reset(pipeline: Pipeline) -> str:
 
 def _reset_fault(pipeline: Pipeline, conflict: Problem | None) -> str:
     latched = pipeline.latch.fault
+    if pipeline.latch.for_good:
+        return f"~/reset_fault cannot help: {latched}"
     if latched is not None and latched.reason is Reason.COMMAND_CONFLICT and conflict is not None:
         return f"the fault is still there: {conflict.message}"
     pipeline.reset_fault()  # also ends a row of failures that has not latched yet

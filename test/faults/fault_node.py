@@ -6,8 +6,9 @@ FLASHRT_FAULT_ORDER and read at every inference:
 
     {"id": 3, "fault": "nan", "count": 1, "sleep": 0.0}
 
-fault: nan, inf, position, velocity, seam, raise or none; count: inferences it lasts, -1 until the next order;
-sleep: seconds that each of them takes longer. `load` at the file's "load" key may say "out of memory".
+fault: nan, inf, position, velocity, seam, raise, lost (the GPU) or none; count: inferences it lasts, -1 until
+the next order; sleep: seconds that each of them takes longer. `load` at the file's "load" key may say "out of
+memory".
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from flashrt_ros.nodes.policy_node import load_policy, main
+from flashrt_runtime import device_loss
 
 PERIOD = 0.02  # of actions [s]
 SWAY, SPEED = 0.05, 3.0  # amplitude [rad] and angular frequency [rad/s] of the wrist
@@ -48,6 +50,9 @@ class FaultyPolicy:
         real = self._policy.predict(images, prompt, state, **options)
         if fault == "raise":
             raise RuntimeError("ordered to fail")
+        if fault == "lost":  # as the runtime says it after a kernel that trapped
+            with device_loss.recognised():
+                raise RuntimeError("CUDA error: unspecified launch failure")
         return FAULTS[fault](sway(np.asarray(state, np.float32), len(real)))
 
     def _read(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -55,6 +56,21 @@ def test_36_kill_9(bench: FaultBench, passed) -> None:
     bench.rig.forget(bench.node)
     bench.ready()
     passed(Outcome(36, "kill -9", "none: the process is gone", to_hold, "by starting the node"))
+
+
+def test_a_lost_gpu_ends_the_process_with_a_hold(bench: FaultBench) -> None:
+    """No row of the matrix; simulated, as the runtime says it. The next process has the GPU, and drives."""
+    before, begin = bench.counts(), time.monotonic()
+    bench.order("lost", -1)
+    bench.wait_code((Reason.DEVICE_LOST,), begin, before)
+    bench.wait_state(PolicyStatus.STATE_FAULT, begin)
+    assert bench.node.wait(timeout=10.0) == os.EX_TEMPFAIL, bench.node.output
+    assert bench.wait_hold(begin) <= bench.watchdog + SLACK
+    assert not moving(bench.commands.messages[-1]), "the last word is a hold"
+    bench.check_cap(begin)
+    bench.rig.forget(bench.node)
+    bench.order()
+    bench.ready()
 
 
 SIM = "/sim/policy_node"

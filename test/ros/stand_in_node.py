@@ -1,7 +1,8 @@
 """The policy node over a stand-in policy, for what cannot be had from the real runtime: failing on demand.
 
 Everything but the policy is the real node. Prompts: "break down" fails in set_prompt, "load slowly" says
-"loading" and takes its time, "think slowly" takes two seconds for a chunk.
+"loading" and takes its time, "think slowly" takes two seconds for a chunk, "lose the GPU" fails as after a
+kernel that trapped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from flashrt_ros.nodes.policy_node import main
+from flashrt_runtime import device_loss
 
 
 class StandInPolicy:
@@ -33,6 +35,9 @@ class StandInPolicy:
     def predict(self, images, prompt, state, *, seed=None):
         if prompt == "think slowly":
             time.sleep(2.0)
+        if prompt == "lose the GPU":
+            with device_loss.recognised():
+                raise RuntimeError("CUDA error: unspecified launch failure")
         return np.tile(np.asarray(state, np.float32), (self.spec.horizon, 1))
 
     def close(self) -> None:

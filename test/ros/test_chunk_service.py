@@ -16,6 +16,7 @@ from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
 from flashrt_ros.core.contract import load_contract
+from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timing import stamp_to_ns
 from flashrt_ros.msg import PolicyStatus
 from flashrt_ros.srv import GetActionChunk, SetPrompt
@@ -142,6 +143,10 @@ def test_other_services_answer_while_a_chunk_is_computed(rig, configured, ask, o
     assert not slow.done()
     wait_until(slow.done, 10.0, "the answer to the first")
     assert slow.result().status == CODES.CODE_OK, slow.result().message
+    lost = ask(**{**observation, "prompt": "lose the GPU"})
+    assert lost.status == CODES.CODE_INFERENCE
+    assert "start it again" in lost.message
+    statuses.wait_for(lambda message: message.reason == Reason.DEVICE_LOST, timeout=5.0)
 
 
 @pytest.mark.slow

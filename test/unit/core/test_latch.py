@@ -11,7 +11,10 @@ def problem(reason: Reason) -> Problem:
     return Problem(reason, "", reason.text)
 
 
-@pytest.mark.parametrize("reason", [Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT])
+AT_ONCE = [Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT]
+
+
+@pytest.mark.parametrize("reason", AT_ONCE)
 def test_latches_at_once(reason: Reason) -> None:
     latch = FaultLatch()
     fault = latch.note(problem(reason))
@@ -44,9 +47,23 @@ def test_a_good_chunk_ends_the_row(reason: Reason) -> None:
     assert latch.fault is None
 
 
+def test_a_lost_gpu_latches_for_good_and_over_any_other_fault() -> None:
+    latch = FaultLatch()
+    latch.note(problem(Reason.COMMAND_CONFLICT))
+    assert not latch.for_good
+    fault = latch.note(problem(Reason.DEVICE_LOST))
+    assert fault is not None
+    assert latch.fault == fault == problem(Reason.DEVICE_LOST), "no advice to reset it"
+    assert latch.for_good
+    assert latch.reset() is None
+    assert latch.note(problem(Reason.DEVICE_LOST)) is None
+    assert latch.note(problem(Reason.CONTROL_ERROR)) is None
+    assert latch.fault == fault
+
+
 def test_everything_else_ends_by_itself() -> None:
     latch = FaultLatch(max_failures=1)
-    latching = {*REPEATED, Reason.LIMIT_POSITION, Reason.CONTROL_ERROR, Reason.COMMAND_CONFLICT}
+    latching = {*REPEATED, *AT_ONCE, Reason.DEVICE_LOST}
     for reason in set(Reason) - latching:
         for _ in range(20):
             assert latch.note(problem(reason)) is None, reason

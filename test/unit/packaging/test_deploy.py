@@ -96,6 +96,7 @@ def test_compose():
         assert named == set(content["volumes"])
         assert service["volumes"][0].endswith(":ro"), "a checkpoint is not written to"
     assert (policy["network_mode"], policy["ipc"], policy["stop_signal"]) == ("host", "host", "SIGINT")
+    assert (policy["restart"], server["restart"]) == ("unless-stopped", "on-failure")
     check_launch(policy["command"])
     check_serve(server["command"])
     assert server["ports"] == ["127.0.0.1:8000:8000"], "the server is open to other machines by default"
@@ -116,6 +117,9 @@ def test_what_the_units_start_exists():
     policy = re.search(r"^ExecStart=(.*)$", texts["flashrt-policy"], re.MULTILINE)[1]
     check_launch(policy.replace("'", " ").replace('"', "").split())
     assert "KillSignal=SIGINT" in texts["flashrt-policy"]
+    # ros2 launch hides a node's status, flashrt serve has its own
+    restarts = {name: re.search(r"^Restart=(.*)$", text, re.MULTILINE)[1] for name, text in texts.items()}
+    assert restarts == {"flashrt-policy": "always", "flashrt-serve": "on-failure"}
     serve = re.search(r"^ExecStart=(.*)$", texts["flashrt-serve"], re.MULTILINE)[1]
     check_serve(serve.split())
     environment = (DEPLOY / "systemd" / "policy.env").read_text()
