@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 PACKAGE = "flashrt_ros"
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
-PRECISIONS = ("", "fp32", "bf16", "fp16", "fp8", "nvfp4")
+PRECISIONS = ("", "fp32", "bf16", "fp16", "fp8", "nvfp4")  # the last: the runtime says that it is for later
 
 # Fast DDS's default shared-memory segment (512 KB) cannot hold one 640x480 RGB image, and the segment is the
 # publisher's: without a larger one, two thirds of raw camera images are lost.
@@ -75,7 +75,8 @@ PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
     LaunchArgument("robot", "demo_arm", "robot contract: a name from config/robots, or a YAML file"),
     LaunchArgument("prompt", "", "task prompt; empty: the parameter file's, or wait for ~/set_prompt"),
     LaunchArgument(
-        "precision", "", "fp32 | bf16 | fp16 | fp8 | nvfp4; empty: the device's default", PRECISIONS
+        "precision", "", "fp32 | bf16 | fp16 | fp8; empty: the device's default (nvfp4: not supported yet)",
+        PRECISIONS,
     ),
     LaunchArgument("namespace", "", "namespace of the node and of every topic in the contract"),
     LaunchArgument("params_file", "", "ROS parameter file; empty: config/pi05.yaml of this package"),

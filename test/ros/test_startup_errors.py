@@ -73,6 +73,12 @@ def configure(rig, checkpoint: Path):
         yield attempt
 
 
+def test_a_precision_of_a_later_version(configure) -> None:
+    reason, message = configure(precision="nvfp4")
+    assert reason == Reason.PARAMETER_INVALID
+    assert message == "precision 'nvfp4' is not supported yet: use fp32, bf16, fp16, fp8"
+
+
 def test_no_robot(configure) -> None:
     reason, message = configure(robot="")
     assert reason == Reason.PARAMETER_INVALID

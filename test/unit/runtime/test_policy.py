@@ -227,6 +227,7 @@ def test_loading_leaves_the_global_random_state_alone(checkpoint: Path) -> None:
     assert torch.equal(torch.rand(3), want)
 
 
+NO_NVFP4 = r"'nvfp4' is not supported yet: use fp32, bf16, fp16, fp8$"
 BAD_OPTIONS = {
     "views 0": ({"num_views": 0}, OptionError, "from 1 to 3"),
     "views 4": ({"num_views": 4}, OptionError, "from 1 to 3"),
@@ -237,7 +238,8 @@ BAD_OPTIONS = {
     "contradiction": ({"precision": "fp32", "use_fp8": True}, OptionError, "fp8"),
     "both flags": ({"use_fp8": True, "use_fp16": True}, OptionError, "contradict"),
     "fp16 on the CPU": ({"precision": "fp16"}, HardwareError, "GPU"),
-    "nvfp4": ({"precision": "nvfp4"}, NotSupportedYetError, "nvfp4"),
+    "nvfp4": ({"precision": "nvfp4"}, NotSupportedYetError, NO_NVFP4),
+    "nvfp4 by its flag": ({"use_fp4": True}, NotSupportedYetError, NO_NVFP4),
     "later option": ({"vision_pool_factor": 2}, NotSupportedYetError, "vision_pool_factor"),
     "decode steps": ({"decode_graph_steps": 40}, OptionError, "decode_graph_steps"),
     "decode graph": ({"decode_cuda_graph": True}, OptionError, "pi0fast"),
