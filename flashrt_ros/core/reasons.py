@@ -30,6 +30,7 @@ class Reason(IntEnum):
     SKEW = 104, "no set of messages lies within the allowed skew"
     CLOCK = 105, "a header stamp lies in the future: the clocks disagree"
     CLOCK_RATE = 106, "the simulated clock does not keep real time; commands go by real time"
+    STAMP_UNSET = 107, "the header stamp of a stream is not set"
 
     # 200s: content of a message
     IMAGE_ENCODING = 201, "an image encoding is not supported or has changed"

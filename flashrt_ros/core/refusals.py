@@ -83,4 +83,6 @@ class MessageInspector:
     def _stamp(self, stream: StreamSpec, stamp_ns: int, now_ros_ns: int) -> Reason:
         if stamp_ns > now_ros_ns + self._max_skew:
             return Reason.CLOCK
-        return Reason.STALE_STAMP if stamp_ns < now_ros_ns - stream.max_age else Reason.OK
+        if stamp_ns >= now_ros_ns - stream.max_age:
+            return Reason.OK
+        return Reason.STALE_STAMP if stamp_ns else Reason.STAMP_UNSET

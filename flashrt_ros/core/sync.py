@@ -47,7 +47,8 @@ class StreamBuffer:
     """The last messages of one stream, ordered by stamp. Not locked: the Synchroniser does that.
 
     A stamp older than everything kept by more than `span` means that the clock jumped back (a bag that
-    loops): the buffer starts anew, or frames of the old timeline would pass for the newest.
+    loops): the buffer starts anew, or frames of the old timeline would pass for the newest. A stamp of 0 is
+    one that was not set, unless the clock has only just begun: such a message is noted as received, no more.
     """
 
     def __init__(self, capacity: int = 512, span: int | None = None) -> None:
@@ -65,11 +66,13 @@ class StreamBuffer:
         """Add a message; equal stamps keep the order of arrival."""
         item = Stamped(stamp_ns, receipt_ns, payload)
         items = self._items
+        self._newest = item
+        if stamp_ns == 0 and items and self._span is not None and items[-1].stamp > self._span:
+            return
         if self._span is not None and items and stamp_ns < items[0].stamp - self._span:
             items.clear()
             self.jumps += 1
         insort_right(items, item, key=_stamp)
-        self._newest = item
         if self._span is not None:
             self._forget(receipt_ns - self._span)
         if len(items) > self._capacity:
@@ -176,7 +179,7 @@ class Synchroniser:
         """The newest set with skew within bounds, every message's age within its stream's by both clocks.
 
         Streams are judged in the contract's order: NO_MESSAGE, STALE_RECEIPT (monotonic clock), CLOCK
-        (stamp in the future), STALE_STAMP (ROS clock), then SKEW over all of them.
+        (stamp in the future), STAMP_UNSET, STALE_STAMP (ROS clock), then SKEW over all of them.
         """
         with self._lock:
             received = {name: buffer.received for name, buffer in self._buffers.items()}
@@ -207,9 +210,14 @@ class Synchroniser:
         if age < -self._max_skew:
             text = f"stamp on topic {stream.topic} is {to_s(-age):.3f} s in the future: check the clocks"
             return NotReady(Reason.CLOCK, stream.name, text)
+        if age > stream.max_age and newest.stamp == 0:
+            text = (
+                f"the header stamp on topic {stream.topic} is not set (it is 0): its driver must fill "
+                "header.stamp with the time of capture"
+            )
+            return NotReady(Reason.STAMP_UNSET, stream.name, text)
         if age > stream.max_age:
-            hint = "; the stamp is 0, the driver does not set it" if newest.stamp == 0 else ""
-            text = f"newest header stamp on topic {stream.topic} is {to_s(age):.3f} s old, {limit}{hint}"
+            text = f"newest header stamp on topic {stream.topic} is {to_s(age):.3f} s old, {limit}"
             return NotReady(Reason.STALE_STAMP, stream.name, text)
         return None
 

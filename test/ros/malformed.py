@@ -175,7 +175,8 @@ def bad_stamp(contract: RobotContract, rng: np.random.Generator, now: int) -> Ma
     sec, nanosec = stamps[int(rng.integers(len(stamps)))]
     message.header.stamp.sec = sec
     message.header.stamp.nanosec = nanosec
-    return Malformed(stream, message, frozenset({Reason.CLOCK if future else Reason.STALE_STAMP}))
+    past = Reason.STALE_STAMP if sec or nanosec else Reason.STAMP_UNSET
+    return Malformed(stream, message, frozenset({Reason.CLOCK if future else past}))
 
 
 KINDS = (

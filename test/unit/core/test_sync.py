@@ -75,10 +75,47 @@ def test_stamp_clock_finds_a_frozen_stamp_while_messages_flow(demo: RobotContrac
         sync.push("base_camera", NOW - 400 * MS, MONO, "frozen")
     problem = not_ready(sync.select(NOW, MONO))
     assert (problem.reason, problem.stream) == (Reason.STALE_STAMP, "base_camera")
+
+
+def test_a_driver_that_sets_no_stamp_is_told_so(demo: RobotContract) -> None:
     sync = Synchroniser(demo)
     fill(sync, {"wrist_camera": [10], "joint_states": [5]})
-    sync.push("base_camera", 0, MONO, "unstamped")
-    assert "the driver does not set it" in not_ready(sync.select(NOW, MONO)).message
+    for _ in range(5):
+        sync.push("base_camera", 0, MONO, "unstamped")
+    problem = not_ready(sync.select(NOW, MONO))
+    assert (problem.reason, problem.stream) == (Reason.STAMP_UNSET, "base_camera")
+    assert problem.message == (
+        "the header stamp on topic base_camera/image_raw is not set (it is 0): its driver must fill "
+        "header.stamp with the time of capture"
+    )
+    assert sync.clock_jumps == 0
+
+
+def test_messages_without_a_stamp_among_others_are_no_jump_of_the_clock(demo: RobotContract) -> None:
+    """Two publishers on one topic, of which one sets no stamp."""
+    sync = Synchroniser(demo)
+    fill(sync, {"base_camera": [10], "wrist_camera": [10], "joint_states": [45, 35, 25, 15]})
+    sync.push("joint_states", 0, MONO, "unstamped")
+    assert not_ready(sync.select(NOW, MONO)).reason is Reason.STAMP_UNSET
+    sync.push("joint_states", NOW - 5 * MS, MONO, "stamped")
+    assert ready(sync.select(NOW, MONO)).messages["joint_states"].payload == "stamped"
+    assert sync.clock_jumps == 0
+    early = NOW - 60_000 * MS  # and a jump is still seen
+    sync.push("joint_states", early, MONO + MS, "again")
+    assert sync.clock_jumps == 1
+
+
+def test_simulated_time_may_begin_at_zero(demo: RobotContract) -> None:
+    sync = Synchroniser(demo)
+    for stream in demo.streams:
+        sync.push(stream, 0, MONO, "first")
+    assert ready(sync.select(0, MONO)).skew == 0
+    for stream in demo.streams:
+        sync.push(stream, 20 * MS, MONO + 20 * MS, "second")
+    assert {item.payload for item in ready(sync.select(20 * MS, MONO + 20 * MS)).messages.values()} == {
+        "second"
+    }
+    assert sync.clock_jumps == 0
 
 
 def test_a_stamp_in_the_future_is_a_clock_fault_beyond_the_skew(demo: RobotContract) -> None:
