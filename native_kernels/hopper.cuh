@@ -120,6 +120,43 @@ __device__ __forceinline__ void bulk_copy_once(void* shared, const void* global,
 #endif
 }
 
+// The address in the shared memory of block `rank` of the cluster that `address` has in this one's.
+__device__ __forceinline__ uint32_t address_in(uint32_t address, int rank) {
+  uint32_t there = 0;
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+#endif
+  return there;
+}
+
+// Stores that count on a barrier of the block that they go to: no fence, which would be over the whole GPU.
+__device__ __forceinline__ void give(uint32_t address, uint4 words, uint32_t barrier) {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(barrier)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void give(uint32_t address, float2 pair, uint32_t barrier) {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "r"(__float_as_uint(pair.x)), "r"(__float_as_uint(pair.y)), "r"(barrier)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // 16-byte asynchronous copy of one thread, for devices without the bulk copy engine.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");

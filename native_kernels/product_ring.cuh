@@ -110,20 +110,6 @@ struct ProductRing {
   }
 };
 
-template <int Registers>
-__device__ __forceinline__ void take_registers() {
-#if FLASHRT_DEVICE_HAS_WGMMA
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
-#endif
-}
-
-template <int Registers>
-__device__ __forceinline__ void give_registers() {
-#if FLASHRT_DEVICE_HAS_WGMMA
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
-#endif
-}
-
 // What a launch computes: `tiles` tiles, `row_tiles` of them to a tile of columns; `steps` stages of k.
 struct ProductShape {
   int rows, steps, row_tiles, tiles;

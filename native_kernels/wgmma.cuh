@@ -15,6 +15,22 @@
 #endif
 
 namespace flashrt {
+
+// By all threads of a warpgroup: registers go from those that copy to those that multiply.
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+
 namespace wgmma {
 
 // Rows along the reduction (K-major): 8-row groups lie 1024 bytes apart, a step of 16 bf16 or 32 e4m3 is 32 bytes
