@@ -10,9 +10,9 @@
 //
 // A cluster of two blocks takes 128 rows, and each of them every second tile of 64 keys. A block is three warpgroups:
 // one copies K and V into a ring of two tiles each, by the copy engine, whose bytes the matrix unit may read without a
-// fence; two attend with 64 rows each and multiply in turn, so that one exponentiates while the other multiplies. In the
-// end each block merges half of the columns, and the other half goes to its neighbour's shared memory. fp32 softmax in
-// base 2; probabilities are rounded to bf16 for the product.
+// fence; two attend with 64 rows each and multiply in turn, so that one exponentiates while the other multiplies. In
+// the end each block merges half of the columns, and the other half goes to its neighbour's shared memory. fp32 softmax
+// in base 2; probabilities are rounded to bf16 for the product.
 #include "dependent_launch.h"
 #include "prefix.h"
 #include "quantise.cuh"
