@@ -30,7 +30,7 @@ from benchmarks.bench_policy import commit
 from benchmarks.random_policy import random_checkpoint
 from flashrt_runtime import models
 from flashrt_runtime.cache import content_digest
-from flashrt_runtime.checkpoints.base import Checkpoint, open_checkpoint
+from flashrt_runtime.checkpoints import Checkpoint, open_checkpoint
 from flashrt_runtime.inputs import ModelInputs
 from flashrt_runtime.layers.linear import Linear
 from flashrt_runtime.loading import Settings, build_policy

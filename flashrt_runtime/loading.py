@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import device_loss, models
-from .checkpoints.base import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
 from .checkpoints.tokenizer import resolve_tokenizer
 from .engine import Engine, fused_decode, fused_expert
 from .errors import (

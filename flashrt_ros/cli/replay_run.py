@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flashrt_ros.core.bag_reader import Decoder, rosbags_decoder
 from flashrt_ros.core.bag_source import BagSource
-from flashrt_ros.core.contract import RobotContract, load_contract
+from flashrt_ros.core.contract import RobotContract, check_policy, load_contract
 from flashrt_ros.core.errors import CoreError
 from flashrt_ros.core.replay import Replay, replay
 from flashrt_runtime.cli.console import OUTPUT, print_json, progress
@@ -59,7 +59,7 @@ def run(options: Options, as_json: bool) -> None:
             with progress("loading", None):
                 policy = load_model(options.checkpoint, num_views=len(contract.views), **options.model)
             try:
-                contract.check_policy(policy.spec)
+                check_policy(contract, policy.spec)
                 result = _evaluate(source, contract, policy, prompt, options)
             finally:
                 policy.close()

@@ -25,7 +25,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from .contract_yaml import SourceMap
 from .errors import ChunkError
-from .policy_check import PolicySpecLike, check_policy
 from .reasons import Reason
 
 FloatArray = NDArray[np.float64]
@@ -334,10 +333,6 @@ class RobotContract:
         """Topics whose last command goes on moving the robot if this node dies: velocities."""
         velocity = self.action.representation is Representation.VELOCITY
         return tuple(output.topic for output in self.outputs) if velocity else ()
-
-    def check_policy(self, spec: PolicySpecLike) -> None:
-        """Raise PolicyMismatchError unless the checkpoint of `spec` fits; see policy_check."""
-        check_policy(self, spec)
 
     def actions_to_robot(self, actions: ArrayLike) -> FloatArray:
         """Policy actions (horizon, dof) in the policy's units -> (horizon, dof) float64 in the robot's units.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from .contract_model import RobotContract
 from .contract_yaml import YamlPath
 from .errors import PolicyMismatchError
 from .timing import NS_PER_S, to_s
-
-if TYPE_CHECKING:
-    from .contract_model import RobotContract
 
 RATE_TOLERANCE = 0.01  # relative; separates 30 from 29.97 Hz recordings' rounding, not from 25 or 50 Hz
 

@@ -13,7 +13,7 @@ from rclpy.clock import Clock
 
 from flashrt_ros.core.clock_rate import ClockRate
 from flashrt_ros.core.commander import Commander
-from flashrt_ros.core.contract import RatesSpec, RobotContract
+from flashrt_ros.core.contract import RatesSpec, RobotContract, check_policy
 from flashrt_ros.core.freshness import next_frame_is_better
 from flashrt_ros.core.images import FallbackDecoder
 from flashrt_ros.core.ingest import Ingest
@@ -101,7 +101,7 @@ class PolicyRunner:
         Raises PolicyMismatchError and what the prompt raises; the policy is then closed.
         """
         try:
-            self._contract.check_policy(policy.spec)
+            check_policy(self._contract, policy.spec)
             # Without a prompt any text will do: a missing tokenizer is to show now, not in mid-operation.
             policy.set_prompt(prompt or ANY_PROMPT)
         except Exception:

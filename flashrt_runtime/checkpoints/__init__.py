@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Checkpoint, FeatureStats, NormStats, open_checkpoint
+from .base import Checkpoint, FeatureStats, NormStats
 from .random import make_checkpoint
+from .reader import open_checkpoint
 from .tokenizer import resolve_tokenizer
 
 __all__ = [

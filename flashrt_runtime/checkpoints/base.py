@@ -1,8 +1,8 @@
-"""What every checkpoint layout is turned into: one `Checkpoint`, opened by `open_checkpoint`."""
+"""What every checkpoint layout is turned into: one `Checkpoint`, opened by `reader.open_checkpoint`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Protocol
@@ -134,52 +134,3 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def open_checkpoint(
-    path: str | Path,
-    framework: str = "torch",
-    config: str = "auto",
-    *,
-    rules: Mapping[str, object] | None = None,
-    action_horizon: int | None = None,
-    asset_id: str | None = None,
-    state_dim: int | None = None,
-    action_dim: int | None = None,
-    delta_actions: Sequence[bool] | None = None,
-    verify_weights: bool = True,
-    cache_dir: str | Path | None = None,
-) -> Checkpoint:
-    """Open a checkpoint directory: find its layout, read its configuration and statistics, check every
-    tensor.
-
-    path: an openpi PyTorch directory (model.safetensors, assets/), a LeRobot policy directory (config.json
-    with a `type`), an openpi Orbax directory (params/), or, as a str, a hub id "owner/name" where
-    `huggingface_hub` is installed and there is no such directory. ./owner/name is a path and no id.
-    framework: "torch" reads safetensors, "jax" reads Orbax.
-    config: "pi05", "pi0" or "pi0fast" insists on that policy; "auto" takes what the tensors say.
-    rules: overrides of single `FamilyRules` fields, e.g. {"state_in_prompt": False}.
-    action_horizon, state_dim, action_dim, delta_actions: facts that openpi's layout does not record; each
-    overrides what the files say.
-    asset_id: which folder of assets/ holds the statistics, when there are several.
-    verify_weights: read every tensor once and refuse non-finite ones (memory bandwidth of the mapped file,
-    about 0.05 s/GB from a warm page cache); without it only names, shapes and statistics are checked.
-    cache_dir: where converted Orbax weights are kept; default $FLASHRT_CACHE_DIR or ~/.cache/flash_rt.
-
-    Nothing is allocated on any device. Raises CheckpointNotFoundError, CheckpointError, OptionError or
-    NotSupportedYetError; messages name the file and the key.
-    """
-    from .reader import Hints, read_checkpoint
-
-    hints = Hints(
-        config="pi0fast" if config == "pi0_fast" else config,
-        rules=dict(rules or {}),
-        action_horizon=action_horizon,
-        asset_id=asset_id,
-        state_dim=state_dim,
-        action_dim=action_dim,
-        delta_actions=None if delta_actions is None else tuple(bool(flag) for flag in delta_actions),
-        verify_weights=verify_weights,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-    )
-    return read_checkpoint(path, framework, hints)

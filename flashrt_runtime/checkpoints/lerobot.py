@@ -14,9 +14,9 @@ from typing import Any
 from ..config import PROMPT_CAPACITY, DecodeConfig, FamilyRules, NormalizationMode, PolicyName
 from ..errors import CheckpointError, NotSupportedYetError, OptionError
 from .base import FeatureStats, NormStats
+from .facts import Facts, Hints
 from .json_fields import JsonObject
 from .pipelines import Pipeline, read_pipeline
-from .reader import Facts, Hints
 from .rules import lerobot_rules
 from .tokenizer import tokenizer_in
 

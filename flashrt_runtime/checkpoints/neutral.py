@@ -23,7 +23,7 @@ def neutral_actions(directory: Path, state: list[float], steps: int) -> NDArray[
     from ..loading import load_model
     from ..processing.prompt import PromptEncoder
     from ..processing.state import StateTransform
-    from .base import open_checkpoint
+    from .reader import open_checkpoint
 
     with open_checkpoint(directory) as checkpoint:
         stats, views = checkpoint.norm_stats, checkpoint.views or ()

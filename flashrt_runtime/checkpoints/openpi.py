@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..config import PROMPT_CAPACITY, DecodeConfig, PolicyName
 from ..errors import CheckpointError
+from .facts import Facts, Hints
 from .json_fields import JsonObject
 from .open_facts import how_to_give
-from .reader import Facts, Hints
 from .rules import openpi_rules
 from .stats import read_norm_stats
 from .tokenizer import tokenizer_in

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.lib.npyio import NpzFile
 
-from ..checkpoints.base import open_checkpoint
+from ..checkpoints import open_checkpoint
 from ..config import PolicyConfig
 from ..errors import NotSupportedYetError, ObservationError
 from ..options import MAX_STEPS, Target, check_range

@@ -24,6 +24,7 @@ from flashrt_ros.core.contract import (
     RobotContract,
     RtcMode,
     StreamType,
+    check_policy,
     default_search_path,
     known_contracts,
     load_contract,
@@ -484,7 +485,7 @@ def policy(**changes: object) -> SimpleNamespace:
     {"action_representation": "absolute"},
 ])
 def test_a_fitting_checkpoint_passes(demo: RobotContract, changes: dict[str, object]) -> None:
-    demo.check_policy(policy(**changes))
+    check_policy(demo, policy(**changes))
 
 
 @pytest.mark.parametrize(("changes", "blame", "text"), [
@@ -508,7 +509,7 @@ def test_each_disagreement_names_line_and_checkpoint(
     demo: RobotContract, demo_text: str, changes: dict[str, object], blame: str, text: str
 ) -> None:
     with pytest.raises(PolicyMismatchError, match=text) as caught:
-        demo.check_policy(policy(**changes))
+        check_policy(demo, policy(**changes))
     (problem,) = caught.value.problems
     assert blame in demo_text.splitlines()[problem.line - 1]
     assert problem.text.endswith("(checkpoint models/arm)")
@@ -520,8 +521,8 @@ def test_a_checkpoint_that_names_no_representation_gives_absolute_actions(
 ) -> None:
     contract = load(demo_text.replace("representation: absolute", "representation: delta"))
     with pytest.raises(PolicyMismatchError, match="representation is delta, the checkpoint's is absolute"):
-        contract.check_policy(policy())
-    contract.check_policy(policy(action_representation="delta"))
+        check_policy(contract, policy())
+    check_policy(contract, policy(action_representation="delta"))
 
 
 def test_only_velocities_outlive_the_node(load: Callable[[str], RobotContract], demo_text: str) -> None:
@@ -539,8 +540,8 @@ def test_an_optional_camera_cannot_serve_a_needed_view(
 ) -> None:
     contract = load(demo_text.replace("view: base_0_rgb", "view: base_0_rgb\n    optional: true"))
     with pytest.raises(PolicyMismatchError, match="stream base_camera is optional"):
-        contract.check_policy(policy())
-    contract.check_policy(policy(optional_views=("base_0_rgb",)))
+        check_policy(contract, policy())
+    check_policy(contract, policy(optional_views=("base_0_rgb",)))
 
 
 def test_reasons_are_stable_and_described() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flashrt_runtime
-from flashrt_ros.core.contract import load_contract
+from flashrt_ros.core.contract import check_policy, load_contract
 from flashrt_ros.core.errors import PolicyMismatchError
 from flashrt_runtime.checkpoints.presets import preset_named
 from flashrt_runtime.checkpoints.random import make_checkpoint
@@ -27,7 +27,7 @@ def test_a_random_checkpoint_of_its_preset_drives_it(
         path, config=policy, hardware="cpu", num_steps=2, num_views=len(contract.views)
     )
     try:
-        contract.check_policy(loaded.spec)
+        check_policy(contract, loaded.spec)
         assert loaded.spec.action_representation == contract.action.representation
         image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
         images = dict.fromkeys(contract.views, image)
@@ -37,6 +37,6 @@ def test_a_random_checkpoint_of_its_preset_drives_it(
         assert np.isfinite(commands).all()
         other = load_contract("so101" if robot != "so101" else "ur5e")
         with pytest.raises(PolicyMismatchError, match=r"config/robots/.*\.yaml:\d+: .*checkpoint .*made"):
-            other.check_policy(loaded.spec)
+            check_policy(other, loaded.spec)
     finally:
         loaded.close()

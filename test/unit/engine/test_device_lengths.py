@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashrt_runtime import models
-from flashrt_runtime.checkpoints.base import open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.engine.engine import prompt_buckets
 from flashrt_runtime.engine.staging import Staging

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import flashrt_runtime
-from flashrt_runtime.checkpoints.base import open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.errors import (
     CalibrationCorruptError,
     CalibrationError,

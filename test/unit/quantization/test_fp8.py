@@ -15,7 +15,7 @@ from torch import nn
 
 import flashrt_runtime
 from flashrt_runtime import models, ops
-from flashrt_runtime.checkpoints.base import open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import HardwareError, OptionError
 from flashrt_runtime.layers.linear import Linear
