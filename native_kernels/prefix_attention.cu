@@ -287,8 +287,7 @@ struct Exchange {
 };
 
 template <typename Out>
-__global__ void __cluster_dims__(kSplits) __launch_bounds__(kThreads, 1)
-    prefix_attention_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 1) prefix_attention_kernel(const __grid_constant__ Problem p) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   extern __shared__ unsigned char raw[];
   __shared__ Tiles barriers;
@@ -347,7 +346,8 @@ cudaError_t launch(const Problem& problem, cudaStream_t stream) {
       cudaFuncSetAttribute(prefix_attention_kernel<Out>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   const dim3 grid(static_cast<unsigned>((problem.rows + kBlockRows - 1) / kBlockRows) * kSplits);
-  return launch_dependent(prefix_attention_kernel<Out>, grid, kThreads, kSharedBytes, stream, problem);
+  return launch_dependent_clusters(prefix_attention_kernel<Out>, kSplits, grid, kThreads, kSharedBytes, stream,
+                                   problem);
 }
 
 }  // namespace
