@@ -18,6 +18,7 @@ SECTIONS = {
     "FP8: calibration and drift": "calibration.md",
     "The same with peaked attention": "calibration_peaked.md",
     "From disk to the first action": "load.md",
+    "Every kernel alone": "kernels.md",
 }
 STAGES = ("images", "vision", "embed", "prefix", "expert", "staging", "h2d", "d2h")
 
