@@ -235,8 +235,8 @@ def main() -> None:
     copy = ceilings()["copy_tb_s"]
     lines = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today().isoformat()}, "
-        f"commit {args.commit or commit()}. Operands from memory; floor: the bytes at the {copy:.2f} TB/s of a "
-        "large copy.",
+        f"commit {args.commit or commit()}. Operands from memory; floor: the bytes at the {copy:.2f} TB/s of "
+        "a large copy.",
         "",
         "| kernel | shape | us | MB | TB/s | floor us |",
         "|---|---|---|---|---|---|",
