@@ -166,7 +166,7 @@ import numpy as np, torch
 import flashrt_runtime
 from flashrt_runtime.errors import DeviceLostError
 
-policy = flashrt_runtime.load_model(sys.argv[1], num_steps=2)
+policy = flashrt_runtime.load_model(sys.argv[1], precision="bf16", num_steps=2, autotune=0)
 images = [np.full((48, 64, 3), 90, np.uint8)] * 2
 observation = images, "pick up the red block", np.zeros(7, np.float32)
 policy.predict(*observation)
@@ -183,8 +183,9 @@ print("closed")
 
 
 @pytest.mark.gpu
-def test_a_real_loss_is_recognised_and_the_process_ends_by_itself(checkpoint: Path) -> None:
+def test_a_real_loss_is_recognised_and_the_process_ends_by_itself(tmp_path: Path) -> None:
     """In a process of its own, as its GPU is lost for good."""
+    checkpoint = make_checkpoint(tmp_path / "small", size="small", preset="demo_arm")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(checkpoint)], capture_output=True, text=True, timeout=240
     )
