@@ -30,6 +30,7 @@ from .inputs import FloatArray, Images, ModelInputs, ObservationEncoder, State, 
 from .models import FlowPolicy, Pi0Fast, PrefixPolicy
 from .models.flow import Guide, guided
 from .models.pi0_fast import BROKEN, NOTHING
+from .models.weights import unquantised_weights
 from .options import Target
 from .processing.actions import ActionTransform
 from .processing.guidance import GuidanceEncoder, GuideArrays
@@ -68,7 +69,11 @@ class Policy(Calibrated):
         self._encode = ObservationEncoder(checkpoint, self.spec, model.noise_shape, model.draw_noise)
         views = self.spec.views
         self._calibration = (
-            CalibrationInForce(model, lambda: identity_of(checkpoint, views, target.precision))
+            CalibrationInForce(
+                model,
+                lambda: identity_of(checkpoint, views, target.precision),
+                lambda names: unquantised_weights(model, model.config, checkpoint, target.device, names),
+            )
             if target.precision == "fp8"
             else None
         )
@@ -289,6 +294,7 @@ class Policy(Calibrated):
             reference=lambda inputs: self._decoded(self._eager(self._check_open(), inputs).cpu().numpy()),
             deployed=lambda inputs: self._run(self._check_open(), inputs),
             robot_actions=self.spec.action_dim or self.spec.model_action_dim,
+            draw_noise=self._model.draw_noise if isinstance(self._model, FlowPolicy) else None,
         )
 
     def _calibrate_first(self, forward: Callable[[], torch.Tensor]) -> None:

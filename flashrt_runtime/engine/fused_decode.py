@@ -59,6 +59,11 @@ class PackedLayer:
         qkv, gate_up = _packed(layer.qkv, rope), _packed(layer.gate_up, geglu)
         return cls(layer, qkv, _packed(layer.out), gate_up, _packed(layer.down))
 
+    def repack(self, like: PackedLayer) -> None:
+        """The copies made anew, `like`, where the old ones lie."""
+        for name in ("qkv", "out", "gate_up", "down"):
+            getattr(self, name).data.copy_(getattr(like, name).data)
+
 
 class FusedDecode:
     """Packed weights and scratch of one model."""
@@ -67,8 +72,9 @@ class FusedDecode:
         self.model = model
         prefix = model.config.prefix
         heads = prefix.num_heads + 2 * prefix.num_kv_heads
+        self.sizes = heads, prefix.head_dim, prefix.mlp_dim
         self.layers = [
-            PackedLayer.of(layer, heads, prefix.head_dim, prefix.mlp_dim)
+            PackedLayer.of(layer, *self.sizes)
             for layer in model.paligemma.stack.layers
             if isinstance(layer, GemmaLayer)
         ]
@@ -88,6 +94,12 @@ class FusedDecode:
     def ready(self) -> bool:
         """Whether activation scales are in force; until then, and while observing, the layers run."""
         return all(linear.input_scale is not None for linear in self.linears)
+
+    @torch.inference_mode()
+    def repack(self) -> None:
+        """The layers' weights as they are now, in the buffers that captured graphs read."""
+        for packed in self.layers:
+            packed.repack(PackedLayer.of(packed.layer, *self.sizes))
 
     def hidden(self, x: Tensor, gap: int) -> Tensor:
         """`Pi0Fast.hidden` of the embedded token x: (1, width) bfloat16, which is overwritten."""

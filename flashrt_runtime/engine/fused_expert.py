@@ -95,6 +95,15 @@ class FusedExpert:
                 _fp8(linear).activation_scale = table[layer, column]
         return table
 
+    @torch.inference_mode()
+    def repack(self) -> None:
+        """The linears' weights as they are now, in the buffers that captured graphs read."""
+        for name, linears in self.linears.items():
+            for layer, linear in enumerate(linears):
+                self.weights.products[name][layer].copy_(steps_op.pack_chunks(linear.weight, name))
+        if self.weights.shift_products is not None:
+            self.weights.shift_products.copy_(_shift_products(self.weights.norms, self.linears))
+
     def ready(self) -> bool:
         """Whether activation scales are in force; until then, and while observing, the model's loop runs."""
         if not self.fp8:
@@ -174,10 +183,9 @@ def _conditioning(
     weight, bias = model.action_in.weight, model.action_in.bias
     if isinstance(model, Pi05):
         styles = model.styles.contiguous()
-        qkv, gate_up = (torch.stack([*map(_dense, linears[name])]) for name in ("qkv", "gate_up"))
         return {
             "norms": styles,
-            "shift_products": steps_op.shift_products(styles, qkv, gate_up),
+            "shift_products": _shift_products(styles, linears),
             "project_in": (weight.contiguous(), bias.view(1, -1)),
         }
     norms = [norm for layer in layers for norm in (layer.input_norm, layer.post_norm)]
@@ -199,6 +207,11 @@ def _of_state(model: Pi0, weights: ExpertWeights) -> ExpertWeights:
     return replace(
         weights, project_in=(projection.weight.contiguous(), projection.bias.view(1, -1)), mix=None
     )
+
+
+def _shift_products(styles: Tensor, linears: dict[str, list[Linear]]) -> Tensor:
+    qkv, gate_up = (torch.stack([*map(_dense, linears[name])]) for name in ("qkv", "gate_up"))
+    return steps_op.shift_products(styles, qkv, gate_up)
 
 
 def _linear(layer: GemmaLayer, name: str) -> Linear:

@@ -36,6 +36,10 @@ class ExpertKernel(Protocol):
         """What `FlowPolicy.extend_prefix` leaves in the cache for a state (action_dim,), but the length."""
         ...
 
+    def repack(self) -> None:
+        """Copies of the model's weights are made again, where they lie."""
+        ...
+
 
 @dataclass(frozen=True)
 class Guide:
@@ -135,6 +139,11 @@ class FlowPolicy(PrefixPolicy):
         self.extend_prefix(state)
         ops.assign(out, noise)
         self.integrate(out)
+
+    def weights_changed(self) -> None:
+        """The fused expert has packed copies."""
+        if self.fused_expert is not None:
+            self.fused_expert.repack()
 
     def release(self) -> None:
         """The fused expert refers back to the model."""

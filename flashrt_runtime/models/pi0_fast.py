@@ -35,6 +35,10 @@ class DecodeKernel(Protocol):
         """As `Pi0Fast.hidden` of the embedded token x: (1, width)."""
         ...
 
+    def repack(self) -> None:
+        """Copies of the model's weights are made again, where they lie."""
+        ...
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -221,6 +225,11 @@ class Pi0Fast(PrefixPolicy):
         finally:
             self.scoring_now = self.scoring()
         return out[out != NOTHING]
+
+    def weights_changed(self) -> None:
+        """The fused step has packed copies."""
+        if self.fused is not None:
+            self.fused.repack()
 
     def release(self) -> None:
         """The fused step refers back to the model."""

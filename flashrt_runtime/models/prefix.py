@@ -129,5 +129,8 @@ class PrefixPolicy(nn.Module, ABC):
         self.paligemma.fill_cache(x, self.rope, self.cache, Window.padded(x.shape[0], self.prefix_length))
         self.cache.length, self.prefix_bound = None, x.shape[0]
 
+    def weights_changed(self) -> None:
+        """Projections hold other weights: copies that were made of them are made again, in place."""
+
     def release(self) -> None:
         """Drop what refers back to the model, so that its memory can be freed."""

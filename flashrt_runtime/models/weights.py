@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,14 +125,40 @@ def load_weights(
         declared = getattr(owner, name)
         convert = getattr(owner, "set_weight", None) if name == "weight" else None
         dtype = declared.dtype if convert is None else torch.float32
-        target = torch.empty(declared.shape, dtype=dtype, device=device)
-        row = 0
-        for key in source.keys:
-            stored = checkpoint.tensor(key)
-            stored = stored.reshape(stored.shape[0], *target.shape[1:])
-            target[row : row + stored.shape[0]].copy_(stored)
-            row += stored.shape[0]
+        target = _stacked(source, checkpoint, declared.shape, dtype, device)
         if convert is None:
             setattr(owner, name, nn.Parameter(target, requires_grad=False))
         else:
             convert(target)
+
+
+def unquantised_weights(
+    model: nn.Module,
+    config: PolicyConfig,
+    checkpoint: TensorSource,
+    device: torch.device,
+    projections: Collection[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's own weights of some projections of `model`, whatever form it stores: one after the
+    other, (out, in) float32 on `device`, each with the projection's name.
+    """
+    for source in sources(config):
+        name, _, part = source.parameter.rpartition(".")
+        if part == "weight" and name in projections:
+            shape = model.get_submodule(name).weight.shape
+            assert isinstance(shape, torch.Size)
+            yield name, _stacked(source, checkpoint, shape, torch.float32, device)
+
+
+def _stacked(
+    source: Source, checkpoint: TensorSource, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The rows of a source's tensors, one below the other."""
+    target = torch.empty(shape, dtype=dtype, device=device)
+    row = 0
+    for key in source.keys:
+        stored = checkpoint.tensor(key)
+        stored = stored.reshape(stored.shape[0], *target.shape[1:])
+        target[row : row + stored.shape[0]].copy_(stored)
+        row += stored.shape[0]
+    return target

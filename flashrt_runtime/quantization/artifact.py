@@ -25,6 +25,7 @@ from ..errors import (
     CalibrationNotFoundError,
 )
 from .calibration import CalibrationReport, HeldOutError
+from .projection_weights import ROUNDINGS, Rounding, WeightsFile
 
 FORMAT = 1
 MOST_HEADER = 64 << 20
@@ -119,7 +120,8 @@ def normalization_digest(checkpoint: Checkpoint) -> str:
 class Calibration:
     """Scales and where they come from: what a file holds, and what is in force in a policy.
 
-    scales: by projection; maxima: (samples, projections) largest magnitudes; date: ISO 8601, UTC.
+    scales: by projection; maxima: (samples, projections) largest magnitudes; date: ISO 8601, UTC; rounding:
+    of the weights that go with them; weights: the file that has them, where they are compensated and kept.
     """
 
     scales: Mapping[str, float]
@@ -131,12 +133,14 @@ class Calibration:
     warnings: tuple[str, ...] = ()
     held_out_error: HeldOutError | None = None
     date: str = ""
+    rounding: Rounding = "nearest"
+    weights: WeightsFile | None = None
 
     @classmethod
     def of(cls, report: CalibrationReport) -> Calibration:
         """What a calibration that was just made is kept as."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        names = ("scales", "maxima", "samples", "estimator", "percentile", "source", "warnings")
+        names = ("scales", "maxima", "samples", "estimator", "percentile", "source", "warnings", "rounding")
         values = {name: getattr(report, name) for name in names}
         return cls(**values, held_out_error=report.held_out_error, date=now)
 
@@ -175,6 +179,8 @@ def write(path: Path, calibration: Calibration, identity: CalibrationIdentity) -
         "warnings": list(calibration.warnings),
         "held_out_error": None if error is None else error.per_sample,
         "date": calibration.date,
+        "rounding": calibration.rounding,
+        "weights": None if calibration.weights is None else asdict(calibration.weights),
     }
     metadata = _metadata(json.dumps(content, sort_keys=True), content, tensors)
     write_atomically(path, save(tensors, metadata))
@@ -202,6 +208,8 @@ def read(path: Path, identity: CalibrationIdentity | None = None) -> Calibration
             warnings=tuple(content["warnings"]),
             held_out_error=None if rows is None else HeldOutError.of_rows(tuple(map(tuple, rows))),
             date=content["date"],
+            rounding=ROUNDINGS[ROUNDINGS.index(content.get("rounding", "nearest"))],
+            weights=None if content.get("weights") is None else WeightsFile(**content["weights"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CalibrationCorruptError(f"{path}: not a whole calibration ({error!r}): {_way_out()}") from error

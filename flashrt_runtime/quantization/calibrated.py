@@ -13,6 +13,7 @@ from ..errors import OptionError
 from . import session
 from .calibration import CalibrationReport
 from .in_force import CalibrationInForce
+from .projection_weights import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ class Calibrated(ABC):
         return self._calibration is None or self._calibration.calibrated
 
     @property
+    def rounding(self) -> Rounding | None:
+        """How the weights in force were rounded, "nearest" or "compensated"; None: the precision has none."""
+        return None if self._calibration is None else self._calibration.weights.rounding
+
+    @property
     def calibration_key(self) -> str:
         """Names the calibrations that fit: another checkpoint byte, configuration, precision, set of views,
         normalisation or library version has another. The first use reads the checkpoint's files, seconds
@@ -64,6 +70,7 @@ class Calibrated(ABC):
         progress: Callable[[int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
         held_out: int = 0,
+        weights: str | None = None,
     ) -> CalibrationReport:
         """Set the activation scales from what the model sees in `observations`; graphs stay valid.
 
@@ -82,11 +89,17 @@ class Calibrated(ABC):
         on them. source: kept with the calibration. progress: called with the number of samples so far.
         should_stop: asked between samples; true raises CalibrationCancelledError. verbose: log scales.
 
+        weights: "compensated" also rounds the weights anew so that their errors cancel on these observations,
+        of which up to 64 are kept for that (see `quantization.rounding`): they are read from the checkpoint
+        again, and take up to a minute on an H100. "nearest": each weight to its nearest value. None: the
+        weights in force stay.
+
         Raises OptionError (nothing to calibrate, no observations, contradicting options), CalibrationError
-        (non-finite activations) and what predict raises; whatever is raised, the scales in force stay.
+        (non-finite activations) and what predict raises; whatever is raised, the scales and weights in force
+        stay.
         """
         calibration = self._calibration_or_refuse()
-        request = session.Request.checked(percentile, estimator, max_samples, held_out, source)
+        request = session.Request.checked(percentile, estimator, max_samples, held_out, source, weights)
         report = calibration.calibrate(self._runner(), observations, request, progress, should_stop)
         if verbose:
             for name, scale in report.scales.items():
@@ -94,7 +107,9 @@ class Calibrated(ABC):
         return report
 
     def recalibrate(self) -> None:
-        """Drop the calibration in force: the next observation sets the scales again."""
+        """Drop the calibration in force: the next observation sets the scales again. Compensated weights go
+        with it, and those rounded to nearest are read from the checkpoint.
+        """
         calibration = self._calibration_or_refuse()
         with self._exclusive():
             calibration.drop()
@@ -102,9 +117,10 @@ class Calibrated(ABC):
     def save_calibration(self, path: Path | None = None) -> Path:
         """Keep the calibration in force in a file; None: in the cache, where load_model finds it.
 
-        Returns the file. It appears complete or not at all. Raises CalibrationError (nothing in force; a path
-        that holds something else than a calibration, or cannot be written), OptionError (not fp8),
-        ClosedError or OSError.
+        Returns the file. It appears complete or not at all. Compensated weights (2.7 GB for pi0.5) are kept
+        beside it, in STEM.DIGEST.weights.safetensors, which the file names: move them together. Raises
+        CalibrationError (nothing in force; a path that holds something else than a calibration, or cannot be
+        written), OptionError (not fp8), ClosedError or OSError.
         """
         calibration = self._calibration_or_refuse()
         with self._exclusive():
@@ -115,12 +131,13 @@ class Calibrated(ABC):
 
         Raises CalibrationNotFoundError, CalibrationMismatchError (of another checkpoint, configuration,
         precision, views, normalisation or version), CalibrationCorruptError, OptionError (not fp8) or
-        ClosedError; the calibration in force then stays.
+        ClosedError; the calibration in force then stays. Compensated weights that are missing or damaged are
+        a warning: those rounded to nearest take their place.
         """
         calibration = self._calibration_or_refuse()
-        file, content = calibration.read(path)
+        file, content, weights = calibration.read(path)
         with self._exclusive():
-            calibration.put(content)
+            calibration.put(content, weights)
         logger.info("activation scales from %s: %d samples, %s", file, content.samples, content.source)
 
     def _calibration_or_refuse(self) -> CalibrationInForce:

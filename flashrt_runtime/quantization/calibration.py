@@ -16,6 +16,7 @@ from ..errors import CalibrationError
 from ..ops import E4M3_MAX
 from .estimators import Estimator, estimate_scale
 from .fp8 import Fp8Linear, fp8_linears
+from .projection_weights import Rounding
 from .statistics import Collector, observing
 
 CEILING = 20.0
@@ -56,7 +57,8 @@ class CalibrationReport:
     magnitudes, projections in the order of `scales`. warnings: outliers and scales above the ceiling, with
     projection and samples (indices count the calibrated observations from 0). held_out_error: None when none
     was held out. held_out: which observations of the stream were, counted from 0. outliers: (samples,
-    projections), what was left out; None where the estimator takes everything.
+    projections), what was left out; None where the estimator takes everything. rounding: of the weights in
+    force.
     """
 
     samples: int
@@ -69,6 +71,7 @@ class CalibrationReport:
     warnings: tuple[str, ...] = ()
     held_out_error: HeldOutError | None = None
     source: str = ""
+    rounding: Rounding = "nearest"
 
 
 def action_error(

@@ -61,6 +61,13 @@ class Fp8Linear(Linear):
         self.weight_scale = scale.reshape(())
         self.activation_scale = torch.ones_like(self.weight_scale)
 
+    @torch.inference_mode()
+    def overwrite(self, weight: Tensor) -> None:
+        """Another rounding of the same weight, (out, in) e4m3 on any device, where the old one lies."""
+        self.weight.copy_(weight)
+        if self.wide is not None:
+            self.wide.copy_(self.weight)
+
     def widen(self) -> None:
         """Keep the e4m3 weights in the compute dtype too (exact), for 16-bit products without a conversion
         each time; only where no kernel of ours reads the 8-bit ones.

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from ..errors import ActionTokenError, CalibrationCancelledError, CalibrationError, OptionError
 from ..inputs import ModelInputs
 from .calibration import CalibrationReport, Calibrator, HeldOutError, estimate
+from .compensation import KeptSamples, compensate
 from .estimators import Estimator, resolve_estimator
+from .projection_weights import ProjectionWeights, Rounding, resolve_rounding
+from .statistics import Collector
 
 HELD_OUT_EVERY = 5
 FEWEST_TO_CLIP = 4  # below it clipping what was seen costs more on what was not: docs/calibration.md
@@ -28,7 +31,7 @@ class Runner:
     exclusive: the model to itself; raises ClosedError once the policy is closed. encode: an observation in
     model space. eager: the model's definition, whatever it gives. reference: its actions, and deployed: those
     of what predict runs, both (horizon, model_action_dim). robot_actions: how many of the model's action
-    dimensions are the robot's.
+    dimensions are the robot's. draw_noise: a flow's start, from a generator; None where none is used.
     """
 
     exclusive: Callable[[], AbstractContextManager[object]]
@@ -37,6 +40,7 @@ class Runner:
     reference: Callable[[ModelInputs], NDArray[np.float32]]
     deployed: Callable[[ModelInputs], NDArray[np.float32]]
     robot_actions: int
+    draw_noise: Callable[[torch.Generator], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Request:
     held_out: int
     source: str
     automatic: bool = False
+    weights: Rounding | None = None
 
     @classmethod
     def checked(
@@ -58,6 +63,7 @@ class Request:
         max_samples: int | None,
         held_out: int,
         source: str,
+        weights: str | None = None,
     ) -> Request:
         """Raises OptionError."""
         if max_samples is not None and (isinstance(max_samples, bool) or max_samples < 1):
@@ -66,7 +72,8 @@ class Request:
             raise OptionError(f"held_out must be 0 or more, got {held_out}")
         name, resolved = resolve_estimator(estimator, percentile)
         automatic = estimator is None and percentile is None
-        return cls(name, resolved, max_samples, held_out, source, automatic)
+        rounding = resolve_rounding(weights)
+        return cls(name, resolved, max_samples, held_out, source, automatic, rounding)
 
     def estimator_for(self, samples: int) -> tuple[Estimator, float | None]:
         """Estimator and percentile: by default nothing is clipped that a few samples alone do not tell."""
@@ -98,19 +105,20 @@ class Request:
 def calibrate(
     runner: Runner,
     calibrator: Calibrator,
+    weights: ProjectionWeights,
     observations: Iterable[Mapping[str, Any]],
     request: Request,
     progress: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> CalibrationReport:
-    """`Policy.calibrate`: whatever it raises, the scales in force before still are.
+    """`Policy.calibrate`: whatever it raises, the scales and weights in force before still are.
 
     One in five observations is held out until there are enough; with max_samples, one in so many that they
     are spread over the stream. `observations` may tell its length (operator.length_hint) where it is shorter.
     """
     expected = length_hint(observations, -1)
     every = request.held_out_every(None if expected < 0 else expected)
-    collector = calibrator.collector()
+    collector, kept = calibrator.collector(), KeptSamples()
     held_out: dict[int, ModelInputs] = {}
     position = 0
     for observation in _until(observations, should_stop):
@@ -124,6 +132,8 @@ def calibrate(
             else:
                 with collector.observe():
                     runner.eager(inputs)
+                if request.weights == "compensated":
+                    kept.add(collector.samples - 1, inputs)
         if progress is not None:
             progress(collector.samples)
         if collector.samples == request.max_samples and len(held_out) == request.held_out:
@@ -132,7 +142,9 @@ def calibrate(
         raise OptionError("calibrate: no observations were given")
     _stop_if_asked(should_stop)
     estimator, percentile = request.estimator_for(collector.samples)
-    with runner.exclusive(), calibrator.restoring():
+    rounding = request.weights or weights.rounding
+    rounded = _rounded(runner, weights, rounding, kept, collector, estimator, should_stop)
+    with runner.exclusive(), calibrator.restoring(), weights.changed(rounding, rounded):
         scales, warnings = estimate(collector, estimator, percentile)
         calibrator.apply(scales)
         error, uncompared = measure(runner, calibrator, held_out.values(), should_stop)
@@ -147,7 +159,28 @@ def calibrate(
         warnings=(*request.shortage(collector.samples, len(held_out)), *warnings, *uncompared),
         held_out_error=error,
         source=request.source,
+        rounding=rounding,
     )
+
+
+def _rounded(
+    runner: Runner,
+    weights: ProjectionWeights,
+    rounding: Rounding,
+    kept: KeptSamples,
+    collector: Collector,
+    estimator: Estimator,
+    should_stop: Callable[[], bool] | None,
+) -> dict[str, torch.Tensor] | None:
+    """The weights to put in force; None where those in force stay. Outliers count as the estimator does."""
+    if kept.inputs:
+        left_out = np.zeros(collector.maxima.shape, bool) if estimator == "max" else collector.outliers()
+        outliers = dict(zip(collector.names, left_out.T, strict=True))
+        return compensate(runner, weights, kept, outliers, lambda: _stop_if_asked(should_stop)).weights
+    if rounding != weights.rounding:
+        with runner.exclusive():
+            return weights.nearest()
+    return None
 
 
 def measure(

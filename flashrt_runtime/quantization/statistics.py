@@ -166,9 +166,11 @@ class Collector:
 
 @contextmanager
 def observing(
-    linears: Mapping[str, Fp8Linear], observer: Callable[[int], Callable[[Tensor], None]] | None = None
+    linears: Mapping[str, Fp8Linear], observer: Callable[[int], Callable[[Tensor], None] | None] | None = None
 ) -> Iterator[None]:
-    """Within it projections take their input unquantised; observer: per projection, what is shown it."""
+    """Within it projections take their input unquantised; observer: per projection, what is shown it, if
+    anything is.
+    """
     for index, linear in enumerate(linears.values()):
         linear.observing = True
         linear.observer = None if observer is None else observer(index)

@@ -213,3 +213,29 @@ def test_an_observing_model_decodes_by_its_layers(model: Pi0Fast) -> None:
     finally:
         linear.calibrated = True
     assert np.isfinite(float(model.fused.hidden(torch.ones(1, WIDTH, device="cuda").bfloat16(), 0).sum()))
+
+
+def test_other_weights_reach_the_kernels_in_place(model: Pi0Fast) -> None:
+    """What a captured graph reads is what kernels packed anew would; the model's weights come back."""
+    fused_decode.attach(model, torch.device("cuda"))
+    assert isinstance(model.fused, fused_decode.FusedDecode)
+    names = ("qkv", "out", "gate_up", "down")
+
+    def packed(fused: fused_decode.FusedDecode) -> list[torch.Tensor]:
+        return [getattr(layer, name).data.view(torch.uint8) for layer in fused.layers for name in names]
+
+    linears = fp8_linears(model)
+    originals = {name: linear.weight.clone() for name, linear in linears.items()}
+    where = [each.data_ptr() for each in packed(model.fused)]
+    before = [each.clone() for each in packed(model.fused)]
+    for linear in linears.values():
+        linear.overwrite(linear.weight.flip(0))
+    model.weights_changed()
+    after, fresh = packed(model.fused), packed(fused_decode.FusedDecode(model, torch.device("cuda")))
+    assert [each.data_ptr() for each in after] == where
+    assert all(torch.equal(a, b) for a, b in zip(after, fresh, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    for name, linear in linears.items():
+        linear.overwrite(originals[name])
+    model.weights_changed()
+    assert all(torch.equal(a, b) for a, b in zip(packed(model.fused), before, strict=True))

@@ -11,7 +11,7 @@ from flashrt_runtime.engine import fused_expert
 from flashrt_runtime.models import FlowPolicy, Pi05
 from flashrt_runtime.models.flow import Guide, guided
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
-from flashrt_runtime.quantization.fp8 import Fp8Linear, swap_linears
+from flashrt_runtime.quantization.fp8 import Fp8Linear, fp8_linears, swap_linears
 
 DEPTH, PREFIX = 3, 300
 
@@ -213,3 +213,28 @@ def test_state_token_as_the_loop_leaves_it(fp8: bool, prefix: int) -> None:
             assert error < 1.5 * loop_error + 2e-3, f"layer {layer}: {error:.1e}, loop {loop_error:.1e}"
     again = extend(model)
     assert all(torch.equal(*each) for each in zip(again, got, strict=True))
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", ["pi0", "pi05"])
+def test_other_weights_reach_the_kernel_in_place(policy: str) -> None:
+    """What a captured graph reads is what a kernel packed anew would."""
+    model = random_model(config(policy=policy), True, "cuda")
+    fused_expert.attach(model, torch.device("cuda"))
+    assert isinstance(model.fused_expert, fused_expert.FusedExpert)
+
+    def tensors(fused: fused_expert.FusedExpert) -> dict[str, torch.Tensor]:
+        shift = fused.weights.shift_products
+        return dict(fused.weights.products) | ({} if shift is None else {"shift": shift})
+
+    where = {name: tensor.data_ptr() for name, tensor in tensors(model.fused_expert).items()}
+    before = {name: tensor.clone() for name, tensor in tensors(model.fused_expert).items()}
+    for linear in fp8_linears(model).values():
+        linear.overwrite(linear.weight.flip(0))
+    model.weights_changed()
+    after, fresh = tensors(model.fused_expert), tensors(fused_expert.FusedExpert(model, torch.device("cuda")))
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == where
+    for name, tensor in after.items():
+        assert torch.equal(tensor.view(torch.uint8), fresh[name].view(torch.uint8)), name
+        assert not torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name

@@ -1,0 +1,134 @@
+"""Weights rounded for what a robot's observations show: the part of a calibration that is about weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..inputs import ModelInputs
+from ..progress import report
+from .fp8 import Fp8Linear
+from .projection_weights import ProjectionWeights
+from .rounding import Rounder, SecondMoments, nearest, output_error, within_memory
+from .statistics import observing
+
+if TYPE_CHECKING:
+    from .session import Runner
+
+logger = logging.getLogger(__name__)
+
+MOST_KEPT = 64
+FEWEST_RUNS = 32  # of the expert, whose few rows a sample would not show what noise makes of them
+MOST_MOMENTS = 24 << 30
+MOMENTS_SHARE = 0.4  # of the memory that is free
+
+
+@dataclass
+class KeptSamples:
+    """Observations to round by, at most 64 and spread evenly over the stream, however long it is."""
+
+    inputs: dict[int, ModelInputs] = field(default_factory=dict)
+    every: int = 1
+
+    def add(self, sample: int, inputs: ModelInputs) -> None:
+        """sample: its number among those calibrated on. The images are copied."""
+        if sample % self.every:
+            return
+        self.inputs[sample] = replace(inputs, views=[view.copy() for view in inputs.views])
+        if len(self.inputs) > MOST_KEPT:
+            self.every *= 2
+            self.inputs = {each: kept for each, kept in self.inputs.items() if each % self.every == 0}
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Rounded weights of every projection, (out, in) e4m3 on the host, and what the rounding is worth: the
+    error behind each projection relative to its output, rms over the observations, (nearest, compensated).
+    """
+
+    weights: dict[str, Tensor]
+    errors: dict[str, tuple[float, float]]
+
+    def describe(self) -> str:
+        """For the log."""
+        before, after = (median(error[i] for error in self.errors.values()) for i in (0, 1))
+        return f"error behind a projection {before:.4f} by nearest rounding, {after:.4f} now (median)"
+
+
+def compensate(
+    runner: Runner,
+    weights: ProjectionWeights,
+    samples: KeptSamples,
+    outliers: Mapping[str, NDArray[np.bool_]],
+    check: Callable[[], None],
+) -> Compensation:
+    """Round all weights for the inputs that the projections have in these samples.
+
+    The model is held for one sample at a time and stays as it is: a robot goes on meanwhile. outliers: by
+    projection, (samples,), which samples not to count. check: called in between, raises to stop. Raises
+    CalibrationError (inputs that are not finite) and what the model raises.
+    """
+    found = Compensation({}, {})
+    rounder = Rounder()
+    total = len(weights.linears)
+    logger.info("rounding %d weights by %d samples", total, len(samples.inputs))
+    device = next(iter(weights.linears.values())).weight.device
+    for group in within_memory(weights.linears, _moments_limit(device)):
+        moments = SecondMoments(group)
+        for sample, inputs in samples.inputs.items():
+            seen = {name for name in group if not (name in outliers and outliers[name][sample])}
+            for each in _with_noises(runner, sample, inputs, len(samples.inputs)):
+                check()
+                with runner.exclusive(), observing(weights.linears, partial(_shown, weights, moments, seen)):
+                    runner.eager(each)
+        for name, weight in weights.originals(group):
+            check()
+            report(len(found.weights), total)
+            _round(found, rounder, name, weight, group[name], moments.take(name))
+    report(total, total)
+    logger.info("weights rounded: %s", found.describe())
+    return found
+
+
+@torch.inference_mode()
+def _round(
+    found: Compensation, rounder: Rounder, name: str, weight: Tensor, linear: Fp8Linear, moments: Tensor
+) -> None:
+    scale = linear.weight_scale
+    rounded = rounder(weight, scale, moments)
+    if bool(moments.any()):
+        plain = output_error(weight, nearest(weight, scale), scale, moments)
+        found.errors[name] = plain, output_error(weight, rounded, scale, moments)
+    found.weights[name] = rounded.cpu()
+
+
+def _shown(
+    weights: ProjectionWeights, moments: SecondMoments, seen: set[str], index: int
+) -> Callable[[Tensor], None] | None:
+    name = list(weights.linears)[index]
+    return partial(moments.add, name) if name in seen else None
+
+
+def _with_noises(runner: Runner, sample: int, inputs: ModelInputs, samples: int) -> list[ModelInputs]:
+    """A sample with its own noise, and where there are few samples with others: the same ones every time."""
+    if runner.draw_noise is None:
+        return [inputs]
+    generator = torch.Generator().manual_seed(sample)
+    more = -(-FEWEST_RUNS // samples) - 1
+    return [inputs, *(replace(inputs, noise=runner.draw_noise(generator)) for _ in range(more))]
+
+
+def _moments_limit(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MOST_MOMENTS // 4
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(MOST_MOMENTS, int(free * MOMENTS_SHARE))
