@@ -86,8 +86,8 @@ def load_model(
     kernels with several variants are timed at the policy's shapes on the first load on such a GPU; the cache
     remembers.
     weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
-    to this checkpoint, configuration, precision and views; None or "auto": the one in the cache, if there is
-    one (see `Policy.save_calibration`); "none": no scales. recalibrate: ignore what the cache holds, weights,
+    to this checkpoint, configuration, precision and views, and may name compensated weights; None or "auto":
+    the one in the cache, if there is one (see `Policy.save_calibration`); "none": no scales. recalibrate: ignore what the cache holds, weights,
     calibration and times of kernels.
 
     rtc: real-time chunking, "off", "guided" (predict(rtc=...) pulls a chunk towards what is being played), or

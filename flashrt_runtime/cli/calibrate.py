@@ -1,4 +1,4 @@
-"""`flashrt calibrate`: activation scales of an fp8 policy from a bag, a dataset or images."""
+"""`flashrt calibrate`: activation scales of an fp8 policy, and its weights, from a robot's observations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from .. import progress as step
 from ..checkpoints import open_checkpoint
 from ..checkpoints.open_facts import given
 from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
@@ -37,6 +38,9 @@ def calibrate_command(
     prompt: Annotated[str | None, typer.Option(help="What the robot was told, where not recorded.")] = None,
     estimator: Annotated[str | None, typer.Option(help="mse (default), percentile or max.")] = None,
     percentile: Annotated[float | None, typer.Option(help="Clip above it; 100 is the maximum.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="nearest, or compensated: rounded anew for what the robot sees.")
+    ] = "nearest",
     task: Annotated[str | None, typer.Option(help="Dataset: only tasks that hold this text.")] = None,
     exclude_episode: Annotated[list[int] | None, typer.Option(help="Dataset: leave it out.")] = None,
     view: Annotated[list[str] | None, typer.Option(help="VIEW=CAMERA, where names differ.")] = None,
@@ -54,6 +58,8 @@ def calibrate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Calibrate an fp8 policy and keep the scales in a file; whatever fails, an earlier file stays."""
+    from ..quantization.projection_weights import resolve_rounding
+
     opening: dict[str, Any] = {
         "framework": framework,
         "config": config,
@@ -63,6 +69,7 @@ def calibrate_command(
         samples + held_out, bag, dataset, images, robot, prompt, namespace, task,
         tuple(exclude_episode or ()), tuple(view or ()), state_key,
     )  # fmt: skip
+    resolve_rounding(weights)
     _check_targets(out, report)
     with open_checkpoint(checkpoint, **opening) as opened:
         source = open_source(options, opened)
@@ -70,8 +77,9 @@ def calibrate_command(
     thumbnails: list[Any] = []
     with _loaded(checkpoint, precision="fp8", calibration="none", **loading) as policy:
         made = _calibrate(
-            policy, source, samples, held_out, thumbnails, estimator=estimator, percentile=percentile
-        )
+            policy, source, samples, held_out, thumbnails,
+            estimator=estimator, percentile=percentile, weights=weights,
+        )  # fmt: skip
         file = policy.save_calibration(out)
         key = policy.calibration_key
         quantised = _actions(policy, source, made) if against_bf16 else []
@@ -136,20 +144,13 @@ def _calibrate(
                 thumbnails.append(thumbnail(observation["images"]))
             yield observation
 
-    done = 0
-    with progress("calibrating", samples) as advance:
-
-        def advance_to(count: int) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
+    with progress("calibrating", None):  # the samples, then the weights where they are rounded anew
         return policy.calibrate(
             Counted(shown(), length_hint(observations, -1)),
             max_samples=samples,
             held_out=held_out,
             source=source.name,
-            progress=advance_to,
+            progress=lambda count: step.report(count, samples),
             **options,
         )
 
@@ -207,6 +208,7 @@ def _result(
         "estimator": made.estimator,
         "percentile": made.percentile,
         "projections": len(made.scales),
+        "weights": made.rounding,
         "error_against_bf16_activations": row(made.held_out_error),
         "error_against_bf16_policy": row(true_error),
         "recommended_samples": number,
@@ -226,6 +228,7 @@ def _print(result: dict[str, Any], error: HeldOutError | None, true_error: HeldO
         "key": result["key"],
         "source": result["source"],
         "samples": f"{result['samples']}, by {chosen}, {result['projections']} projections",
+        "weights": f"rounded to {result['weights']}" if result["weights"] == "nearest" else "compensated",
         "held-out error": _described(error, "normalised actions, against bf16 activations"),
         "against bf16": None if true_error is None else _described(true_error, "robot's units, bf16 policy"),
         "recommended": _recommendation(result["recommended_samples"], result["settled"], result["samples"]),

@@ -42,8 +42,17 @@ def check_calibration(checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
         "date": content.date,
         "library version": stored.get("version"),
         "projections": len(content.scales),
+        "weights": _weights(content, file),
         "held-out max-abs": None if error is None else error.max_abs,
         "held-out relative rms": None if error is None else error.relative_rms,
         "held-out cosine": None if error is None else error.cosine,
         "warnings": list(content.warnings),
     }
+
+
+def _weights(content: artifact.Calibration, file: Path) -> str:
+    """How the weights that go with it are rounded, and where they are."""
+    if content.weights is None:
+        return content.rounding
+    there = content.weights.beside(file).is_file()
+    return f"{content.rounding}, {content.weights.name}{'' if there else ' (MISSING beside the file)'}"

@@ -105,6 +105,26 @@ def test_json_and_the_cache(flashrt, arm, pictures) -> None:
     policy.close()
 
 
+def test_compensated_weights(flashrt, arm, pictures, tmp_path) -> None:
+    """In force after a load with the calibration; `info` says when their file was left behind."""
+    out = tmp_path / "scales.safetensors"
+    arguments = ("--checkpoint", arm, "--images", pictures, "--samples", "5", "--held-out", "1", *FAST)
+    code, printed, err = flashrt("calibrate", *arguments, "--weights", "compensated", "--out", out, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["weights"] == "compensated"
+    (weights,) = tmp_path.glob("scales.*.weights.safetensors")
+    policy = load_model(arm, hardware="cpu", precision="fp8", num_steps=1, calibration=out)
+    assert policy.rounding == "compensated"
+    policy.close()
+    told = ("info", "--checkpoint", arm, "--calibration", out, "--json")
+    assert json.loads(flashrt(*told)[1])["calibration"]["weights"] == f"compensated, {weights.name}"
+    weights.unlink()
+    assert "MISSING" in json.loads(flashrt(*told)[1])["calibration"]["weights"]
+    code, _, err = flashrt("calibrate", *arguments, "--weights", "best")
+    assert code == 2
+    assert "unknown rounding of weights 'best': expected nearest or compensated" in " ".join(err.split())
+
+
 def test_an_earlier_calibration_is_no_part_of_a_new_one(flashrt, arm, pictures) -> None:
     arguments = ("--checkpoint", arm, "--images", pictures, "--samples", "4", "--held-out", "0", *JSON)
     file = Path(json.loads(flashrt("calibrate", *arguments)[1])["calibration"])
