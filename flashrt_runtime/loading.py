@@ -87,8 +87,8 @@ def load_model(
     remembers.
     weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
     to this checkpoint, configuration, precision and views, and may name compensated weights; None or "auto":
-    the one in the cache, if there is one (see `Policy.save_calibration`); "none": no scales. recalibrate: ignore what the cache holds, weights,
-    calibration and times of kernels.
+    the one in the cache, if there is one (see `Policy.save_calibration`); "none": no scales. recalibrate:
+    ignore what the cache holds, weights, calibration and times of kernels.
 
     rtc: real-time chunking, "off", "guided" (predict(rtc=...) pulls a chunk towards what is being played), or
     "trained", for checkpoints that declare rtc_training_max_delay; see docs/rtc.md.

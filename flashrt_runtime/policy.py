@@ -35,10 +35,10 @@ from .options import Target
 from .processing.actions import ActionTransform
 from .processing.guidance import GuidanceEncoder, GuideArrays
 from .processing.images import prepare_image
-from .quantization import session
 from .quantization.artifact import identity_of
 from .quantization.calibrated import Calibrated
 from .quantization.in_force import CalibrationInForce
+from .quantization.runner import Runner
 from .spec import PolicySpec
 
 if TYPE_CHECKING:
@@ -286,8 +286,8 @@ class Policy(Calibrated):
         self._refuse_broken(tokens)
         return self._action_tokens.decode(tokens)
 
-    def _runner(self) -> session.Runner:
-        return session.Runner(
+    def _runner(self) -> Runner:
+        return Runner(
             exclusive=self._exclusive,
             encode=lambda observation: self._encode(**self._encode.arguments(observation)),
             eager=lambda inputs: self._eager(self._check_open(), inputs),

@@ -14,6 +14,7 @@ from . import session
 from .calibration import CalibrationReport
 from .in_force import CalibrationInForce
 from .projection_weights import Rounding
+from .runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Calibrated(ABC):
         """fp32, bf16, fp16 or fp8."""
 
     @abstractmethod
-    def _runner(self) -> session.Runner:
+    def _runner(self) -> Runner:
         """What a calibration needs of this policy."""
 
     @abstractmethod

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ from ..progress import report
 from .fp8 import Fp8Linear
 from .projection_weights import ProjectionWeights
 from .rounding import Rounder, SecondMoments, nearest, output_error, within_memory
+from .runner import Runner
 from .statistics import observing
-
-if TYPE_CHECKING:
-    from .session import Runner
 
 logger = logging.getLogger(__name__)
 

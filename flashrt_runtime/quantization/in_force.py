@@ -16,6 +16,7 @@ from . import artifact, session
 from .artifact import Calibration, CalibrationIdentity
 from .calibration import CalibrationReport, Calibrator, estimate
 from .projection_weights import Originals, ProjectionWeights, WeightsFile, remove_replaced
+from .runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class CalibrationInForce:
 
     def calibrate(
         self,
-        runner: session.Runner,
+        runner: Runner,
         observations: Iterable[Mapping[str, Any]],
         request: session.Request,
         progress: Callable[[int], None] | None,

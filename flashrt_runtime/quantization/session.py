@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import ActionTokenError, CalibrationCancelledError, CalibrationError, OptionError
 from ..inputs import ModelInputs
@@ -18,29 +16,11 @@ from .calibration import CalibrationReport, Calibrator, HeldOutError, estimate
 from .compensation import KeptSamples, compensate
 from .estimators import Estimator, resolve_estimator
 from .projection_weights import ProjectionWeights, Rounding, resolve_rounding
+from .runner import Runner
 from .statistics import Collector
 
 HELD_OUT_EVERY = 5
 FEWEST_TO_CLIP = 4  # below it clipping what was seen costs more on what was not: docs/calibration.md
-
-
-@dataclass(frozen=True)
-class Runner:
-    """What a calibration needs of a policy.
-
-    exclusive: the model to itself; raises ClosedError once the policy is closed. encode: an observation in
-    model space. eager: the model's definition, whatever it gives. reference: its actions, and deployed: those
-    of what predict runs, both (horizon, model_action_dim). robot_actions: how many of the model's action
-    dimensions are the robot's. draw_noise: a flow's start, from a generator; None where none is used.
-    """
-
-    exclusive: Callable[[], AbstractContextManager[object]]
-    encode: Callable[[Mapping[str, Any]], ModelInputs]
-    eager: Callable[[ModelInputs], torch.Tensor]
-    reference: Callable[[ModelInputs], NDArray[np.float32]]
-    deployed: Callable[[ModelInputs], NDArray[np.float32]]
-    robot_actions: int
-    draw_noise: Callable[[torch.Generator], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
