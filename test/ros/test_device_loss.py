@@ -20,6 +20,7 @@ from ros_rig import wait_until
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from flashrt_ros.bringup import PACKAGE
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind
 from flashrt_ros.msg import PolicyStatus
@@ -138,3 +139,25 @@ def test_a_node_that_is_managed_stays_and_refuses(rig, demo_robot, policy_node) 
     node.wait_for_line("cannot activate: the GPU is lost", timeout=5.0)
     assert not call(rig, "reset_fault").success
     assert node.end(signal.SIGINT) == 0, node.output
+
+
+@pytest.mark.slow
+def test_the_node_that_is_respawned_drives(rig, demo_robot, checkpoint: Path, tmp_path: Path) -> None:
+    """The runner as a user starts it, with the stand-in's node in the place of the package's own."""
+    node = tmp_path / "lib" / PACKAGE / "policy_node"
+    node.parent.mkdir(parents=True)
+    node.write_text(f'#!/bin/sh\nexec {STAND_IN[0]} {STAND_IN[1]} "$@"\n')
+    node.chmod(0o755)
+    statuses = rig.collect(PolicyStatus, "/policy_node/status")
+    demo_robot()
+    command = [sys.executable, "-P", "-m", "flashrt_ros.runner", "pi05", f"checkpoint:={checkpoint}"]
+    process = rig.start(
+        [*command, "robot:=demo_arm", "prompt:=wave", "respawn:=true"],
+        {"AMENT_PREFIX_PATH": f"{tmp_path}:{rig.env['AMENT_PREFIX_PATH']}"},
+    )
+    statuses.wait_for(lambda message: message.state == PolicyStatus.STATE_RUNNING, timeout=60.0)
+    assert rig.call(SetPrompt, "/policy_node/set_prompt", prompt="lose the GPU", reset=False).success
+    process.wait_for_line(f"ended with status {os.EX_TEMPFAIL}: in 2 s it is started again", timeout=10.0)
+    ended = time.monotonic()
+    statuses.wait_for(lambda m: m.state == PolicyStatus.STATE_RUNNING, timeout=60.0, since=ended)
+    assert process.end(timeout=30.0) == 0, process.output
