@@ -73,7 +73,11 @@ def prefix_time(engine: Engine, model: Pi0Fast, bucket: int) -> float:
     """Milliseconds of images and prompt into K and V, as a graph of its own."""
     tokens = engine.staging.tokens[:bucket]
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
-        return timing.graph_time(lambda: model.prefill_padded(model.paligemma.see(engine.images()), tokens))
+
+        def prefill() -> None:
+            model.prefill_padded(engine.encode_images(), tokens)
+
+        return timing.graph_time(prefill)
 
 
 def step_times(engine: Engine, model: Pi0Fast) -> dict[str, float]:

@@ -58,9 +58,9 @@ def stages(engine: Engine, model: FlowPolicy, bucket: int) -> dict[str, float]:
     tokens = engine.staging.tokens[:bucket]
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
         patches = engine.images()
-        seen = model.paligemma.see(patches)
-        embedded = model.paligemma.embed(seen, tokens)
-        model.prefill_padded(seen, tokens)
+        features = model.paligemma.embed_images(patches)
+        embedded = model.paligemma.embed(features, tokens)
+        model.prefill_padded(features, tokens)
         from flashrt_runtime.layers.kv_cache import Window
 
         def prefix() -> None:
@@ -75,7 +75,7 @@ def stages(engine: Engine, model: FlowPolicy, bucket: int) -> dict[str, float]:
         with_calibration = {
             "images": engine.images,
             "vision": lambda: model.paligemma.vision(patches),
-            "embed": lambda: model.paligemma.embed(seen, tokens),
+            "embed": lambda: model.paligemma.embed(features, tokens),
             "prefix": prefix,
             "expert": expert,
         }

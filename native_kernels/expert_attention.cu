@@ -84,7 +84,7 @@ cudaError_t expert_attention(const ExpertAttention& p, cudaStream_t stream) {
   if (p.rows < 1 || p.rows > kSkinnyMaxRows || p.kv_heads < 1 || p.heads % p.kv_heads != 0 || p.capacity < p.rows)
     return cudaErrorInvalidValue;
   if (!aligned_to_16_bytes(p.q) || !aligned_to_16_bytes(p.k_cache) || !aligned_to_16_bytes(p.v_cache))
-    return cudaErrorMisalignedAddress;
+    return cudaErrorInvalidValue;
   return p.rows <= 16 ? launch<1>(p, stream) : launch<2>(p, stream);
 }
 

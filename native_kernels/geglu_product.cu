@@ -80,8 +80,7 @@ cudaError_t geglu_product(const void* x, const void* w, const float* x_scale, co
   if (rows < 0 || width < 16 || depth < 16 || width % 16 != 0 || depth % 16 != 0) return cudaErrorInvalidValue;
   if (rows > INT32_MAX / 2 || width > INT32_MAX / 4 || depth > INT32_MAX / 2) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
-  if (!aligned_to_16_bytes(x) || !aligned_to_16_bytes(w) || !aligned_to_16_bytes(out))
-    return cudaErrorMisalignedAddress;
+  if (!aligned_to_16_bytes(x) || !aligned_to_16_bytes(w) || !aligned_to_16_bytes(out)) return cudaErrorInvalidValue;
   Problem p = {{},
                {},
                x_scale,

@@ -107,7 +107,7 @@ cudaError_t linear_product(const void* x, const void* w, const void* bias, const
   if (rows > INT32_MAX / 2 || width > INT32_MAX / 4 || depth > INT32_MAX / 2) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   if (!aligned_to_16_bytes(x) || !aligned_to_16_bytes(w) || !aligned_to_16_bytes(out) || !aligned_to_16_bytes(bias))
-    return cudaErrorMisalignedAddress;
+    return cudaErrorInvalidValue;
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);

@@ -35,6 +35,7 @@ constexpr int kGivenBytes = kRows * kDim / kSplits * 2;              // of a gro
 constexpr int kSharedBytes = kTileBytes * (kGroups + 2 * kStages) + kGroups * kGivenBytes + 1024;  // and alignment
 constexpr int kHalf = 64;  // of the columns' sums of a thread
 constexpr int kSplitColumns = kDim / kSplits;
+constexpr float kFactor = 0.0625f * 1.4426950408889634f;  // 1 / sqrt(256), to base 2
 
 struct Problem {
   CUtensorMap q, k, v;
@@ -99,7 +100,6 @@ struct State {
 
   // Scores of 64 keys, of which those from `left` on do not count, become probabilities.
   __device__ __forceinline__ void absorb(float (&score)[32], int left, uint32_t (&probability)[4][4]) {
-    constexpr float kFactor = 0.0625f * 1.4426950408889634f;  // 1 / sqrt(256), to base 2
     const int column = threadIdx.x % 4 * 2;
     if (left < kKeys) {
 #pragma unroll
@@ -229,7 +229,8 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// What the two blocks of a cluster exchange of a group's rows: half of the columns as fp16, each row by its own sum,
+// What the two blocks of a cluster exchange of a group's rows: half of the columns as fp16 (averages of v, which must
+// stay below 65504), each row by its own sum,
 // words in the order of threads; of every row the maximum and the sum.
 struct Exchange {
   uint4* values;
@@ -261,7 +262,6 @@ struct Exchange {
     float of_mine[2], of_theirs[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      constexpr float kFactor = 0.0625f * 1.4426950408889634f;
       const float2 a = mine[r], b = rows[warp * 16 + lane / 4 + r * 8];
       const float largest = fmaxf(a.x, b.x);
       of_mine[r] = a.y > 0.0f ? exp2f((a.x - largest) * kFactor) : 0.0f;
@@ -330,7 +330,8 @@ __global__ void __launch_bounds__(kThreads, 1) prefix_attention_kernel(const __g
   cluster_wait();
   exchange.send(state.high, rows, 1 - rank);
   barrier_wait(&barriers.given, 0);
-  Out* staged = reinterpret_cast<Out*>(tiles + group * kTileBytes);  // where q was
+  group_barrier(group);                                              // every warp is done with q
+  Out* staged = reinterpret_cast<Out*>(tiles + group * kTileBytes);  // in its place
   exchange.merge<Out>(state.low, rows, inverse_scale_of<Out>(p.scale), staged);
   group_barrier(group);
   constexpr int Vectors = kSplitColumns * sizeof(Out) / 16;  // of a row here
@@ -357,7 +358,7 @@ cudaError_t prefix_attention(const void* q, const void* k, const void* v, const 
   if (rows < 0 || keys < 1 || rows > INT32_MAX || keys > INT32_MAX) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   if (!aligned_to_16_bytes(q) || !aligned_to_16_bytes(k) || !aligned_to_16_bytes(v) || !aligned_to_16_bytes(out))
-    return cudaErrorMisalignedAddress;
+    return cudaErrorInvalidValue;
   Problem problem = {{}, {}, {}, valid, scale, out, static_cast<int>(rows), static_cast<int>(keys)};
   cudaError_t status = describe_matrix(problem.q, q, rows, kDim * 2, kRows);
   if (status == cudaSuccess) status = describe_matrix(problem.k, k, keys, kDim * 2, kKeys);

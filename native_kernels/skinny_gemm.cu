@@ -262,7 +262,7 @@ cudaError_t skinny_gemm(const SkinnyGemm& p, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   if (norm && (p.k > kMaxNormWidth || p.k % (kWarpSize * 8) != 0)) return cudaErrorInvalidValue;
   if (p.epilogue == SkinnyEpilogue::kRope && p.head_dim % (2 * kTileFeatures) != 0) return cudaErrorInvalidValue;
-  if (!aligned_to_16_bytes(p.x) || !aligned_to_16_bytes(p.weights)) return cudaErrorMisalignedAddress;
+  if (!aligned_to_16_bytes(p.x) || !aligned_to_16_bytes(p.weights)) return cudaErrorInvalidValue;
   return p.fp8 ? launch_fused<true>(p, stream) : launch_fused<false>(p, stream);
 }
 

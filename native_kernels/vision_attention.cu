@@ -176,7 +176,7 @@ cudaError_t vision_attention(const void* qkv, const float* scale, void* out, int
                              cudaStream_t stream) {
   if (views < 0 || heads < 1 || views * heads > INT32_MAX / kTokens) return cudaErrorInvalidValue;
   if (views == 0) return cudaSuccess;
-  if (!aligned_to_16_bytes(qkv) || !aligned_to_16_bytes(out)) return cudaErrorMisalignedAddress;
+  if (!aligned_to_16_bytes(qkv) || !aligned_to_16_bytes(out)) return cudaErrorInvalidValue;
   const Problem problem = {static_cast<const __nv_bfloat16*>(qkv), scale, out, static_cast<int>(heads)};
   const int count = static_cast<int>(views);
   return scale == nullptr ? launch<__nv_bfloat16>(problem, count, stream) : launch<E4M3>(problem, count, stream);

@@ -1,4 +1,4 @@
-"""Static buffers and captured CUDA graphs: the whole forward as one launch, for any prompt and state."""
+"""Static buffers and captured CUDA graphs: the forward as two launches, for any prompt and state."""
 
 from .engine import Engine
 

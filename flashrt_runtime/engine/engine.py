@@ -41,6 +41,8 @@ BUCKETS = (48, 64, 96, 128)
 TIMED_REPLAYS = 5
 # of an expected replay that the waiting thread sleeps; the rest it polls, without the GIL
 SLEPT_SHARE = 0.7
+# what a capture makes anew: graphs, and the buffers that they read and write
+CAPTURED = ("staging", "guide", "vision_graph", "image_features", "graphs", "graph_ms", "repeats")
 SHORTEST_SLEEP_S = 2e-3
 
 
@@ -88,8 +90,8 @@ class Engine:
         self.buckets = prompt_buckets(config.prompt_capacity)
         self.image_tokens = model.num_views * config.vision.tokens
         self.captures = 0
-        self.seeing: torch.cuda.CUDAGraph | None = None
-        self.seen = torch.empty(0, device=device)  # image tokens: from the one graph to the others
+        self.vision_graph: torch.cuda.CUDAGraph | None = None
+        self.image_features = torch.empty(0, device=device)  # image tokens: from the one graph to the others
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.graph_ms: dict[int, float] = {}
         self.before = torch.cuda.Event()
@@ -127,15 +129,15 @@ class Engine:
         pixels = self.staging.frames.view(torch.float32)
         return pixels.view(self.model.num_views, 3, vision.image_size, vision.image_size)
 
-    def see(self) -> Tensor:
+    def encode_images(self) -> Tensor:
         """The first work that is captured: staged images to image tokens."""
-        return self.model.paligemma.see(self.images())
+        return self.model.paligemma.embed_images(self.images())
 
-    def act(self, image_tokens: Tensor, bucket: int) -> None:
+    def generate(self, image_features: Tensor, bucket: int) -> None:
         """The rest: the staged observation to `actions`, up to what the model repeats."""
         model, staging = self.model, self.staging
         ops.assign(model.prefix_length, staging.prefix_length)
-        model.prefill_padded(image_tokens, staging.tokens[:bucket])
+        model.prefill_padded(image_features, staging.tokens[:bucket])
         with guided(model, self.guide):
             model.generate(staging.state, staging.noise, self.actions)
 
@@ -153,11 +155,11 @@ class Engine:
             entered.enter_context(Calibrator(self.model).assumed())
             if self.autotune:
                 entered.enter_context(self._tuned())
-            seeing_ms, self.seeing, self.seen = self._fastest(self.see, pool)
-            self.graphs = {}
+            _, self.vision_graph, self.image_features = self._fastest(self.encode_images, pool)
+            self.graphs, self.graph_ms = {}, {}
             for bucket in self.buckets:
-                rest_ms, self.graphs[bucket], _ = self._fastest(partial(self.act, self.seen, bucket), pool)
-                self.graph_ms[bucket] = seeing_ms + rest_ms
+                work = partial(self.generate, self.image_features, bucket)
+                self.graph_ms[bucket], self.graphs[bucket], _ = self._fastest(work, pool)
             if self.model.repeats(self.actions):
                 self.repeats = Repeats(self.model, self.staging.noise, self.actions, self.whole)
                 self.repeats.capture(self.stream, pool)
@@ -209,7 +211,7 @@ class Engine:
         state = np.zeros(config.action_dim, np.float32)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            self.seeing = None  # it is still to be captured, or reads other buffers
+            self.vision_graph = None  # it is still to be captured, or reads other buffers
             self._upload(grey, np.ones(1, np.int64), state, noise)
         self.stream.synchronize()
 
@@ -222,7 +224,7 @@ class Engine:
         guide: GuideArrays | None = None,
     ) -> None:
         if self.begun is not images:
-            self._start(images, self.seeing)
+            self._start(images, self.vision_graph)
         self.begun = None
         extra = self.unguided if guide is None else guide.arrays()
         self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
@@ -234,11 +236,22 @@ class Engine:
 
         Images that do not fit are left to `run`. Until then the scales in force must stay.
         """
-        self.begun = None
+        self._give_up_begun()
         if self._fits(images):
             self._follow_caller()
-            self._start(images, self.seeing)
+            self._start(images, self.vision_graph)
             self.begun = images
+
+    def _give_up_begun(self) -> None:
+        """Behind an observation that was begun and never run: its copies read what the next one writes."""
+        if self.begun is None:
+            return
+        self.begun = None
+        try:
+            self.staging.finish_images()
+        except RuntimeError as error:  # nobody waits for those images any more
+            logger.warning("images of an observation that was given up: %s", error)
+        self.stream.synchronize()
 
     def _follow_caller(self) -> None:
         """A calibration on the caller's stream writes scales and cache that the graphs read and write."""
@@ -257,8 +270,8 @@ class Engine:
 
     def replay(self, bucket: int) -> None:
         """The whole forward on what is staged, on the current stream: for measurements."""
-        assert self.seeing is not None
-        self.seeing.replay()
+        assert self.vision_graph is not None
+        self.vision_graph.replay()
         self.graphs[bucket].replay()
 
     def bucket_of(self, tokens: int) -> int:
@@ -281,18 +294,20 @@ class Engine:
         Returns the model's output: (horizon, action_dim) float32 in model space, or (max_tokens,) int64.
         Waits without holding the GIL.
         """
+        if self.begun is not images:
+            self._give_up_begun()
         if not self._fits(images):
             needed = sum(image.size for image in images)
             logger.warning(
                 "images of %.1f MB: larger static buffers, graphs are captured again", needed / 1e6
             )
-            before = self.staging, self.guide, self.seeing, self.seen, self.graphs, self.repeats
+            saved = {name: getattr(self, name) for name in CAPTURED}
             try:
-                self.staging.finish_images()  # of an observation that was given up
                 self._allocate(needed)
                 self.capture()
             except BaseException:  # the graphs in force read the buffers they were captured with
-                self.staging, self.guide, self.seeing, self.seen, self.graphs, self.repeats = before
+                for name, value in saved.items():
+                    setattr(self, name, value)
                 raise
         self._follow_caller()
         with torch.cuda.stream(self.stream):

@@ -96,7 +96,8 @@ class Staging:
         With our kernels' module a thread without the interpreter does it, and must be waited for by
         `finish_images`; images and graph must not change until then.
         """
-        if self.uploader is not None and all(map(_whole_rows, images)):
+        launchable = graph is None or hasattr(graph, "raw_cuda_graph_exec")  # not in older torch
+        if self.uploader is not None and launchable and all(map(_whole_rows, images)):
             rows = self._place(images)
             raw_graph = 0 if graph is None else graph.raw_cuda_graph_exec()
             self.uploader.begin(images, rows, graph, raw_graph, stream.cuda_stream)

@@ -35,19 +35,19 @@ class PaliGemma(nn.Module):
         self.embedding = Embedding(vocab_size, prefix.width, dtype=dtype)
         self.stack = GemmaStack(prefix, dtype, adaptive=False, final_norm=final_norm)
 
-    def see(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
         """images: (views, 3, size, size) float32, or their patches. Returns (views * patches, width)."""
-        image_tokens: Tensor = self.vision(images).flatten(0, 1)
-        return image_tokens
+        image_features: Tensor = self.vision(images).flatten(0, 1)
+        return image_features
 
-    def embed(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
-        """image_tokens: of `see`; tokens: (text,) int64. Returns (views * patches + text, width).
+    def embed(self, image_features: Tensor, tokens: Tensor) -> Tensor:
+        """image_features: of `embed_images`; tokens: (text,) int64. Returns (views * patches + text, width).
 
         Text embeddings are scaled by sqrt(width), image embeddings are not.
         """
-        x: Tensor = image_tokens.new_empty(image_tokens.shape[0] + tokens.shape[0], self.width)
-        ops.assign(x[: image_tokens.shape[0]], image_tokens)
-        self.embed_text(tokens, x[image_tokens.shape[0] :])
+        x: Tensor = image_features.new_empty(image_features.shape[0] + tokens.shape[0], self.width)
+        ops.assign(x[: image_features.shape[0]], image_features)
+        self.embed_text(tokens, x[image_features.shape[0] :])
         return x
 
     def embed_text(self, tokens: Tensor, out: Tensor) -> Tensor:

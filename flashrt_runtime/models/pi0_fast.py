@@ -132,10 +132,10 @@ class Pi0Fast(PrefixPolicy):
         super().prefill(images, tokens)
         self.last.copy_(tokens[-1:])
 
-    def prefill_padded(self, image_tokens: Tensor, tokens: Tensor) -> None:
+    def prefill_padded(self, image_features: Tensor, tokens: Tensor) -> None:
         """As `PrefixPolicy.prefill_padded`."""
-        super().prefill_padded(image_tokens, tokens)
-        before = image_tokens.shape[0] + 1
+        super().prefill_padded(image_features, tokens)
+        before = image_features.shape[0] + 1
         self.last.copy_(tokens.index_select(0, (self.prefix_length.long() - before).view(1)))
 
     def generate(self, state: Tensor | None, noise: Tensor, out: Tensor) -> None:

@@ -16,7 +16,7 @@ from ..layers.rope import rope_tables
 class PrefixPolicy(nn.Module, ABC):
     """PaliGemma over views and text, and something that generates from its K/V cache.
 
-    dtype is the compute type of the large weights. The engine captures `paligemma.see`,
+    dtype is the compute type of the large weights. The engine captures `paligemma.embed_images`,
     and `prefill_padded` and `generate`.
     """
 
@@ -113,19 +113,19 @@ class PrefixPolicy(nn.Module, ABC):
         """Fill the K/V cache from images: (views, 3, size, size) float32 and tokens: (text,) int64, all
         valid.
         """
-        x = self.paligemma.embed(self.paligemma.see(images), tokens)
+        x = self.paligemma.embed(self.paligemma.embed_images(images), tokens)
         self.paligemma.fill_cache(x, self.rope, self.cache, Window.at(0, x.shape[0]))
         self.cache.length = self.prefix_bound = x.shape[0]
         self.prefix_length.fill_(x.shape[0])
 
-    def prefill_padded(self, image_tokens: Tensor, tokens: Tensor) -> None:
+    def prefill_padded(self, image_features: Tensor, tokens: Tensor) -> None:
         """`prefill` of tokens: (bucket,) int64 of which only the device knows how many are valid.
 
-        image_tokens: of `paligemma.see`, (views * patches, width).
+        image_features: of `paligemma.embed_images`, (views * patches, width).
         `prefix_length` holds views * patches + valid tokens. Padding lies behind them and is attended by
         nothing.
         """
-        x = self.paligemma.embed(image_tokens, tokens)
+        x = self.paligemma.embed(image_features, tokens)
         self.paligemma.fill_cache(x, self.rope, self.cache, Window.padded(x.shape[0], self.prefix_length))
         self.cache.length, self.prefix_bound = None, x.shape[0]
 

@@ -93,7 +93,7 @@ def test_what_a_graph_captures_equals_lerobot(case, stored):
     out = model.new_output(images.device)
     with torch.inference_mode():
         model.prefix_length.fill_(int(present.sum()) * model.config.vision.tokens + len(text))
-        model.prefill_padded(model.paligemma.see(images[present]), padded)
+        model.prefill_padded(model.paligemma.embed_images(images[present]), padded)
         model.generate(None, torch.zeros(0, 0), out)
         for _ in range(model.repeats(out)):
             model.repeat(torch.zeros(0, 0), out)

@@ -44,7 +44,7 @@ def test_padding_changes_nothing(model: FlowPolicy) -> None:
         tokens = torch.zeros(bucket, dtype=torch.int64)
         tokens[:23] = tensors["tokens"]
         model.prefix_length.fill_(2 * model.config.vision.tokens + 23)
-        model.prefill_padded(model.paligemma.see(tensors["images"]), tokens)
+        model.prefill_padded(model.paligemma.embed_images(tensors["images"]), tokens)
         model.extend_prefix(tensors["state"])
         x = tensors["noise"].clone()
         model.integrate(x)
@@ -61,7 +61,7 @@ def test_unmasked_padding_would_show(model: FlowPolicy) -> None:
     tokens = torch.zeros(48, dtype=torch.int64)
     tokens[:23] = tensors["tokens"]
     model.prefix_length.fill_(2 * model.config.vision.tokens + 48)
-    model.prefill_padded(model.paligemma.see(tensors["images"]), tokens)
+    model.prefill_padded(model.paligemma.embed_images(tensors["images"]), tokens)
     model.extend_prefix(tensors["state"])
     x = tensors["noise"].clone()
     model.integrate(x)

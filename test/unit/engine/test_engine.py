@@ -100,7 +100,7 @@ def test_graph_is_bit_identical_to_eager_with_the_same_kernels(every_path: Path)
     inputs = policy._encode(images(3), "open the drawer", STATE, seed=1)
     got = policy._run(model, inputs)
     with torch.inference_mode(), torch.cuda.stream(engine.stream):
-        engine.act(engine.see(), engine.bucket_of(len(inputs.tokens)))
+        engine.generate(engine.encode_images(), engine.bucket_of(len(inputs.tokens)))
     engine.stream.synchronize()
     assert np.array_equal(engine.actions.cpu().numpy(), got)
     policy.close()
@@ -172,6 +172,38 @@ def test_images_seen_early_belong_to_their_observation(path: Path) -> None:
     assert engine.begun is not None
     assert np.array_equal(policy.predict(images(0), "go", STATE, seed=0), first)
     assert not np.array_equal(policy.predict(images(1), "go", STATE, seed=0), first)
+    policy.close()
+
+
+def test_what_was_begun_and_given_up_harms_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and graph on their way, the prompt refused: what comes behind gives what it gives alone."""
+    policy = load(path, "bf16")
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert model is not None
+    small, big = images(0), images(3, ((3000, 4000), (480, 640)))
+
+    def give_up() -> None:
+        with pytest.raises(PromptTooLongError):
+            policy.predict(images(1), "go " * 500, STATE, seed=0)
+        assert engine.begun is not None
+
+    want = policy.predict(small, "go", STATE, seed=0)
+    inputs = policy._encode(small, "go", STATE, seed=0)
+    eager = policy._eager(model, inputs).cpu().numpy()
+    give_up()
+    assert np.array_equal(policy._eager(model, inputs).cpu().numpy(), eager)
+    give_up()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "capture", lambda: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            policy.predict(big, "go", STATE, seed=0)
+    assert np.array_equal(policy.predict(small, "go", STATE, seed=0), want)
+    give_up()
+    larger = policy.predict(big, "go", STATE, seed=0)
+    assert np.array_equal(policy.predict(big, "go", STATE, seed=0), larger)
+    assert np.array_equal(policy.predict(small, "go", STATE, seed=0), want)
+    give_up()
     policy.close()
 
 

@@ -173,8 +173,7 @@ def test_scaled_linear_against_definition() -> None:
 )
 @pytest.mark.parametrize("tokens", [1, 10, 77, 560])
 def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -> None:
-    if not prefix.attention_supported(*(torch.empty(1, 1, 256, device="cuda", dtype=torch.bfloat16),) * 2):
-        pytest.skip("compiled for compute capability 9.0 only")
+    attention_or_skip()
     q = (torch.randn(tokens, 8, 256, device="cuda") * 2).bfloat16()
     k, v = torch.randn(2, keys, 1, 256, device="cuda").bfloat16()
     if valid is not None:  # what is not attended may be anything
@@ -191,6 +190,62 @@ def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -
     bound = 0.07 if quantised else 1e-2
     assert ((plain - want).abs() <= bound * want.abs() + 0.01 * want.abs().amax()).all()
     assert (plain - want).norm() / want.norm() < (4e-2 if quantised else 6e-3)
+
+
+def attention_or_skip() -> None:
+    if not prefix.attention_supported(*(torch.empty(1, 1, 256, device="cuda", dtype=torch.bfloat16),) * 2):
+        pytest.skip("compiled for compute capability 9.0 only")
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_attention_to_nothing_is_zero(quantised: bool) -> None:
+    attention_or_skip()
+    q, k, v = (torch.randn(77, heads, 256, device="cuda").bfloat16() for heads in (8, 1, 1))
+    nothing, scale = torch.zeros((), dtype=torch.int32, device="cuda"), torch.ones((), device="cuda")
+    out = torch.full((77, 2048), float("nan"), device="cuda", dtype=torch.bfloat16)
+    del out  # its memory is the result's next
+    assert not prefix.attention(q, k, v, nothing, scale if quantised else None).float().any()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("broken", ["q", "k", "v"])
+def test_broken_attention_shows(broken: str, quantised: bool) -> None:
+    """NaN among what is attended is NaN in what comes of it, and nowhere else."""
+    attention_or_skip()
+    q, k, v = (torch.randn(200, heads, 256, device="cuda").bfloat16() for heads in (8, 1, 1))
+    {"q": q, "k": k, "v": v}[broken].view(200, -1)[130, 5] = float("nan")
+    scale = torch.ones((), device="cuda") if quantised else None
+    got = prefix.attention(q, k, v, None, scale).float().isnan().view(200, 8, 256)
+    want = torch.zeros_like(got)
+    if broken == "q":
+        want[130, 0] = True
+    elif broken == "k":
+        want[:] = True
+    else:
+        want[..., 5] = True
+    assert torch.equal(got, want)
+
+
+def test_attention_behind_the_kernel_that_writes_its_operands() -> None:
+    """Launched while that one still runs, it waits for what it reads: as with all launched one by one."""
+    attention_or_skip()
+    tokens, rounds = 560, 20
+    qkv = torch.randn(rounds, tokens, 2560, device="cuda").bfloat16()
+    tables = rope_tables(tokens, 256, qkv.device)
+
+    def run(wait: bool) -> list[torch.Tensor]:
+        k, v = (torch.zeros(tokens, 1, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        found = []
+        for each in qkv:
+            q = prefix.split_qkv_rope(each, *tables, 8, k, v, slice(0, tokens))
+            if wait:
+                torch.cuda.synchronize()
+            found.append(prefix.attention(q, k, v, None, None))
+            if wait:
+                torch.cuda.synchronize()
+        return found
+
+    assert all(torch.equal(*pair) for pair in zip(run(False), run(True), strict=True))
 
 
 @pytest.mark.parametrize("quantised", [False, True])
