@@ -3,6 +3,7 @@
 Ten steps over `--layers` layers, so that the weights come from memory and not from L2; each kernel alone,
 the five in a chain, and the persistent kernel that runs all steps.
     python -m benchmarks.bench_expert_layer --rows 10 --prefix 560
+    python -m benchmarks.bench_expert_layer --rows 10 50 --prefix 560 816 --persistent
 """
 
 from __future__ import annotations
@@ -33,19 +34,25 @@ class Rig:
     """Random weights, cache and scratch of one precision."""
 
     def __init__(self, rows: int, prefix: int, layers: int, fp8: bool) -> None:
-        self.rows, self.layers, self.fp8 = rows, layers, fp8
+        self.layers, self.fp8 = layers, fp8
         self.data = {
             name: torch.stack([random_data(n, k, fp8) for _ in range(layers)])
             for name, (n, k) in SHAPES.items()
         }
-        capacity = prefix + 128
-        self.k, self.v = (torch.randn(layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
-        self.rope = rope_tables(capacity, 256, torch.device("cuda"))
-        self.length = torch.tensor(prefix, dtype=torch.int32, device="cuda")
         self.norm = torch.zeros(1024, device="cuda"), torch.zeros(1024, device="cuda")
         self.gate = torch.full((1024,), 0.1, device="cuda")
         self.scale = torch.ones((), device="cuda") / 50
         self.dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+        self.resize(rows, prefix)
+
+    def resize(self, rows: int, prefix: int) -> None:
+        """The same weights for another number of actions and of keys."""
+        self.rows, self.prefix, capacity = rows, prefix, prefix + 128
+        self.k, self.v = (
+            torch.randn(self.layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2)
+        )
+        self.rope = rope_tables(capacity, 256, torch.device("cuda"))
+        self.length = torch.tensor(prefix, dtype=torch.int32, device="cuda")
         self.h = torch.randn(rows, 1024, device="cuda").bfloat16()
         self.q = torch.empty(rows, 8, 256, device="cuda", dtype=torch.bfloat16)
         self.attended = torch.empty(rows, 2048, device="cuda", dtype=self.dtype)
@@ -109,29 +116,42 @@ def report(rig: Rig, name: str, work: Callable[[], None], weights: int) -> None:
     print(f"  {name:10s} {us:7.2f}  {rate}   ten steps {us * visits / 1e3:6.3f} ms")
 
 
+def compare(rig: Rig) -> None:
+    """Each kernel alone, the five in a chain, and the persistent kernel."""
+    names = ("qkv", "attention", "out", "gate_up", "down")
+    parts = {name: getattr(rig, name) for name in names}
+
+    def chain(functions: Sequence[Callable[[int], None]]) -> None:
+        for visit in range(STEPS * rig.layers):
+            for function in functions:
+                function(visit % rig.layers)
+
+    print(f"{rig.dtype} rows {rig.rows} prefix {rig.prefix}: microseconds a layer visit")
+    for name, part in parts.items():
+        n, k = SHAPES.get(name, (0, 0))
+        report(rig, name, lambda part=part: chain([part]), n * k)  # type: ignore[misc]
+    report(rig, "chain", lambda: chain(list(parts.values())), WEIGHTS)
+    report(rig, "persistent", rig.persistent(), WEIGHTS)
+
+
 def main() -> None:
     """Measure both precisions."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=10)
-    parser.add_argument("--prefix", type=int, default=560)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10])
+    parser.add_argument("--prefix", type=int, nargs="+", default=[560])
     parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--persistent", action="store_true", help="the persistent kernel alone")
     args = parser.parse_args()
     for fp8 in (True, False):
-        rig = Rig(args.rows, args.prefix, args.layers, fp8)
-        names = ("qkv", "attention", "out", "gate_up", "down")
-        parts = {name: getattr(rig, name) for name in names}
-
-        def chain(functions: Sequence[Callable[[int], None]], layers: int = args.layers) -> None:
-            for visit in range(STEPS * layers):
-                for function in functions:
-                    function(visit % layers)
-
-        print(f"{rig.dtype} rows {args.rows} prefix {args.prefix}: microseconds a layer visit")
-        for name, part in parts.items():
-            n, k = SHAPES.get(name, (0, 0))
-            report(rig, name, lambda part=part: chain([part]), n * k)  # type: ignore[misc]
-        report(rig, "chain", lambda parts=parts: chain(list(parts.values())), WEIGHTS)  # type: ignore[misc]
-        report(rig, "persistent", rig.persistent(), WEIGHTS)
+        rig = Rig(args.rows[0], args.prefix[0], args.layers, fp8)
+        for rows in args.rows:
+            for prefix in args.prefix:
+                rig.resize(rows, prefix)
+                if args.persistent:
+                    us = graph_time(rig.persistent()) * 1e3 / (STEPS * args.layers)
+                    print(f"{rig.dtype} rows {rows} prefix {prefix}: {us:6.2f} microseconds a layer visit")
+                else:
+                    compare(rig)
 
 
 if __name__ == "__main__":

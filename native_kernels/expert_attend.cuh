@@ -1,6 +1,5 @@
 // The persistent expert's attention: 16 blocks a head, each with its share of the keys. A block takes the scores of its
-// keys, their softmax and its part of P V, sends 16 columns of that to each block of the head, and merges its own 16
-// columns of what the others send.
+// keys and their softmax; expert_inbox.cuh has the rest.
 #pragma once
 
 #include "expert_products.cuh"
@@ -16,7 +15,8 @@ static_assert(kWarps == kTileRows && kWarps == 2 * kSlices && kHeadVectors == kW
 // Where a block's operands lie in dynamic shared memory, in bytes. All but K and V lie where the products add up: every
 // phase that writes there is behind a barrier behind the last read.
 struct Layout {
-  int block_keys;  // a multiple of 16
+  int block_keys;     // a multiple of 16
+  int tiles_at_once;  // of rows, whose scores lie there
   int k, v, score, probability, row_maximum;
 
   __host__ static int keys_of_block(int capacity) { return ((capacity + kSplits - 1) / kSplits + 15) / 16 * 16; }
@@ -48,22 +48,27 @@ __device__ __forceinline__ void blank_values(unsigned char* shared, const Layout
         make_uint4(0, 0, 0, 0);
 }
 
-// The values of the actions themselves, as far as they are this block's: a warp a row.
-struct SuffixValues {
+// The keys (`kind` 0) or values (1) of the actions themselves, as far as they are this block's: a warp a row.
+template <bool One>
+struct SuffixRows {
+  static constexpr int Most = One ? 1 : kExpertMaxRows / kWarps;  // of a warp
+  uint4 value[Most];
   const unsigned char* from;
-  uint4 value;  // of the first row, asked for ahead
   int row, keys;
 
-  __device__ __forceinline__ void ask(const Share& share, const unsigned char* kv) {
+  __device__ __forceinline__ void ask(const Share& share, const unsigned char* kv, int kind) {
     row = share.prefix_keys + thread_id() / kHeadVectors, keys = share.keys;
-    from = kv + ((share.first + row - share.prefix) * 2 + 1) * kHeadRowBytes + thread_id() % kHeadVectors * 16;
-    value = row < keys ? look(from) : make_uint4(0, 0, 0, 0);
+    from = kv + ((share.first + row - share.prefix) * 2 + kind) * kHeadRowBytes + thread_id() % kHeadVectors * 16;
+#pragma unroll
+    for (int i = 0; i < Most; ++i) value[i] = row + i * kWarps < keys ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
   }
-  __device__ __forceinline__ void settle(unsigned char* values) {
-    for (; row < keys; row += kWarps, from += kWarps * 2 * kHeadRowBytes) {
-      for (int polls = 0; absent(value); count_poll(polls)) value = look(from);
-      *reinterpret_cast<uint4*>(values + row * kValueStride + thread_id() % kHeadVectors * 16) = value;
-      if (row + kWarps < keys) value = look(from + kWarps * 2 * kHeadRowBytes);
+  static __device__ __forceinline__ int offset(int i) { return i * kWarps * 2 * kHeadRowBytes; }
+  __device__ __forceinline__ void settle(unsigned char* target, int stride) {
+#pragma unroll
+    for (int i = 0; i < Most; ++i) {
+      if (row + i * kWarps >= keys) break;
+      for (int polls = 0; absent(value[i]); count_poll(polls)) value[i] = look(from + offset(i));
+      *reinterpret_cast<uint4*>(target + (row + i * kWarps) * stride + thread_id() % kHeadVectors * 16) = value[i];
     }
   }
 };
@@ -85,7 +90,7 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
   const unsigned char* suffix = kv + (share.first - share.prefix) * 2 * kHeadRowBytes + lane_bytes;
   float* target =
       reinterpret_cast<float*>(shared + layout.score) + (slice * kTileRows + lane / 4 * 2) * stride + lane % 4 * 2;
-  constexpr int kGroups = 3;  // at once
+  constexpr int kGroups = 4;  // at once
   for (int first = thread_id() / (kSlices * kWarpSize) * 8; first < keys; first += kGroups * 16) {
     uint4 b[kGroups];
 #pragma unroll
@@ -124,22 +129,74 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
   }
 }
 
-// What the blocks of a head send each other: by receiving block its 16 columns (row, sender) as fp16, normalised by the
-// sender's own sum, and once for all the logarithm of that sum (row, sender). A row is contiguous: a warp reads it at
-// once.
-template <bool One>
-struct Inbox {
-  unsigned char *values, *sums;  // of this head
-  int64_t other;
-  int rows, rank;  // rows: padded
+// The queries of a warp of a team: its tile's, of its part of the dot product.
+struct Queries {
+  static constexpr int Most = 4;  // operands
+  uint4 operand[Most];
+  const unsigned char* from;
+  int count, rows;
 
-  __device__ __forceinline__ unsigned char* values_of(int receiver, int row, int sender) const {
-    return values + ((receiver * (One ? kTileRows : rows) + row) * kSplits + sender) * kSplitColumns * 2;
+  // q: of this head.
+  __device__ __forceinline__ void ask(const unsigned char* q, const Team<false>& team, int all_rows) {
+    const int lane = thread_id() % kWarpSize;
+    count = 2 * kSlices >> team.shift;
+    rows = all_rows - team.tile * kTileRows;
+    from = q + team.tile * kTileRows * kHeadRowBytes + team.part * count * kOperandBytes + lane * 16;
+#pragma unroll
+    for (int i = 0; i < Most; ++i)
+      operand[i] = i < count && lane / 4 * 2 < rows ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
   }
-  __device__ __forceinline__ unsigned char* sums_of(int row, int sender) const {
-    return sums + (row * kSplits + sender) * 4;
+  __device__ __forceinline__ void settle() {
+    const int lane = thread_id() % kWarpSize;
+    const uint32_t second = lane / 4 * 2 + 1 < rows ? kAbsent : 0;
+    for (int polls = 0;; count_poll(polls)) {
+      bool missing = false;
+#pragma unroll
+      for (int i = 0; i < Most; ++i) missing |= absent(operand[i], second);
+      if (!__any_sync(0xffffffffu, missing)) break;
+#pragma unroll
+      for (int i = 0; i < Most; ++i)
+        if (absent(operand[i], second)) operand[i] = look(from + i * kOperandBytes);
+    }
   }
 };
+
+// The same where there are more tiles, of all keys, which lie in shared memory. `place`: of the tile among those whose
+// scores are taken at once.
+__device__ __forceinline__ void scores(unsigned char* shared, const Layout& layout, const Share& share,
+                                       const Queries& queries, const Team<false>& team, int place) {
+  const int lane = thread_id() % kWarpSize, stride = layout.score_stride(), keys = share.keys;
+  const bool two = queries.count == 4;  // blocks of 64 bytes
+  const uint4(&a)[Queries::Most] = queries.operand;
+  const unsigned char* k_row = shared + layout.k + team.part * (queries.count / 2) * kBlockBytes + lane % 4 * 16;
+  float* target = reinterpret_cast<float*>(shared + layout.score) +
+                  (((place << team.shift) + team.part) * kTileRows + lane / 4 * 2) * stride + lane % 4 * 2;
+  constexpr int kGroups = 2;  // of 8 keys, at once
+#pragma unroll 1
+  for (int first = 0; first < keys; first += kGroups * 8) {
+    uint4 b[kGroups][2];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int key = first + i * 8 + lane / 4;
+#pragma unroll
+      for (int block = 0; block < 2; ++block)
+        b[i][block] = key < keys && (block == 0 || two)
+                          ? *reinterpret_cast<const uint4*>(k_row + key * kKeyStride + block * kBlockBytes)
+                          : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      float sum[4] = {}, odd[4] = {};
+      mma_bf16(sum, a[0].x, a[0].y, a[0].z, a[0].w, b[i][0].x, b[i][0].y);
+      mma_bf16(odd, a[1].x, a[1].y, a[1].z, a[1].w, b[i][0].z, b[i][0].w);
+      mma_bf16(sum, a[2].x, a[2].y, a[2].z, a[2].w, b[i][1].x, b[i][1].y);
+      mma_bf16(odd, a[3].x, a[3].y, a[3].z, a[3].w, b[i][1].z, b[i][1].w);
+      const int key = first + i * 8;  // scores past the keys are not looked at
+      *reinterpret_cast<float2*>(target + key) = make_float2(sum[0] + odd[0], sum[1] + odd[1]);
+      *reinterpret_cast<float2*>(target + stride + key) = make_float2(sum[2] + odd[2], sum[3] + odd[3]);
+    }
+  }
+}
 
 // The same order as of floats; NaN is more than anything or less.
 __device__ __forceinline__ int ordered(float value) {
@@ -147,14 +204,16 @@ __device__ __forceinline__ int ordered(float value) {
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
-// exp(score - maximum) of this warp's row of a tile as bf16, zeros past the last key, and the maximum.
+// exp(score - maximum) of this warp's row of a tile as bf16, zeros past the last key, and the maximum. The scores lie
+// in `slices` parts, those of the tile at `place`.
 __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share, int tile,
-                                        int rows) {
+                                        int rows, int slices, int place) {
   const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, row = tile * kTileRows + warp;
   const int stride = layout.score_stride();
   constexpr float kScale = 0.0625f;  // 1 / sqrt(256)
   if (row >= rows) return;           // its probabilities are garbage that stays in its row
-  const float* score = reinterpret_cast<const float*>(shared + layout.score) + warp * stride + lane;
+  const float* score =
+      reinterpret_cast<const float*>(shared + layout.score) + (place * slices * kTileRows + warp) * stride + lane;
   const int keys = share.keys, padded_keys = share.padded_keys;
   float value[kLaneKeys] = {}, maximum = -INFINITY;
 #pragma unroll
@@ -162,7 +221,8 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
     if (i * kWarpSize >= keys) break;
     float part[kSlices];
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) part[slice] = score[slice * kTileRows * stride + i * kWarpSize];
+    for (int slice = 0; slice < kSlices; ++slice)
+      part[slice] = slice < slices ? score[slice * kTileRows * stride + i * kWarpSize] : 0.0f;
     const float sum =
         ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));  // NaN past the keys
     value[i] = i * kWarpSize + lane < keys ? sum * kScale : -INFINITY;
@@ -179,158 +239,6 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
       probability[i * kWarpSize] = from_float<__nv_bfloat16>(__expf(value[i] - maximum));
   }
   if (lane == 0) reinterpret_cast<float*>(shared + layout.row_maximum)[row] = maximum;
-}
-
-// Sixteen keys of P V, and of P times ones.
-__device__ __forceinline__ void add_values(float (&values)[2][4], float (&sums)[4], const uint32_t (&a)[4],
-                                           const uint32_t (&b)[4]) {
-  constexpr uint32_t kOnes = 0x3f803f80;
-  mma_bf16(values[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-  mma_bf16(values[1], a[0], a[1], a[2], a[3], b[2], b[3]);
-  mma_bf16(sums, a[0], a[1], a[2], a[3], kOnes, kOnes);
-}
-
-// P V for this warp's 16 columns and all tiles, sent to the block that merges them. The sums of a row's probabilities
-// are one more product, with ones.
-template <bool One>
-__device__ __forceinline__ void send_values(unsigned char* shared, const Layout& layout, const Share& share,
-                                            const Inbox<One>& inbox, int rows) {
-  constexpr int kSteps = 3;  // of 16 keys, at once
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
-  const int probability_bytes = layout.probability_stride() * 2, padded_keys = share.padded_keys;
-  const unsigned char* v_row =
-      shared + layout.v + lane % 16 * kValueStride + (warp * kSplitColumns + lane / 16 * 8) * 2;
-  const unsigned char* p_row = shared + layout.probability + lane % 16 * probability_bytes + lane / 16 * 16;
-  const bool odd = lane % 2 != 0;
-  unsigned char* target = inbox.values_of(warp, lane / 4, inbox.rank) + odd * 16 + lane % 4 / 2 * 8;
-  const float* maximum = reinterpret_cast<const float*>(shared + layout.row_maximum) + lane / 4;
-  for (int first = 0; first < rows; first += kTileRows) {
-    float values[2][4] = {}, sums[4] = {};
-    uint32_t a[kSteps][4], b[kSteps][4];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const bool has = i * 16 < padded_keys;  // else zeros times the first keys
-      load_matrix_transposed(b[i], v_row + (has ? i * 16 : 0) * kValueStride);
-      load_matrix(a[i], p_row + first * probability_bytes + i * 32);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) a[i][j] = has ? a[i][j] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) add_values(values, sums, a[i], b[i]);
-#pragma unroll 1
-    for (int key = kSteps * 16; key < padded_keys; key += 16) {
-      load_matrix_transposed(b[0], v_row + key * kValueStride);
-      load_matrix(a[0], p_row + first * probability_bytes + key * 2);
-      add_values(values, sums, a[0], b[0]);
-    }
-    // An even lane sends four columns of the first half, its odd neighbour four of the second.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first + lane / 4 + half * 8;
-      const float factor = inverse_of(sums[half * 2]);
-      const uint32_t low = pack_f16(values[0][half * 2] * factor, values[0][half * 2 + 1] * factor);
-      const uint32_t high = pack_f16(values[1][half * 2] * factor, values[1][half * 2 + 1] * factor);
-      const uint32_t theirs = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
-      if (row < rows)
-        publish(target + (first + half * 8) * kSplits * kSplitColumns * 2, inbox.other,
-                odd ? make_uint2(theirs, high) : make_uint2(low, theirs));
-    }
-    if (warp == kWarps - 1 && lane % 4 == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first + lane / 4 + half * 8;
-        if (row < rows)
-          publish(inbox.sums_of(row, inbox.rank), inbox.other,
-                  __float_as_uint(maximum[first + half * 8] + __logf(sums[half * 2])));
-      }
-    }
-  }
-}
-
-// What a lane merges of a row: four columns from the senders `lane / 4` and eight further.
-struct Parts {
-  uint2 part[2];
-  uint32_t sum[2];
-
-  template <bool One>
-  static __device__ __forceinline__ const unsigned char* values(const Inbox<One>& inbox, int row, int i) {
-    const int lane = thread_id() % kWarpSize;
-    return inbox.values_of(inbox.rank, row, lane / 4 + 8 * i) + lane % 4 * 8;
-  }
-  template <bool One>
-  static __device__ __forceinline__ const unsigned char* sums(const Inbox<One>& inbox, int row, int i) {
-    return inbox.sums_of(row, thread_id() % kWarpSize / 4 + 8 * i);
-  }
-  template <bool One>
-  __device__ __forceinline__ void ask(const Inbox<One>& inbox, int active, int row) {
-    const int sender = thread_id() % kWarpSize / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool has = sender + 8 * i < active;
-      part[i] = has ? look_pair(values(inbox, row, i)) : make_uint2(0, 0);
-      sum[i] = has ? look_word(sums(inbox, row, i)) : 0xff800000u;  // -infinity
-    }
-  }
-  template <bool One>
-  __device__ __forceinline__ void settle(const Inbox<One>& inbox, int row) {
-    for (int polls = 0;; count_poll(polls)) {
-      bool missing = false;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) missing |= absent(part[i]) | absent(sum[i]);
-      if (!__any_sync(0xffffffffu, missing)) break;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (absent(part[i])) part[i] = look_pair(values(inbox, row, i));
-        if (absent(sum[i])) sum[i] = look_word(sums(inbox, row, i));
-      }
-    }
-  }
-};
-
-// A row of this block's 16 columns from what the blocks of the head sent.
-template <bool Fp8, bool One>
-__device__ __forceinline__ void merge(const Parts& parts, const Inbox<One>& inbox, int head, int row,
-                                      unsigned char* out, int64_t other, float scale) {
-  const int lane = thread_id() % kWarpSize, split = lane / 4;
-  const uint2(&part)[2] = parts.part;
-  const uint32_t (&sum)[2] = parts.sum;
-  float maximum = fmaxf(__uint_as_float(sum[0]), __uint_as_float(sum[1]));
-#pragma unroll
-  for (int offset = 4; offset < kWarpSize; offset *= 2)
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-  float value[4] = {}, total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float weight = __expf(__uint_as_float(sum[i]) - maximum);
-    const float2 first = unpack_f16(part[i].x), second = unpack_f16(part[i].y);
-    total += weight;
-    value[0] += weight * first.x;
-    value[1] += weight * first.y;
-    value[2] += weight * second.x;
-    value[3] += weight * second.y;
-  }
-#pragma unroll
-  for (int offset = 4; offset < kWarpSize; offset *= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, offset);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] += __shfl_xor_sync(0xffffffffu, value[i], offset);
-  }
-  if (split != 0) return;
-  const float inverse = inverse_of(total);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) value[i] = round_bf16(value[i] * inverse);
-  const int column = head * kHeadDim + inbox.rank * kSplitColumns + lane * 4;
-  unsigned char* target = out + activation_offset<Fp8, kOut>(row, column * (Fp8 ? 1 : 2));
-  if constexpr (Fp8) {
-    const float inverse_scale = inverse_of(scale);
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(to_e4m3(value[i] * inverse_scale)) << (8 * i);
-    publish(target, other, word);
-  } else {
-    publish(target, other, pack_bf16(value[0], value[1]));
-    publish(out + activation_offset<Fp8, kOut>(row, (column + 2) * 2), other, pack_bf16(value[2], value[3]));
-  }
 }
 
 }  // namespace expert

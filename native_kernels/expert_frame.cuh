@@ -2,7 +2,7 @@
 // of one unit of 8 columns.
 #pragma once
 
-#include "expert_attend.cuh"
+#include "expert_inbox.cuh"
 
 namespace flashrt {
 namespace expert {
@@ -40,10 +40,10 @@ struct Frame {
   unsigned char* shared;
   Ring ring;
   const Share& share;
-  uint64_t* prefix_full;
-  float* inverse;     // parts of the sums of squares: (warp, row)
-  float* scratch;     // three floats a warp
-  float* conditions;  // of each copy's visit
+  uint64_t* prefix_full;  // of keys and of values
+  float* inverse;         // parts of the sums of squares: (warp, row)
+  float* scratch;         // three floats a warp
+  float* conditions;      // of each copy's visit
   Cursor chunk = {};
   int visit = 0, copy = 0;  // copy: visit % kCopies
   float h = 0.0f;           // row row_of_thread(), column block_id() * 8 + thread_id() % 8
@@ -116,11 +116,6 @@ struct Frame {
     if (step < p.steps) copy_conditions(step, layer, next_copy());
   }
 
-  // Behind a barrier: everybody has read the chunks in front of `chunk`, and others may take their place. By the last
-  // warp: it has no row to finish, or the last.
-  __device__ __forceinline__ void give_back() const {
-    if (thread_id() == kThreads - kWarpSize) poke(&ring.counters->used, chunk.chunk);
-  }
   // Behind the out projection: what the block has blanked so far will be fenced, and the next visit's keys and values
   // copied;
   __device__ __forceinline__ void order_published() const {
@@ -133,28 +128,78 @@ struct Frame {
       }
   }
 
-  // Every warp's part of the sums of a tile's rows; behind the next barrier inverse_rms() has the whole.
-  __device__ __forceinline__ void add_squares(Squares& squares) {
+  // Every warp's part of the sums of its tile's rows; behind the next barrier inverse_rms() has the whole.
+  __device__ __forceinline__ void add_squares(Squares<One>& squares) {
     const float sum = squares.settle();
-    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares::settled_row()] = sum;
+    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares<One>::settled_row()] = sum;
   }
 
-  // r / kHeadroom of a row of the tile, by eight neighbouring lanes of that row.
-  __device__ __forceinline__ float inverse_rms(int row) const {
+  // r / kHeadroom of a row of a tile, by eight neighbouring lanes of that row.
+  __device__ __forceinline__ float inverse_rms(const Team<One>& team, int tile, int row) const {
     const int part = thread_id() % 8;
-    float sum = inverse[part * kTileRows + row] + inverse[(part + 8) * kTileRows + row];
+    const float* from = inverse + ((tile << team.shift) + part) * kTileRows + row;
+    float sum = One || part < team.parts() ? from[0] : 0.0f;
+    if (One) sum += from[8 * kTileRows];
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
   }
 
-  // This warp's part of one of `units` units of two tiles, into the big region.
-  template <int P>
-  __device__ __forceinline__ void product_unit(const Activations<Fp8, P>& a, Cursor& cursor, int units, int unit,
-                                               int rows) {
-    float sum[2][4] = {};
-    multiply_unit(a, ring, cursor, sum);
-    spread_pairs(big(), units, unit, sum, rows);
+  // This warp's part of the first `count` of some units, from `chunk` on. `meanwhile` is called once: behind the wait
+  // for the activations where there is one tile, else when registers get free.
+  template <int P, int Units, typename Meanwhile>
+  __device__ __forceinline__ void multiply(Activations<Fp8, P, One>& a, const Team<One>& team, int count,
+                                           Sums<Fp8, P, Units>& sums, Meanwhile meanwhile) {
+    using S = Shape<Fp8, P>;
+    const int first = team.part * (S::UnitBlocks >> team.shift), lane = thread_id() % kWarpSize;
+    int offset[Units];
+#pragma unroll
+    for (int unit = 0; unit < Units; ++unit) {
+      int slot = chunk.slot + unit * S::Chunks + first / S::Blocks;
+      if (slot >= ring.slots) slot -= ring.slots;
+      offset[unit] = slot * kChunkBytes + first % S::Blocks * kTileBytes + lane * 16;
+    }
+    if constexpr (One) {
+#pragma unroll
+      for (int group = 0; group < S::Groups >> 4; ++group) {
+        a.settle(a.operand[group % 2], group);
+        if (group == 0) meanwhile(), ring.wait(chunk, count * S::Chunks);
+        multiply_units(sums, a.operand[group % 2], offset, count, group);
+        if (group + 2 < S::Groups >> 4) a.ask(a.operand[group % 2], group + 2);
+      }
+    } else {
+      int group = 0;
+      ring.wait(chunk, count * S::Chunks);
+#pragma unroll 1
+      for (; group + 2 < a.groups; group += 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          a.settle(a.operand[i], group + i);
+          multiply_units(sums, a.operand[i], offset, count, group + i);
+          a.ask(a.operand[i], group + i + 2);
+        }
+      }
+      a.settle(a.operand[0], group);
+      multiply_units(sums, a.operand[0], offset, count, group);
+      meanwhile();
+      a.settle(a.operand[1], group + 1);
+      multiply_units(sums, a.operand[1], offset, count, group + 1);
+    }
+  }
+  template <int P, int Units>
+  __device__ __forceinline__ void multiply_units(Sums<Fp8, P, Units>& sums, const uint4 (&operand)[kGroupOperands],
+                                                 const int (&offset)[Units], int count, int group) const {
+    constexpr int Step = Shape<Fp8, P>::GroupBlocks * kTileBytes;
+#pragma unroll
+    for (int unit = 0; unit < Units; ++unit)
+      if (unit < count) multiply_group(sums, unit, operand, ring.chunks + offset[unit] + group * Step);
+  }
+
+  // Behind a barrier: this block has read the next `count` chunks, and others may take their place. The last warp
+  // tells: where there is one tile, it has no row to finish, or the last.
+  __device__ __forceinline__ void give_back(int count) {
+    for (int i = 0; i < count; ++i) chunk.advance(ring.slots);
+    if (thread_id() == kThreads - kWarpSize) poke(&ring.counters->used, chunk.chunk);
   }
 
   // h (1 + scale) of this thread's element and the sum of squares of its eight for the given buffers of a copy.
@@ -188,34 +233,24 @@ struct Frame {
   // A product of one unit of 8 columns on `x`: every thread's element, by `finish(sum)`, which whole warps call.
   template <int P, typename Finish>
   __device__ __forceinline__ void narrow_product(const unsigned char* x, int step, int layer, Finish finish) {
-    using S = Shape<Fp8, P>;
-    Activations<Fp8, P> a;
+    const Team<One> team(p.rows);
+    Activations<Fp8, P, One> a(x, team, p.rows);
     if constexpr (P == kOut) copy_next_conditions(step, layer);
     if constexpr (P == kDown || P == kMix) be_patient();
-    a.ask(x, 0, p.rows);
-    for (int tile = 0; tile < tiles(); ++tile) {
-      a.settle();
-      float sum[1][4] = {};
-      Cursor cursor = chunk;
-      ring.wait(cursor, S::Chunks);
-      multiply_unit(a, ring, cursor, sum);
-#pragma unroll
-      for (int batch = 1; batch < S::Batches; ++batch) {
-        a.ask(x, tile, p.rows, batch);
-        a.settle();
-        multiply_unit(a, ring, cursor, sum);
-      }
-      if (tile + 1 < tiles()) a.ask(x, tile + 1, p.rows);
-      spread(small(), sum[0], p.rows - tile * kTileRows);
-      if (P == kDown && tile == 0) await_order();
-      block_sync();
-      if (tile + 1 == tiles()) {
-        chunk = cursor;
-        give_back();
-      }
-      if (static_cast<int>(thread_id()) / kTileElements == tile) finish(gather(small(), thread_id() % kTileElements));
-      block_sync();  // nobody looks for more while this block still computes
+    a.ask();
+    if (One || a.rows > 0) {
+      Sums<Fp8, P, 1> sums;
+      multiply(a, team, 1, sums, [] {});
+      float sum[1][4];
+      sums.total(sum, 0);
+      spread(small(), sum[0], a.rows);
     }
+    if (P == kDown) await_order();
+    block_sync();
+    give_back(Shape<Fp8, P>::Chunks);
+    const int tile = thread_id() / kTileElements;
+    if (tile < tiles()) finish(gather(small(), team, tile, thread_id() % kTileElements));
+    block_sync();  // nobody looks for more while this block still computes
   }
 };
 

@@ -31,39 +31,54 @@ struct Layer : Frame<Fp8, One> {
   using Base::weight_scale;
 
   __device__ void qkv() {
-    using S = Shape<Fp8, kQkv>;
-    const unsigned char* x = exchange().template buffer<kNormedQkv>();
     const unsigned char* parts = exchange().template buffer<kSquaresQkv>();
+    const Team<One> team(p.rows);
     const int count = qkv_units(), own = thread_id() / kTileElements, element = thread_id() % kTileElements;
-    const bool busy = own < count;
-    const int unit = qkv_unit(own);
-    Activations<Fp8, kQkv> a;
-    Squares squares;
+    // one tile: a unit is that of 128 threads; more: a tile is
+    const int row = row_of_slot(element / kTileFeatures), tile = One ? 0 : own, m = tile * kTileRows + row;
+    const bool busy = One ? own < count : own < tiles();
+    Activations<Fp8, kQkv, One> a(exchange().template buffer<kNormedQkv>(), team, p.rows);
+    Squares<One> squares;
     be_patient();
-    squares.ask(parts, 0, p.rows), a.ask(x, 0, p.rows);
-    for (int tile = 0; tile < tiles(); ++tile) {
-      const int row = row_of_slot(element / kTileFeatures), m = tile * kTileRows + row;
-      const RopeOperands operands = rope_operands(unit, m, busy && m < p.rows);
-      a.settle();
-      squares.refresh();
-      Cursor cursor = chunk;
-      ring.wait(cursor, count * S::Chunks);
+    if (One) squares.ask(parts, team, p.rows);
+    a.ask();
+    RopeOperands operands[One ? 1 : 2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (i < count) this->template product_unit<kQkv>(a, cursor, 2, i, p.rows - tile * kTileRows);
+    for (int i = 0; i < (One ? 1 : 2); ++i)
+      operands[i] = rope_operands(qkv_unit(One ? own : i), m, busy && i < count && m < p.rows);
+    if (One || a.rows > 0) {
+      Sums<Fp8, kQkv, 2> sums;
+      this->multiply(a, team, count, sums, [&] { One ? (void)squares.refresh() : squares.ask(parts, team, p.rows); });
+      spread_units(sums, count, a.rows);
       add_squares(squares);
-      if (tile + 1 < tiles()) a.ask(x, tile + 1, p.rows), squares.ask(parts, tile + 1, p.rows);
-      async_copy_wait_committed();  // the conditions
-      block_sync();
-      if (tile + 1 == tiles()) chunk = cursor, give_back();
-      if (busy) {  // whole warps
-        const float factor = weight_scale(kQkv) * inverse_rms(row);
-        const int shift = kQkvShift + own * 2 * kTileFeatures + element % kTileFeatures;
-        const float2 sum = gather_pair(big(), 2, own, element);
-        rotate(unit, m, operands, sum.x * factor + condition(shift), sum.y * factor + condition(shift + kTileFeatures));
+    }
+    async_copy_wait_committed();  // the conditions
+    block_sync();
+    give_back(count * Shape<Fp8, kQkv>::Chunks);
+    if (busy) {  // whole warps
+      const float factor = weight_scale(kQkv) * inverse_rms(team, tile, row);
+#pragma unroll
+      for (int i = 0; i < (One ? 1 : 2); ++i) {
+        if (i >= count) break;
+        const int unit = One ? own : i, shift = kQkvShift + unit * 2 * kTileFeatures + element % kTileFeatures;
+        const float2 sum = gather_pair(big(), team, tile, 2, unit, element);
+        rotate(qkv_unit(unit), m, operands[i], sum.x * factor + condition(shift),
+               sum.y * factor + condition(shift + kTileFeatures));
       }
-      if (tile == 0 && thread_id() / kWarpSize == kWarps - 1) barrier_wait(this->prefix_full, visit & 1);
-      block_sync();  // the sums have been read; and nobody looks for more while this block still computes
+    }
+    if (thread_id() / kWarpSize == kWarps - 1) barrier_wait(this->prefix_full, visit & 1);
+    block_sync();  // the sums have been read; and nobody looks for more while this block still computes
+  }
+
+  // The first `count` of a warp's units of two tiles, into the big region.
+  template <int P, int Units>
+  __device__ __forceinline__ void spread_units(const Sums<Fp8, P, Units>& sums, int count, int rows) const {
+#pragma unroll
+    for (int unit = 0; unit < Units; ++unit) {
+      if (unit >= count) break;
+      float sum[2][4];
+      sums.total(sum, unit);
+      spread_pairs(big(), Units, unit, sum, rows);
     }
   }
 
@@ -116,19 +131,8 @@ struct Layer : Frame<Fp8, One> {
     const Inbox<One> inbox{buffers.template buffer<kInbox>() + head_rows * kSplits * kSplitColumns * 2,
                            buffers.template buffer<kStats>() + head_rows * 4, buffers.other, padded_rows, rank};
     if (share.keys > 0) {
-      const Layout& layout = plan.attention;
-      const unsigned char* kv = buffers.template buffer<kKv>();
-      SuffixValues values;
-      values.ask(share, kv);
-      for (int tile = 0; tile < tiles(); ++tile) {
-        const int first = tile * kTileRows;
-        scores(shared, layout, share, queries(head) + first * kHeadRowBytes, kv, p.rows - first);
-        if (tile == 0) values.settle(shared + layout.v);
-        block_sync();
-        softmax(shared, layout, share, tile, p.rows);
-        block_sync();
-      }
-      send_values<One>(shared, layout, share, inbox, p.rows);
+      take_scores(head);
+      send_values(shared, plan.attention, share, inbox, Team<One>(p.rows), p.rows);
     }
     unsigned char* out = buffers.template buffer<kAttendedRows>();
     int row = thread_id() / kWarpSize;
@@ -142,6 +146,42 @@ struct Layer : Frame<Fp8, One> {
       if (One) break;
     }
     block_sync();
+  }
+
+  // The probabilities of all rows, and what else P V needs, behind a barrier.
+  __device__ __forceinline__ void take_scores(int head) {
+    const Layout& layout = plan.attention;
+    const unsigned char* kv = exchange().template buffer<kKv>();
+    const bool last = thread_id() / kWarpSize == kWarps - 1;
+    SuffixRows<One> values;
+    values.ask(share, kv, 1);
+    if constexpr (One) {
+      scores(shared, layout, share, queries(head), kv, p.rows);
+      values.settle(shared + layout.v, kValueStride);
+      block_sync();
+      softmax(shared, layout, share, 0, p.rows, kSlices, 0);
+      if (last) barrier_wait(this->prefix_full + 1, visit & 1);
+      block_sync();
+    } else {
+      const Team<false> team(p.rows);
+      SuffixRows<false> keys;
+      Queries own;
+      keys.ask(share, kv, 0);
+      own.ask(queries(head), team, p.rows);
+      keys.settle(shared + layout.k, kKeyStride);
+      values.settle(shared + layout.v, kValueStride);
+      if (share.prefix_keys < share.keys) block_sync();
+      own.settle();
+      for (int first = 0; first < tiles(); first += layout.tiles_at_once) {
+        const int place = team.tile - first;
+        if (own.rows > 0 && place >= 0 && place < layout.tiles_at_once) scores(shared, layout, share, own, team, place);
+        block_sync();
+        for (int tile = first; tile < min(first + layout.tiles_at_once, tiles()); ++tile)
+          softmax(shared, layout, share, tile, p.rows, team.parts(), tile - first);
+        if (last) barrier_wait(this->prefix_full + 1, visit & 1);
+        block_sync();
+      }
+    }
   }
 
   // h += gate * (input W): products 3 and 5, with what the norm behind them needs. A unit is the same 8 columns of h in
@@ -174,44 +214,48 @@ struct Layer : Frame<Fp8, One> {
   }
 
   __device__ void gate_up() {
-    using S = Shape<Fp8, kGateUp>;
-    constexpr int Group = 4 / S::Chunks;
-    const unsigned char* x = exchange().template buffer<kNormedMlp>();
+    constexpr int Chunks = Shape<Fp8, kGateUp>::Chunks, Group = 4 / Chunks;  // units at once
     const unsigned char* parts = exchange().template buffer<kSquaresMlp>();
-    // a warp's outputs are one row: the neighbours in memory
-    const int own = thread_id() % kWarpSize / kTileFeatures, warp = thread_id() / kWarpSize;
-    const int element = warp * kTileFeatures + thread_id() % kTileFeatures;
-    Activations<Fp8, kGateUp> a;
-    Squares squares;
+    const Team<One> team(p.rows);
+    Activations<Fp8, kGateUp, One> a(exchange().template buffer<kNormedMlp>(), team, p.rows);
+    Squares<One> squares;
     for (int first = 0; first < kGateUpUnits; first += Group) {
-      const bool busy = own < Group;
-      const int n = (block_id() * kGateUpUnits + first + own % Group) * kTileFeatures + element % kTileFeatures;
       if (first == 0) be_patient();
-      if (first == 0 || !One) squares.ask(parts, 0, p.rows), a.ask(x, 0, p.rows);
-      for (int tile = 0; tile < tiles(); ++tile) {
-        a.settle();
-        squares.refresh();
-        if (tile == 0 && first == 0) this->order_published();
-        Cursor cursor = chunk;
-        ring.wait(cursor, Group * S::Chunks);
-#pragma unroll
-        for (int i = 0; i < Group; ++i)
-          this->template product_unit<kGateUp>(a, cursor, Group, i, p.rows - tile * kTileRows);
-        if (first == 0 || !One) add_squares(squares);
-        if (tile + 1 < tiles()) a.ask(x, tile + 1, p.rows), squares.ask(parts, tile + 1, p.rows);
-        block_sync();
-        if (tile + 1 == tiles()) chunk = cursor, give_back();
-        const int m = tile * kTileRows + row_of_slot(warp);
-        if (m < p.rows) {
-          const float factor = weight_scale(kGateUp) * inverse_rms(row_of_slot(warp));
-          const int shift = (first + own % Group) * kTileFeatures + element % kTileFeatures;
-          const float2 sum = gather_pair(big(), Group, own % Group, element);
-          const float gate = sum.x * factor + condition(kGateShift + shift);
-          const float value = gelu(gate) * (sum.y * factor + condition(kUpShift + shift));
-          publish_hidden(m, n, busy, round_bf16(value), input_scale(kDown));
-        }
-        block_sync();
+      if (One && first == 0) squares.ask(parts, team, p.rows);
+      if (!One || first == 0) a.ask();
+      if (!One && first == 0) this->order_published();
+      if (One || a.rows > 0) {
+        Sums<Fp8, kGateUp, Group> sums;
+        this->multiply(a, team, Group, sums, [&] {
+          if (!One) squares.ask(parts, team, p.rows);
+          if (One && first == 0) squares.refresh(), this->order_published();
+        });
+        spread_units(sums, Group, a.rows);
+        if (!One || first == 0) add_squares(squares);
       }
+      block_sync();
+      give_back(Group * Chunks);
+      finish_hidden<Group>(team, first);
+      block_sync();
+    }
+  }
+
+  // Of all tiles and `Group` units. A warp's outputs are one row: the neighbours in memory.
+  template <int Group>
+  __device__ __forceinline__ void finish_hidden(const Team<One>& team, int first) {
+    constexpr int AtOnce = One ? 1 : 4 / Group;  // tiles
+    const int warp = thread_id() / kWarpSize, column = thread_id() % kTileFeatures;
+    const int own = thread_id() % kWarpSize / kTileFeatures, unit = first + own % Group;
+    const int shift = unit * kTileFeatures + column, row = row_of_slot(warp);
+    for (int base = 0; base < tiles(); base += AtOnce) {
+      const int tile = base + own / Group % AtOnce, m = tile * kTileRows + row;
+      if (One && m >= p.rows) break;
+      const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row);
+      const float2 sum = gather_pair(big(), team, tile, Group, own % Group, warp * kTileFeatures + column);
+      const float gate = sum.x * factor + condition(kGateShift + shift);
+      const float value = gelu(gate) * (sum.y * factor + condition(kUpShift + shift));
+      publish_hidden(m, (block_id() * kGateUpUnits + unit) * kTileFeatures + column, m < p.rows && own < Group * AtOnce,
+                     round_bf16(value), input_scale(kDown));
     }
   }
 

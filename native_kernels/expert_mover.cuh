@@ -25,7 +25,7 @@ template <bool Fp8>
 struct Mover {
   const ExpertSteps& p;
   const Ring& ring;
-  uint64_t *full, *prefix_full;
+  uint64_t *full, *prefix_full;  // prefix_full: of keys, of values
   const Source* sources;
   PrefixRows prefix;
 
@@ -45,7 +45,7 @@ struct Mover {
     unsigned asked = 0, come = 0, fenced = 0, phase = 0;
     int next = 0, slot = 0;                                    // slots: that comes next, that is asked for next
     int layer = 0, index = p.mix_weights == nullptr ? 0 : -1;  // of the chunk asked for next; index -1 is the mix
-    int prefix_layer = 0, row = 0;                             // of the rows asked for next
+    int prefix_layer = 0, kind = 0, row = 0;                   // of the rows asked for next; kind: keys, then values
     unsigned prefixes = 0;                                     // visits whose rows have been asked for
 #pragma unroll 1
     while (come < chunks || fenced < visits) {
@@ -78,26 +78,27 @@ struct Mover {
         ++fenced;
         if (leader) poke(&counters.fenced, fenced);
       } else if (prefixes < visits && prefixes <= ordered) {
-        if (row == 0 && leader) barrier_expect(prefix_full, prefix.rows * 2 * kHeadRowBytes);
-        __syncwarp();
-        copy_rows(prefix_layer, row);
+        ask_rows(kind, prefix_layer, row);
         row += kRowsAtOnce;
         if (row >= prefix.rows) {
-          row = 0, ++prefixes;
-          if (++prefix_layer == p.layers) prefix_layer = 0;
+          row = 0, prefixes += kind, prefix_layer += kind, kind ^= 1;
+          if (prefix_layer == p.layers) prefix_layer = 0;
         }
       }
     }
   }
 
-  // Up to eight rows of keys and of values, a lane each.
-  __device__ __forceinline__ void copy_rows(int layer, int first) const {
-    const int lane = thread_id() % kWarpSize, row = first + lane % kRowsAtOnce;
-    if (lane >= 2 * kRowsAtOnce || row >= prefix.rows) return;
-    const bool value = lane >= kRowsAtOnce;
-    bulk_copy((value ? prefix.v_target : prefix.k_target) + row * (value ? kValueStride : kKeyStride),
-              (value ? prefix.v : prefix.k) + layer * prefix.layer_bytes + row * kHeadRowBytes, kHeadRowBytes,
-              prefix_full);
+  // Some rows of keys or of values from `first` on, 16 bytes a lane: the copy engine takes rows of 512 bytes one after
+  // the other, and behind the weights.
+  __device__ __forceinline__ void ask_rows(int kind, int layer, int first) const {
+    const int lane = thread_id() % kWarpSize, stride = kind ? kValueStride : kKeyStride;
+    unsigned char* target = (kind ? prefix.v_target : prefix.k_target) + first * stride + lane * 16;
+    const unsigned char* from =
+        (kind ? prefix.v : prefix.k) + layer * prefix.layer_bytes + first * kHeadRowBytes + lane * 16;
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i)
+      if (first + i < prefix.rows) async_copy16(target + i * stride, from + i * kHeadRowBytes);
+    if (first + kRowsAtOnce >= prefix.rows) async_copy_arrive(prefix_full + kind);
   }
 };
 

@@ -36,84 +36,112 @@ __device__ __forceinline__ bool absent(const uint4& v, uint32_t second) {
   return max(max(v.x, v.z), max(v.y, v.w) & second) == kAbsent;
 }
 
-// A thread's operands of one tile of activations: those of each k block that is its warp's. A block of k is read by one
-// warp only: 16 warps read each activation once.
-template <bool Fp8, int P>
+// What a warp multiplies: a tile of rows is that of all 16 warps, or of 8 or 4 where there are more tiles; each takes a
+// part of k.
+template <bool One>
+struct Team {
+  int shift, tile, part;  // 1 << shift parts
+
+  __device__ __forceinline__ explicit Team(int rows)
+      : shift(One                     ? 4
+              : rows <= 2 * kTileRows ? 3
+                                      : 2),
+        tile(One ? 0 : thread_id() / kWarpSize >> shift),
+        part(One ? thread_id() / kWarpSize : thread_id() / kWarpSize & (parts() - 1)) {}
+  __device__ __forceinline__ int parts() const { return 1 << shift; }
+};
+
+// A thread's operands of the activations: those of the k blocks that are its warp's, of which it holds two groups. A
+// block of k is read by one warp of a team only: each activation is read once.
+template <bool Fp8, int P, bool One>
 struct Activations {
   using S = Shape<Fp8, P>;
-  uint4 operand[S::Pieces];
+  static constexpr int kGroupBytes = kGroupOperands * kOperandBytes;
+  uint4 operand[2][kGroupOperands];
   const unsigned char* from;  // this thread's first
-  bool has;
+  int rows, groups;           // rows: of the tile
   uint32_t second;
 
-  static __device__ __forceinline__ constexpr int offset(int piece) {
-    const int of_block = piece % S::Operands, own = piece / S::Operands % S::Own, chunk = piece / S::Operands / S::Own;
-    return ((chunk * S::Blocks + own) * S::Operands + of_block) * kOperandBytes;
+  __device__ __forceinline__ Activations(const unsigned char* x, const Team<One>& team, int all_rows) {
+    const int lane = thread_id() % kWarpSize;
+    groups = S::Groups >> team.shift;
+    rows = all_rows - team.tile * kTileRows;
+    from = x + team.tile * kTileRows * S::RowBytes + team.part * groups * kGroupBytes + lane * 16;
+    second = lane / 4 * 2 + 1 < rows ? kAbsent : 0;
   }
-
-  // Ask for the operands of tile `tile` of `x`; they may not have come yet.
-  __device__ __forceinline__ void ask(const unsigned char* x, int tile, int rows, int batch = 0) {
-    const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, row = tile * kTileRows + lane / 4 * 2;
-    from = x + tile * kTileRows * S::RowBytes + batch * (S::RowBytes / S::Batches) * kTileRows +
-           warp * S::Own * S::Operands * kOperandBytes + lane * 16;
-    has = row < rows;
-    second = row + 1 < rows ? kAbsent : 0;
+  __device__ __forceinline__ bool has() const { return static_cast<int>(thread_id()) % kWarpSize / 4 * 2 < rows; }
+  // Ask for a group; it may not have come yet.
+  __device__ __forceinline__ void ask(uint4 (&to)[kGroupOperands], int group) const {
+    const unsigned char* first = from + group * kGroupBytes;
 #pragma unroll
-    for (int i = 0; i < S::Pieces; ++i) operand[i] = has ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kGroupOperands; ++i) to[i] = has() ? look(first + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
   }
-  // Until all have.
-  __device__ __forceinline__ void settle() {
+  // The first two.
+  __device__ __forceinline__ void ask() {
+    ask(operand[0], 0);
+    if (!One || (S::Groups >> 4) > 1) ask(operand[1], 1);
+  }
+  // Until a group has come.
+  __device__ __forceinline__ void settle(uint4 (&to)[kGroupOperands], int group) const {
+    const unsigned char* first = from + group * kGroupBytes;
     for (int polls = 0;; count_poll(polls)) {
       bool missing = false;
 #pragma unroll
-      for (int i = 0; i < S::Pieces; ++i) missing |= absent(operand[i], second);
+      for (int i = 0; i < kGroupOperands; ++i) missing |= absent(to[i], second);
       if (!__any_sync(0xffffffffu, missing)) break;
 #pragma unroll
-      for (int i = 0; i < S::Pieces; ++i)
-        if (absent(operand[i], second)) operand[i] = look(from + offset(i));
+      for (int i = 0; i < kGroupOperands; ++i)
+        if (absent(to[i], second)) to[i] = look(first + i * kOperandBytes);
     }
   }
 };
 
-// One unit's product: this warp's k of every chunk of it (of a batch, where activations come in batches), which have
-// come. Two chains of sums a tile.
-template <bool Fp8, int P>
-__device__ __forceinline__ void multiply_unit(const Activations<Fp8, P>& a, const Ring& ring, Cursor& cursor,
-                                              float (&sum)[Shape<Fp8, P>::Tiles][4]) {
+// A warp's sums of some units; more than one chain each where there are few.
+template <bool Fp8, int P, int Units>
+struct Sums {
+  static constexpr int Tiles = Shape<Fp8, P>::Tiles, Chains = Units * Tiles < 8 ? 2 : 1;
+  float chain[Units][Tiles][Chains][4] = {};
+
+  // Of a unit, the chains added up.
+  __device__ __forceinline__ void total(float (&sum)[Tiles][4], int unit) const {
+#pragma unroll
+    for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sum[t][i] = chain[unit][t][0][i] + (Chains > 1 ? chain[unit][t][Chains - 1][i] : 0.0f);
+  }
+};
+
+// One group of k blocks of one unit; `weights`: this lane's 16 bytes of the first.
+template <bool Fp8, int P, int Units>
+__device__ __forceinline__ void multiply_group(Sums<Fp8, P, Units>& sums, int unit,
+                                               const uint4 (&operand)[kGroupOperands], const unsigned char* weights) {
   using S = Shape<Fp8, P>;
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
-  float odd[S::Tiles][4] = {};
+  constexpr int Last = Sums<Fp8, P, Units>::Chains - 1;
 #pragma unroll
-  for (int chunk = 0; chunk < S::Chunks / S::Batches; ++chunk) {
-    const unsigned char* weights = ring.chunk(cursor) + warp * S::Own * kTileBytes + lane * 16;
-    cursor.advance(ring.slots);
+  for (int block = 0; block < S::GroupBlocks; ++block) {
+    const uint4* x = operand + block * S::Operands;
 #pragma unroll
-    for (int o = 0; o < S::Own; ++o) {
-      const uint4* x = a.operand + (chunk * S::Own + o) * S::Operands;
-#pragma unroll
-      for (int t = 0; t < S::Tiles; ++t) {
-        const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + o) * kTileBytes);
-        if constexpr (S::Wide) {
-          uint32_t b[8];
-          widen(packed, b);
-          mma_f16(sum[t], x[0].x, x[0].y, x[0].z, x[0].w, b[0], b[1]);
-          mma_f16(odd[t], x[1].x, x[1].y, x[1].z, x[1].w, b[2], b[3]);
-          mma_f16(sum[t], x[2].x, x[2].y, x[2].z, x[2].w, b[4], b[5]);
-          mma_f16(odd[t], x[3].x, x[3].y, x[3].z, x[3].w, b[6], b[7]);
-        } else if constexpr (S::E4m3) {
-          mma_e4m3(sum[t], x[0].x, x[0].y, x[0].z, x[0].w, packed.x, packed.y);
-          mma_e4m3(odd[t], x[1].x, x[1].y, x[1].z, x[1].w, packed.z, packed.w);
-        } else {
-          mma_bf16(sum[t], x[0].x, x[0].y, x[0].z, x[0].w, packed.x, packed.y);
-          mma_bf16(odd[t], x[1].x, x[1].y, x[1].z, x[1].w, packed.z, packed.w);
-        }
+    for (int t = 0; t < S::Tiles; ++t) {
+      const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + block) * kTileBytes);
+      float (&even)[4] = sums.chain[unit][t][0];
+      float (&odd)[4] = sums.chain[unit][t][Last];
+      if constexpr (S::Wide) {
+        uint32_t b[8];
+        widen(packed, b);
+        mma_f16(even, x[0].x, x[0].y, x[0].z, x[0].w, b[0], b[1]);
+        mma_f16(odd, x[1].x, x[1].y, x[1].z, x[1].w, b[2], b[3]);
+        mma_f16(even, x[2].x, x[2].y, x[2].z, x[2].w, b[4], b[5]);
+        mma_f16(odd, x[3].x, x[3].y, x[3].z, x[3].w, b[6], b[7]);
+      } else if constexpr (S::E4m3) {
+        mma_e4m3(even, x[0].x, x[0].y, x[0].z, x[0].w, packed.x, packed.y);
+        mma_e4m3(odd, x[1].x, x[1].y, x[1].z, x[1].w, packed.z, packed.w);
+      } else {
+        mma_bf16(even, x[0].x, x[0].y, x[0].z, x[0].w, packed.x, packed.y);
+        mma_bf16(odd, x[1].x, x[1].y, x[1].z, x[1].w, packed.z, packed.w);
       }
     }
   }
-#pragma unroll
-  for (int t = 0; t < S::Tiles; ++t)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[t][i] += odd[t][i];
 }
 
 constexpr int kTileElements = kTileRows * kTileFeatures;
@@ -126,10 +154,16 @@ __device__ __forceinline__ void spread(float* sums, const float (&sum)[4], int r
   if (lane / 4 * 2 + 1 < rows) *reinterpret_cast<float2*>(target + kTileElements / 2) = make_float2(sum[2], sum[3]);
 }
 
-__device__ __forceinline__ float gather(const float* sums, int element) {
+// The whole of an element, of the parts of `tile`'s team.
+template <bool One>
+__device__ __forceinline__ float gather(const float* sums, const Team<One>& team, int tile, int element) {
+  const float* from = sums + (tile << team.shift) * kTileElements + element;
   float part[4] = {};  // independent chains
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) part[w % 4] += sums[w * kTileElements + element];
+  for (int w = 0; w < (One ? kWarps : kWarps / 2); ++w) {
+    if (!One && w == kWarps / 4 && w == team.parts()) break;
+    part[w % 4] += from[w * kTileElements];
+  }
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
@@ -145,11 +179,15 @@ __device__ __forceinline__ void spread_pairs(float* sums, int units, int unit, c
     *reinterpret_cast<float4*>(target + kPairElements / 2) = make_float4(sum[0][2], sum[1][2], sum[0][3], sum[1][3]);
 }
 
-__device__ __forceinline__ float2 gather_pair(const float* sums, int units, int unit, int element) {
-  const float* from = sums + unit * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
+template <bool One>
+__device__ __forceinline__ float2 gather_pair(const float* sums, const Team<One>& team, int tile, int units, int unit,
+                                              int element) {
+  const float* from =
+      sums + ((tile << team.shift) * units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
   float2 part[2] = {};  // independent chains
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < (One ? kWarps : kWarps / 2); ++w) {
+    if (!One && w == kWarps / 4 && w == team.parts()) break;
     const float2 value = *reinterpret_cast<const float2*>(from + w * units * kPairElements);
     part[w % 2].x += value.x, part[w % 2].y += value.y;
   }
@@ -183,31 +221,50 @@ __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_flo
 __device__ __forceinline__ int square_offset(int row) {
   return (row / kTileRows * kBlocks * kTileRows + row % kTileRows) * 4;
 }
+template <bool One>
 struct Squares {
-  uint4 part;  // of four rows and one block
+  static constexpr int Most = One ? 1 : 4;
+  uint4 piece[Most];  // of four rows and one block each
   const unsigned char* from;
-  int rows;  // how many of the four there are
+  int rows, parts;  // rows: how many of the four there are
 
-  __device__ __forceinline__ void ask(const unsigned char* squares, int tile, int all_rows) {
-    from = squares + square_offset(tile * kTileRows) + thread_id() * 16;
-    rows = all_rows - tile * kTileRows - static_cast<int>(thread_id() % 4) * 4;
-    part = rows > 0 ? look(from) : make_uint4(0, 0, 0, 0);
+  // By the warps of a tile's team.
+  __device__ __forceinline__ void ask(const unsigned char* squares, const Team<One>& team, int all_rows) {
+    const int index = (team.part * kWarpSize) + thread_id() % kWarpSize;
+    parts = team.parts();
+    from = squares + square_offset(team.tile * kTileRows) + index * 16;
+    rows = all_rows - team.tile * kTileRows - index % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < Most; ++i)
+      piece[i] = rows > 0 && i * parts < kWarps ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
   }
-  __device__ __forceinline__ bool missing() const {
+  __device__ __forceinline__ int offset(int i) const { return i * parts * kWarpSize * 16; }
+  __device__ __forceinline__ bool missing(const uint4& part) const {
     return (rows > 0 && part.x == kAbsent) || (rows > 1 && part.y == kAbsent) || (rows > 2 && part.z == kAbsent) ||
            (rows > 3 && part.w == kAbsent);
   }
-  // Ask again for what has not come.
-  __device__ __forceinline__ void refresh() {
-    if (missing()) part = look(from);
+  // Ask again for what has not come; whether anything had not.
+  __device__ __forceinline__ bool refresh() {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < Most; ++i) {
+      if (!missing(piece[i])) continue;
+      any = true;
+      piece[i] = look(from + offset(i));
+    }
+    return any;
   }
   // This warp's sum of row settled_row(); four lanes have the same.
   __device__ __forceinline__ float settle() {
-    for (int polls = 0; __any_sync(0xffffffffu, missing()); count_poll(polls))
-      if (missing()) part = look(from);
+    for (int polls = 0; __any_sync(0xffffffffu, refresh()); count_poll(polls)) {
+    }
     const bool upper = thread_id() & 16, odd = thread_id() & 8;
-    const float x = __uint_as_float(part.x), y = __uint_as_float(part.y), z = __uint_as_float(part.z),
-                w = __uint_as_float(part.w);
+    float x = 0.0f, y = 0.0f, z = 0.0f, w = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Most; ++i) {
+      x += __uint_as_float(piece[i].x), y += __uint_as_float(piece[i].y);
+      z += __uint_as_float(piece[i].z), w += __uint_as_float(piece[i].w);
+    }
     const float first = (upper ? z : x) + __shfl_xor_sync(0xffffffffu, upper ? x : z, 16);
     const float second = (upper ? w : y) + __shfl_xor_sync(0xffffffffu, upper ? y : w, 16);
     const float sum = (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 8);

@@ -200,14 +200,14 @@ template <bool Fp8, bool One>
 __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint64_t full[kMaxSlots], prefix_full;
+  __shared__ uint64_t full[kMaxSlots], prefix_full[2];
   __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
   __shared__ __align__(16) float inverse[kWarps * kTileRows], conditions[kCopies * kConditions], scratch[kWarps * 3];
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
-    barrier_init(&prefix_full, 1);
+    for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
     barrier_init_fence();
     counters = {};
     share = Share(block_id() % kSplits, *p.prefix_length, p.rows);
@@ -223,10 +223,10 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
                           share.prefix_keys,
                           shared + plan.attention.k,
                           shared + plan.attention.v};
-    Mover<Fp8>{p, ring, full, &prefix_full, sources, rows}.run();
+    Mover<Fp8>{p, ring, full, prefix_full, sources, rows}.run();
     return;
   }
-  Expert<Fp8, One> expert{{{p, plan, shared, ring, share, &prefix_full, inverse, scratch, conditions}}};
+  Expert<Fp8, One> expert{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}};
   blank_exchange(expert.exchange(0));
   expert.blank_conditions();
   grid_barrier(p.barrier);
@@ -234,6 +234,37 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
   if (thread_id() == 0 && atomicAdd(p.barrier + 1, 1) == kBlocks - 1)  // the last block leaves both words zero
     p.barrier[0] = p.barrier[1] = 0;
 #endif
+}
+
+// Where everything lies in dynamic shared memory; false where it does not fit.
+template <bool One>
+bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
+  Layout& attention = plan.attention;
+  attention.block_keys = Layout::keys_of_block(p.capacity);
+  if (attention.block_keys > kLaneKeys * kWarpSize) return false;
+  const int tiles = (p.rows + kTileRows - 1) / kTileRows, slices = tiles <= 2 ? kSlices : kSlices / 2;
+  const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
+  const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
+  constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
+  // the scores of all tiles at once, or of half of them
+  for (int at_once = tiles; at_once > 0; at_once /= 2) {
+    const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
+    const int big_bytes = max(kBigBytes, score_bytes + probability_bytes + tiles * kTileRows * 4);
+    const int work_bytes = big_bytes + kSmallBytes + key_bytes + value_bytes;
+    plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
+    if (plan.slots < 4) continue;  // what is multiplied before anything is given back
+    plan.big = plan.slots * kChunkBytes;
+    plan.small = plan.big + big_bytes;
+    attention.tiles_at_once = at_once;
+    attention.score = plan.big;
+    attention.probability = attention.score + score_bytes;
+    attention.row_maximum = attention.probability + probability_bytes;
+    attention.k = plan.small + kSmallBytes;
+    attention.v = attention.k + key_bytes;
+    bytes = attention.v + value_bytes;
+    return true;
+  }
+  return false;
 }
 
 template <bool Fp8, bool One>
@@ -246,26 +277,8 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   if (multiprocessors < kBlocks) return cudaErrorNotSupported;
   Plan plan = {};
-  Layout& attention = plan.attention;
-  attention.block_keys = Layout::keys_of_block(p.capacity);
-  if (attention.block_keys > kLaneKeys * kWarpSize) return cudaErrorNotSupported;
-  const int rows = (p.rows + kTileRows - 1) / kTileRows * kTileRows, key_bytes = attention.block_keys * kKeyStride;
-  const int value_bytes = attention.block_keys * kValueStride;
-  const int score_bytes = kSlices * kTileRows * attention.score_stride() * 4;
-  const int probability_bytes = rows * attention.probability_stride() * 2;
-  const int big_bytes = max(kBigBytes, score_bytes + probability_bytes + rows * 4);
-  const int work_bytes = big_bytes + kSmallBytes + key_bytes + value_bytes;
-  constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
-  plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
-  if (plan.slots < 4) return cudaErrorNotSupported;  // what one tile of rows reads before it gives anything back
-  plan.big = plan.slots * kChunkBytes;
-  plan.small = plan.big + big_bytes;
-  attention.score = plan.big;
-  attention.probability = attention.score + score_bytes;
-  attention.row_maximum = attention.probability + probability_bytes;
-  attention.k = plan.small + kSmallBytes;
-  attention.v = attention.k + key_bytes;
-  const int bytes = attention.v + value_bytes;
+  int bytes = 0;
+  if (!lay_out<One>(plan, p, shared_limit, bytes)) return cudaErrorNotSupported;
 
   auto kernel = expert_steps_kernel<Fp8, One>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

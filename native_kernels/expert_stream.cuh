@@ -32,6 +32,8 @@ __device__ constexpr Product kShapes[kProducts + 1] = {{kWidth, kQkvHeads * kHea
                                                        {kMlp, kWidth, 1},
                                                        {kWidth, kWidth, 1}};
 
+constexpr int kGroupOperands = 4;  // of activations, 16 bytes a lane each
+
 template <bool Fp8, int P>
 struct Shape {
   static constexpr bool E4m3 = Fp8 && P != kMix;               // the weights
@@ -41,12 +43,12 @@ struct Shape {
   static constexpr int UnitBytes = Tiles * kTileFeatures * kShapes[P].k * (E4m3 ? 1 : 2);
   static constexpr int Chunks = UnitBytes / kChunkBytes;                   // a unit's
   static constexpr int Blocks = kChunkBytes / Tiles / kTileBytes;          // k blocks of a chunk
-  static constexpr int Own = Blocks / kWarps;                              // of them a warp's
+  static constexpr int UnitBlocks = Chunks * Blocks;                       // of a unit
   static constexpr int Operands = Wide ? 4 : 2;                            // of a k block of activations
   static constexpr int RowBytes = kShapes[P].k * (E4m3 && !Wide ? 1 : 2);  // of the activations
-  static constexpr int Batches = Chunks * Own * Operands > 8 ? 2 : 1;      // of activations: registers are short
-  static constexpr int Pieces = Chunks * Own * Operands / Batches;         // a thread holds at once
-  static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0);
+  static constexpr int GroupBlocks = kGroupOperands / Operands;  // k blocks a warp reads and multiplies at once
+  static constexpr int Groups = UnitBlocks / GroupBlocks;
+  static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0 && Groups % kWarps == 0);
 };
 
 // Asked for where they are used: what the compiler derives from them it would otherwise keep in registers through the

@@ -171,6 +171,13 @@ __device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.com
 // Until this thread's committed copies have come.
 __device__ __forceinline__ void async_copy_wait_committed() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+// Arrive at a barrier when this thread's copies so far have come.
+__device__ __forceinline__ void async_copy_arrive(uint64_t* barrier) {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void async_copy_wait() {
   async_copy_commit();
   async_copy_wait_committed();

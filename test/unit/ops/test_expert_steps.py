@@ -133,20 +133,21 @@ class RandomExpert:
         return x
 
 
-LAYERS, STEPS, CAPACITY = 3, 2, 780
+LAYERS, STEPS = 3, 2
 
 
 def check(
     expert: RandomExpert, rows: int, prefix: int, tolerance: float, guidance: steps_op.Guidance | None = None
 ) -> None:
     """Three launches over poisoned scratch: bit-identical, and close to the reference."""
-    k, v = (torch.randn(LAYERS, CAPACITY, 1, 256, device="cuda").bfloat16() for _ in range(2))
+    capacity = prefix + steps_op.MAX_ROWS  # a block's keys lie closer where there are fewer
+    k, v = (torch.randn(LAYERS, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
     k[:, prefix:], v[:, prefix:] = float("nan"), float("nan")
     noise = torch.randn(rows, 32, device="cuda")
     want = expert.integrate(noise, k, v, prefix, guidance)
     buffers = ExpertBuffers.allocate(rows, noise.device)
     length = torch.tensor(prefix, dtype=torch.int32, device="cuda")
-    rope = rope_tables(CAPACITY, 256, noise.device)
+    rope = rope_tables(capacity, 256, noise.device)
     outputs = []
     for poison in (0x7F, 0x00, 0xFF):
         buffers.exchange.fill_(poison)
@@ -167,8 +168,12 @@ def check(
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "prefix"), [(10, 560), (1, 1), (16, 700), (17, 255), (50, 560), (33, 130), (64, 300)]
-)
+    ("rows", "prefix"),
+    [
+        (10, 560), (1, 1), (16, 700), (17, 255), (50, 560), (33, 130), (64, 300),
+        (10, 816), (50, 816), (20, 1100), (64, 1100),
+    ],
+)  # fmt: skip
 def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None:
     check(RandomExpert(LAYERS, STEPS, fp8, adaptive), rows, prefix, 4e-2 if fp8 else 1.5e-2)
 
@@ -198,8 +203,9 @@ def test_broken_weights_give_nan_and_no_hang() -> None:
     expert = RandomExpert(LAYERS, STEPS, False, True)
     expert.weights.norms[1, 2, 0, 5] = float("nan")
     length = torch.tensor(100, dtype=torch.int32, device="cuda")
-    k, v = (torch.randn(LAYERS, CAPACITY, 1, 256, device="cuda").bfloat16() for _ in range(2))
+    capacity = 200
+    k, v = (torch.randn(LAYERS, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
     x = torch.randn(10, 32, device="cuda")
-    buffers, rope = ExpertBuffers.allocate(10, x.device), rope_tables(CAPACITY, 256, x.device)
+    buffers, rope = ExpertBuffers.allocate(10, x.device), rope_tables(capacity, 256, x.device)
     steps_op.expert_steps(expert.weights, buffers, x, STEPS, rope, length, k, v)
     assert x.isnan().all()
