@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -87,13 +87,29 @@ def compensate(
                 check()
                 with runner.exclusive(), observing(weights.linears, partial(_shown, weights, moments, seen)):
                     runner.eager(each)
-        for name, weight in weights.originals(group):
+        for name, weight in _originals(runner, weights, group):
             check()
             report(len(found.weights), total)
             _round(found, rounder, name, weight, group[name], moments.take(name))
     report(total, total)
+    if device.type == "cuda":
+        del rounder, moments
+        torch.cuda.empty_cache()  # what a process that goes on to serve has no use for
     logger.info("weights rounded: %s", found.describe())
     return found
+
+
+def _originals(
+    runner: Runner, weights: ProjectionWeights, names: Mapping[str, Fp8Linear]
+) -> Iterator[tuple[str, Tensor]]:
+    """Read while the policy is held, so that nobody closes its checkpoint meanwhile."""
+    each = iter(weights.originals(names))
+    while True:
+        with runner.exclusive():
+            found = next(each, None)
+        if found is None:
+            return
+        yield found
 
 
 @torch.inference_mode()

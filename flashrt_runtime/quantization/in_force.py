@@ -130,7 +130,9 @@ class CalibrationInForce:
         """What was read is in force from now on; the model must be held."""
         if weights is None and self.weights.rounding != "nearest":
             weights = self.weights.nearest()
-        with self.calibrator.restoring(), self.weights.changed(calibration.rounding, weights):
+        with self.calibrator.restoring(), self.weights.changed(
+            calibration.rounding, weights, calibration.weights
+        ):
             self.calibrator.apply(calibration.scales)
         self._current = calibration
 

@@ -64,6 +64,7 @@ class ProjectionWeights:
         self.linears: dict[str, Fp8Linear] = fp8_linears(model)
         self.originals = originals
         self.rounding: Rounding = "nearest"
+        self._digest: str | None = None  # of the file that has the weights in force, where one is known
         self._model = model
 
     def nearest(self) -> dict[str, Tensor]:
@@ -74,32 +75,36 @@ class ProjectionWeights:
         }
 
     @contextmanager
-    def changed(self, rounding: Rounding, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+    def changed(
+        self, rounding: Rounding, weights: Mapping[str, Tensor] | None, file: WeightsFile | None = None
+    ) -> Iterator[None]:
         """Put weights in force, by name, where the old ones lie, so that captured graphs read them; an
-        exception in the block brings the old ones back. None: those in force stay.
+        exception in the block brings the old ones back. None: those in force stay. file: where they are kept.
         """
         if weights is None:
             yield
             return
         before = {name: linear.weight.to("cpu", copy=True) for name, linear in self.linears.items()}
-        was = self.rounding
+        was = self.rounding, self._digest
         try:
-            self._put(weights, rounding)
+            self._put(weights, rounding, None if file is None else file.digest)
             yield
         except BaseException:
-            self._put(before, was)
+            self._put(before, *was)
             raise
 
-    def _put(self, weights: Mapping[str, Tensor], rounding: Rounding) -> None:
+    def _put(self, weights: Mapping[str, Tensor], rounding: Rounding, digest: str | None) -> None:
         for name, linear in self.linears.items():
             linear.overwrite(weights[name])
         self._model.weights_changed()
-        self.rounding = rounding
+        self.rounding, self._digest = rounding, digest
 
     def write(self, calibration: Path) -> WeightsFile:
         """Keep the weights in force beside a calibration's file; named by their content, so that a file that
-        is there is never changed. Raises OSError.
+        is there is never changed, and not written again. Raises OSError.
         """
+        if self._digest is not None and (there := _kept(calibration, self._digest)) is not None:
+            return there
         folder = calibration.parent
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder, f".{calibration.stem}.*.part")
@@ -108,8 +113,9 @@ class ProjectionWeights:
             tensors = {name: linear.weight.detach().cpu() for name, linear in self.linears.items()}
             save_file({name: each.contiguous() for name, each in tensors.items()}, temporary, MARK)
             digest = content_digest([temporary])
-            found = WeightsFile(f"{calibration.stem}.{digest[:16]}{SUFFIX}", digest)
+            found = WeightsFile(_name(calibration, digest), digest)
             temporary.replace(found.beside(calibration))
+            self._digest = digest
         except SafetensorError as error:
             raise OSError(f"{calibration}: its weights could not be written: {error}") from error
         finally:
@@ -121,7 +127,7 @@ class ProjectionWeights:
         """What `write` kept, on the host; None, with a warning, where it is not there or not the same."""
         try:
             path = file.beside(calibration)
-            digest = content_digest([path], cache_directory() / "digests.json")
+            digest = _digest_of(path)
             if digest != file.digest:
                 raise ValueError(f"its digest is {digest}, expected {file.digest}")
             with safe_open(path, framework="pt", device="cpu") as stored:
@@ -146,6 +152,23 @@ def remove_replaced(calibration: Path, old: WeightsFile | None, new: WeightsFile
     """Delete the weights of a calibration that another has replaced: gigabytes that nothing names now."""
     if old is None or old == new or Path(old.name).name != old.name:
         return
-    if old.name == f"{calibration.stem}.{old.digest[:16]}{SUFFIX}":
+    if old.name == _name(calibration, old.digest):
         with contextlib.suppress(OSError):
             old.beside(calibration).unlink(missing_ok=True)
+
+
+def _name(calibration: Path, digest: str) -> str:
+    return f"{calibration.stem}.{digest[:16]}{SUFFIX}"
+
+
+def _kept(calibration: Path, digest: str) -> WeightsFile | None:
+    """The weights of this digest, where they lie beside a calibration already."""
+    found = WeightsFile(_name(calibration, digest), digest)
+    try:
+        return found if _digest_of(found.beside(calibration)) == digest else None
+    except OSError:
+        return None
+
+
+def _digest_of(path: Path) -> str:
+    return content_digest([path], cache_directory() / "digests.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime import Policy
-from flashrt_runtime.errors import CalibrationCancelledError, OptionError
+from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.errors import CalibrationCancelledError, ClosedError, OptionError
 from flashrt_runtime.quantization import compensation, in_force, projection_weights
 from flashrt_runtime.quantization.compensation import MOST_KEPT, KeptSamples
 from flashrt_runtime.quantization.fp8 import fp8_linears
@@ -30,9 +32,14 @@ def scales_of(policy: Policy) -> dict[str, float]:
     return policy._calibration.calibrator.scales()
 
 
+def kept_at(calibration: Path) -> dict[str, int]:
+    """Inode of each file of weights beside a calibration."""
+    return {each.name: each.stat().st_ino for each in calibration.parent.glob("*.weights.safetensors")}
+
+
 @pytest.fixture(autouse=True)
 def _few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensation, "FEWEST_RUNS", 8)
+    monkeypatch.setattr(compensation, "FEWEST_RUNS", 4)
 
 
 @pytest.fixture
@@ -101,6 +108,31 @@ def test_saved_and_loaded_they_are_the_same_bytes(compensated, load, observation
     assert copied.read_bytes() == kept.read_bytes()
 
 
+@pytest.mark.parametrize("config", ["pi0", "pi0fast"])
+def test_the_other_policies(load, observations, tmp_path, config: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / config, size="tiny", preset="libero", policy=config)
+    policy = load(checkpoint, config=config, num_steps=1)
+    nearest = weights_of(policy)
+    policy.calibrate(observations(4), weights="compensated")
+    changed = [name for name, content in weights_of(policy).items() if content != nearest[name]]
+    assert len(changed) > len(nearest) * 0.8
+    policy.save_calibration()
+    assert weights_of(load(checkpoint, config=config, num_steps=1)) == weights_of(policy)
+
+
+def test_closed_meanwhile(load, observations, monkeypatch) -> None:
+    policy = load(num_steps=1)
+    real = compensation._round
+
+    def closes(*arguments: object) -> None:
+        policy.close()
+        real(*arguments)
+
+    monkeypatch.setattr(compensation, "_round", closes)
+    with pytest.raises(ClosedError):
+        policy.calibrate(observations(4), weights="compensated")
+
+
 def test_another_calibration_brings_its_own_weights(compensated, load, observations, tmp_path) -> None:
     policy = compensated()
     rounded, with_them = weights_of(policy), policy.save_calibration(tmp_path / "with.safetensors")
@@ -157,12 +189,14 @@ def questions() -> dict[str, int]:
     return {}
 
 
-@pytest.mark.parametrize("before", ["nearest", "compensated"])
-@pytest.mark.parametrize("stop_at", [0, 5, 12, 30, -3, -1])
+@pytest.mark.parametrize(
+    ("before", "stop_at"),
+    [*(("nearest", at) for at in (0, 12, 30, -1)), *(("compensated", at) for at in (5, -3))],
+)
 def test_cancelled_leaves_what_was_in_force(
     compensated, load, observations, questions, before, stop_at
 ) -> None:
-    """While observations come, moments are collected, weights are rounded (-3) and the error is measured."""
+    """While observations come, moments are collected, weights are rounded (30, -3), the error is measured."""
     asked = 0
 
     def calibrate(policy: Policy, should_stop: Callable[[], bool]) -> None:
@@ -209,6 +243,10 @@ def test_a_failure_while_they_are_put_in_force(compensated, load, observations, 
 def test_a_full_disk_leaves_the_earlier_calibration(compensated, load, observations, monkeypatch) -> None:
     policy = compensated()
     file = policy.save_calibration()
+    written = kept_at(file)
+    policy.calibrate(observations(2), estimator="max")
+    policy.save_calibration()  # the same weights: gigabytes that are there already
+    assert kept_at(file) == written
     before = {each.name: each.read_bytes() for each in file.parent.iterdir()}
     policy.calibrate(observations(4, 50), weights="compensated")
 
