@@ -29,6 +29,7 @@ MALLOC_ENVIRONMENT = {
 
 
 RESPAWN_DELAY = 2.0  # [s]
+RESPAWN_LIMIT = 2  # times: a fault that comes back is for a person, and each time the robot moves
 
 
 class BringupError(ValueError):
@@ -51,7 +52,7 @@ class NodeSpec:
 
     namespace is "" for none; remappings are (from, to); env is added to the inherited environment;
     arguments are passed to the program before `--ros-args`. A required node's end stops all the others; one
-    with `respawn` is started again instead, RESPAWN_DELAY after its end.
+    with `respawn` is started again instead, RESPAWN_DELAY after its end, RESPAWN_LIMIT times in all.
     """
 
     package: str
@@ -78,6 +79,7 @@ PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
         "precision", "", "fp32 | bf16 | fp16 | fp8; empty: the device's default (nvfp4: not supported yet)",
         PRECISIONS,
     ),
+    LaunchArgument("hardware", "", "any: refuse to run without a GPU; auto, cpu, …; empty: params_file's"),
     LaunchArgument("namespace", "", "namespace of the node and of every topic in the contract"),
     LaunchArgument("params_file", "", "ROS parameter file; empty: config/pi05.yaml of this package"),
     LaunchArgument("log_level", "info", "debug | info | warn | error | fatal", LOG_LEVELS),
@@ -88,7 +90,8 @@ PI05_ARGUMENTS: tuple[LaunchArgument, ...] = (
     ),
     LaunchArgument("autostart", "true", "configure and activate the node; false: leave that to you", TRUTH),
     LaunchArgument(
-        "respawn", "false", "start the node again when it ends; with autostart the robot then moves again",
+        "respawn", "false",
+        f"start the node again when it ends, {RESPAWN_LIMIT} times; with autostart the robot moves again",
         TRUTH,
     ),
 )
@@ -213,7 +216,7 @@ def _policy_node(values: Mapping[str, str], extra: Mapping[str, int | str] | Non
     if values["dry_run"]:
         parameters["dry_run"] = values["dry_run"] == "true"
     # An empty text leaves the choice to the parameter file.
-    parameters.update({name: values[name] for name in ("prompt", "precision") if values[name]})
+    parameters.update({name: values[name] for name in ("prompt", "precision", "hardware") if values[name]})
     return NodeSpec(
         package=PACKAGE,
         executable="policy_node",

@@ -10,7 +10,7 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
-from flashrt_ros.bringup import RESPAWN_DELAY, LaunchArgument, NodeSpec
+from flashrt_ros.bringup import RESPAWN_DELAY, RESPAWN_LIMIT, LaunchArgument, NodeSpec
 
 if TYPE_CHECKING:
     from launch import LaunchContext
@@ -38,7 +38,9 @@ def node_action(spec: NodeSpec) -> Node:
     again."""
     options: dict[str, Any] = {"namespace": spec.namespace} if spec.namespace else {}
     if spec.respawn:
-        options |= {"respawn": True, "respawn_delay": RESPAWN_DELAY}
+        options |= {
+            "respawn": True, "respawn_delay": RESPAWN_DELAY, "respawn_max_retries": RESPAWN_LIMIT,
+        }
     elif spec.required:
         options["on_exit"] = Shutdown(reason=f"{spec.name} ended")
     return Node(

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
@@ -67,7 +68,8 @@ class Runner:
     Call start() from a thread that lives until stop(): on Linux the nodes get SIGINT when it ends.
     on_line(node name, line) receives every line of output, from one reader thread per node; what it raises is
     dropped; the default prints "[name] line". The end of a required node shows in poll(); stop() then ends
-    the others. A node with `respawn` is started again by poll() and wait().
+    the others. A node with `respawn` is started again by poll() and wait(), RESPAWN_LIMIT times, and is
+    like any other after that.
     grace: seconds from SIGINT to SIGTERM, and again from SIGTERM to SIGKILL.
     """
 
@@ -87,6 +89,7 @@ class Runner:
         self._readers: list[threading.Thread] = []
         self._commands: dict[str, list[str]] = {}
         self._ended: dict[str, float] = {}  # when a node that is to be started again was found ended
+        self._respawns: Counter[str] = Counter()
         names = [_full_name(spec) for spec in self._nodes]
         if len(set(names)) != len(names):
             raise BringupError(f"node names must differ, got {', '.join(names)}")
@@ -106,13 +109,13 @@ class Runner:
     def poll(self) -> int | None:
         """None while every required node runs; else the exit status of the first one found ended.
 
-        Nodes to be respawned count as running, and are started again when it is time.
+        Nodes that will be respawned count as running, and are started again when it is time.
         """
         for spec in self._nodes:
             process = self._processes.get(_full_name(spec))
             if process is None or process.poll() is None:
                 continue
-            if spec.respawn:
+            if spec.respawn and self._respawns[_full_name(spec)] < bringup.RESPAWN_LIMIT:
                 self._respawn(spec, process.returncode)
             elif spec.required:
                 return process.returncode
@@ -127,6 +130,7 @@ class Runner:
                 self._on_line(name, f"ended with status {_exit_status(status)}: {again}")
         elif now - self._ended[name] >= bringup.RESPAWN_DELAY:
             del self._ended[name]
+            self._respawns[name] += 1
             self._start_one(spec, self._commands[name])
 
     def wait(self, timeout: float | None = None) -> int | None:

@@ -1,8 +1,15 @@
-"""When the GPU is lost to this process: the CUDA errors after which every later call fails, and no other.
+"""When the GPU is lost to this process: the CUDA errors after which every later call of it fails.
 
 A kernel that trapped or went astray, an uncorrectable memory error or a GPU that fell off its bus end the
-process's CUDA context. CUDA has no way back from there but a new process (driver_types.h, "the process must
-be terminated and relaunched"). Too little memory, or a kernel that the GPU does not have, ends nothing.
+process's CUDA context. CUDA has no way back from there but a new process. Those are the errors of which
+driver_types.h says so ("the process must be terminated and relaunched"), and three of which it does not:
+214 and 220, hardware that failed during execution, and 999, an error without a name, which is also that of a
+GPU that fell off its bus.
+
+Not among them is what may end by itself or is a mistake of the caller: too little memory, an argument or a
+kernel that is refused, devices that are busy (46), a context that is not current (201) or was taken down
+(709). Nor is 100, no device: another process has none either. CUBLAS_STATUS_EXECUTION_FAILED alone is not
+taken for a loss, as cuBLAS has it for other failures too; after a loss torch's next call names that.
 """
 
 from __future__ import annotations
@@ -20,15 +27,11 @@ EXIT_STATUS = os.EX_TEMPFAIL  # of a process that ends because of it: started ag
 # Names and texts of driver_types.h by code: torch's error has the code, an older torch's only the text, the
 # bindings of native_kernels the name.
 LOST: dict[int, tuple[str, str]] = {
-    46: ("cudaErrorDevicesUnavailable", "CUDA-capable device(s) is/are busy or unavailable"),
-    100: ("cudaErrorNoDevice", "no CUDA-capable device is detected"),
-    201: ("cudaErrorDeviceUninitialized", "invalid device context"),
     214: ("cudaErrorECCUncorrectable", "uncorrectable ECC error encountered"),
     220: ("cudaErrorNvlinkUncorrectable", "uncorrectable NVLink error detected during the execution"),
     226: ("cudaErrorContained", "Invalid access of peer GPU memory over nvlink or a hardware error"),
     700: ("cudaErrorIllegalAddress", "an illegal memory access was encountered"),
     702: ("cudaErrorLaunchTimeout", "the launch timed out and was terminated"),
-    709: ("cudaErrorContextIsDestroyed", "context is destroyed"),
     710: ("cudaErrorAssert", "device-side assert triggered"),
     714: ("cudaErrorHardwareStackError", "hardware stack error"),
     715: ("cudaErrorIllegalInstruction", "an illegal instruction was encountered"),
@@ -38,10 +41,12 @@ LOST: dict[int, tuple[str, str]] = {
     719: ("cudaErrorLaunchFailure", "unspecified launch failure"),
     721: ("cudaErrorTensorMemoryLeak", "tensor memory not completely freed"),
     810: ("cudaErrorMpsClientTerminated", "the MPS client has been terminated by the server"),
+    911: ("cudaErrorExternalDevice", "an async error has occured in external entity outside of CUDA"),
     999: ("cudaErrorUnknown", "unknown error"),
 }
 _NAMED = re.compile(rf"\b({'|'.join(name for name, _ in LOST.values())})\b")
-_TEXTS = {f"CUDA error: {text}": code for code, (_, text) in LOST.items()}
+_BEGINNINGS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")  # torch's two, Triton's
+_TEXTS = {f"{begin}: {text}": code for begin in _BEGINNINGS for code, (_, text) in LOST.items()}
 _CODES = {name: code for code, (name, _) in LOST.items()}
 
 
@@ -55,7 +60,7 @@ def loss_of(error: BaseException) -> int | None:
     text = str(error)
     if (named := _NAMED.search(text)) is not None:
         return _CODES[named[1]]
-    return next((code for begin, code in _TEXTS.items() if begin in text), None)
+    return next((code for words, code in _TEXTS.items() if words in text), None)
 
 
 @contextlib.contextmanager

@@ -78,13 +78,13 @@ def load_model(
     checkpoint: an openpi PyTorch, LeRobot or (framework="jax") openpi Orbax directory, whose layout is
     detected, or a hub id "owner/name" (see `open_checkpoint`). config: "pi05", "pi0", "pi0fast" (or
     "pi0_fast"), or "auto" to read it from the checkpoint; another architecture than named is an error.
-    num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU if there is one), "cpu", "any",
-    "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32", "bf16", "fp16",
-    "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the use_* flags map
-    onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune: graphs
-    captured per prompt bucket, of which the fastest is kept; True is 3, False, 0 and 1 capture once. Above 0,
-    kernels with several variants are timed at the policy's shapes on the first load on such a GPU; the cache
-    remembers.
+    num_views: cameras per observation, 1 to 3. hardware: "auto" (a GPU; the CPU where NVIDIA's driver is
+    not), "cpu", "any" (a GPU), "thor", "hopper", "rtx_sm120", "rtx_sm89", "rtx_sm87". precision: "fp32",
+    "bf16", "fp16", "fp8"; None is fp8 on a GPU that has it, bf16 on one that has not, fp32 on the CPU; the
+    use_* flags map onto it. num_steps: denoise steps, 1 to 100; None is the checkpoint's own (10). autotune:
+    graphs captured per prompt bucket, of which the fastest is kept; True is 3, False, 0 and 1 capture once.
+    Above 0, kernels with several variants are timed at the policy's shapes on the first load on such a GPU;
+    the cache remembers.
     weight_cache: keep quantised weights on disk. calibration: a file of activation scales, which must belong
     to this checkpoint, configuration, precision and views, and may name compensated weights; None or "auto":
     the one in the cache, if there is one (see `Policy.save_calibration`); "none": no scales. recalibrate:

@@ -5,7 +5,9 @@ precision.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,6 +47,9 @@ HARDWARE: dict[str, tuple[tuple[int, int], ...]] = {
     "rtx_sm120": ((12, 0), (12, 1)),
 }
 MINIMUM_CAPABILITY = (8, 0)
+# Both are there where NVIDIA's driver is loaded and this process may use it: a container that was given no
+# GPU has the first alone.
+NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"))
 
 MAX_STEPS = 100
 
@@ -81,17 +86,24 @@ def resolve_config(config: str) -> str:
 
 
 def resolve_device(hardware: str) -> torch.device:
-    """The device `hardware` names. Raises OptionError (unknown name) or HardwareError (not here)."""
+    """The device `hardware` names. Raises OptionError (unknown name) or HardwareError (not here).
+
+    "auto" is the CPU only where no GPU is to be expected: one that failed is no reason to go on without it,
+    at seconds a chunk.
+    """
     names = ("auto", "cpu", "any", *HARDWARE)
     if hardware not in names:
         raise OptionError(f"unknown hardware {hardware!r}: expected one of {', '.join(names)}")
     if hardware == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        if hardware == "auto":
+        expected = _gpu_expected()
+        if hardware == "auto" and not expected:
             return torch.device("cpu")
+        reason = f", though NVIDIA's driver is here ({NVIDIA_DRIVER[0]})" if expected else ""
         raise HardwareError(
-            f"hardware={hardware!r} needs a CUDA GPU and none was found: use hardware='cpu' or 'auto'"
+            f"hardware={hardware!r} needs a CUDA GPU and none was found{reason}: look at `nvidia-smi`, and "
+            "at `dmesg` for a GPU that failed (Xid); hardware='cpu' runs without one"
         )
     capability = torch.cuda.get_device_capability()
     found = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
@@ -105,6 +117,12 @@ def resolve_device(hardware: str) -> torch.device:
             f"({', '.join(HARDWARE)}); use hardware='cpu' to run without it"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _gpu_expected() -> bool:
+    """Whether CUDA should find a GPU: torch has CUDA, the driver is here, and nobody hid the GPU from it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return torch.version.cuda is not None and not hidden and all(path.exists() for path in NVIDIA_DRIVER)
 
 
 def requested_precision(

@@ -4,6 +4,7 @@ At once: an action outside a position limit where the contract rejects violation
 callback, a second publisher on a command topic; and for good, a lost GPU. After `max_failures` inferences in
 a row without a good chunk between them: errors of the policy, chunks with a wrong shape, with values that are
 not finite or with tokens that are no actions.
+A lost GPU goes before any other fault and the message has both: the other still waits for somebody.
 Everything else ends by itself when its cause does (a camera comes back, the next chunk keeps the limits),
 and latches nothing.
 """
@@ -23,6 +24,7 @@ REPEATED = frozenset({
     Reason.NO_STOP_TOKEN, Reason.ACTION_TOKENS,
 })
 DEFAULT_MAX_FAILURES = 10
+ADVICE = "; call ~/reset_fault to go on"
 
 
 class FaultLatch:
@@ -32,6 +34,7 @@ class FaultLatch:
         """`max_failures`: failed inferences in a row that latch; at least 1."""
         self._lock = threading.Lock()
         self._fault: Problem | None = None
+        self._unseen: Problem | None = None
         self._failures = 0
         self.max_failures = max_failures
 
@@ -50,6 +53,11 @@ class FaultLatch:
         """Whether what is latched outlives every reset."""
         fault = self._fault
         return fault is not None and fault.reason in FOR_GOOD
+
+    @property
+    def unseen(self) -> Problem | None:
+        """The fault beside one for good, before or after it, that nobody can reset any more."""
+        return self._unseen
 
     def note(self, problem: Problem) -> Problem | None:
         """Judge a problem; returns the fault when this one latched it."""
@@ -75,9 +83,15 @@ class FaultLatch:
             return fault
 
     def _latch(self, problem: Problem) -> Problem | None:
-        for_good = problem.reason in FOR_GOOD
-        if self._fault is not None and (self.for_good or not for_good):
+        for_good, fault = problem.reason in FOR_GOOD, self._fault
+        if fault is None:
+            advice = "" if for_good else ADVICE
+            self._fault = replace(problem, message=f"{problem.message}{advice}")
+            return self._fault
+        if for_good == self.for_good or self._unseen is not None:
             return None
-        advice = "" if for_good else "; call ~/reset_fault to go on"
-        self._fault = replace(problem, message=f"{problem.message}{advice}")
+        last, other = (problem, fault) if for_good else (fault, problem)
+        text = f"{other.reason.name} ({str(other).removesuffix(ADVICE)})"
+        self._unseen = other
+        self._fault = replace(last, message=f"{last.message}, but first somebody is to see to {text}")
         return self._fault

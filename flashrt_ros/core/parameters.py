@@ -70,8 +70,13 @@ class PolicyParameters:
     prompt: str = _parameter("", "task prompt; empty: wait for ~/set_prompt or ~/prompt")
     framework: str = _parameter("torch", "torch, or jax for an Orbax checkpoint", choices=("torch", "jax"))
     config: str = _parameter("pi05", "policy family of the checkpoint; auto reads it from the checkpoint")
-    precision: str | None = _parameter("", "empty: the device's default", choices=PRECISIONS, unset="")
-    hardware: str = _parameter("auto", "auto, cpu, any, or the name of a GPU architecture")
+    precision: str | None = _parameter(
+        "", "empty: the device's default; nvfp4: in a later version", choices=PRECISIONS, unset=""
+    )
+    hardware: str = _parameter(
+        "auto",
+        "auto: a GPU, or the CPU where NVIDIA's driver is not; any: a GPU; cpu; or a GPU architecture's name",
+    )
     calibration: str = _parameter(
         "auto",
         "fp8 only. auto: without an artifact in the cache, an activation first calibrates from 8 live "

@@ -128,6 +128,11 @@ class PolicyNode(LifecycleNode):
         """Whether the node is to configure and activate itself."""
         return bool(self.get_parameter("autostart").value)
 
+    @property
+    def start_status(self) -> int:
+        """What the process ends with when the node could not configure and activate itself."""
+        return EXIT_STATUS if self._transition_problem.reason is Reason.DEVICE_LOST else 1
+
     def _judge_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         """A change that would be accepted without effect is refused, and so is one to a value of no use."""
         if self._pipeline is None or self._values is None:

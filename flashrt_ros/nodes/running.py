@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -29,9 +30,11 @@ LOG_PERIOD = 2.0  # between two lines about failed callbacks [s]
 
 def run(make: Callable[[Callable[[], bool]], LifecycleNode], args: list[str] | None = None) -> int:
     """Run the node that `make(stopping)` makes until SIGINT or SIGTERM: 0. With its property `autostart`, 1
-    when it cannot configure and activate itself. `stopping()`: whether a signal has come.
+    (or its own `start_status`) when it cannot configure and activate itself. `stopping()`: whether a signal
+    has come.
 
-    Ends the process, once the node is taken down, with the node's `exit_status` when that is not 0 any more.
+    Ends the process, once the node is taken down, with the node's `exit_status` when that is not 0 any more;
+    so it does with a `start_status` above 1.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     stop = threading.Event()
@@ -53,25 +56,30 @@ def run(make: Callable[[Callable[[], bool]], LifecycleNode], args: list[str] | N
     node, status = make(stop.is_set), 0
     executor = make_executor()
     executor.add_node(node)
-    with contextlib.ExitStack() as ending:  # in reverse, each whatever the others raise
-        ending.callback(gc.freeze)  # else the interpreter spends most of a second on the collector at its end
-        ending.callback(rclpy.try_shutdown)
-        ending.callback(node.destroy_node)
-        ending.callback(executor.shutdown)
-        if getattr(node, "autostart", False) and not _start(node) and not stop.is_set():
-            return 1
-        # The events executor calls a timer that is overdue when it is added once for every timer added with
-        # or after it, and each call takes a period from the future: seconds of silence after a burst.
-        for timer in node.timers:
-            timer.reset()
-        while not stop.is_set() and not status:
-            _spin_once(executor, node)
-            status = getattr(node, "exit_status", 0)
-    if status:
+    try:
+        with contextlib.ExitStack() as ending:  # in reverse, each whatever the others raise
+            ending.callback(gc.freeze)  # else the interpreter spends most of a second on the collector then
+            ending.callback(rclpy.try_shutdown)
+            ending.callback(node.destroy_node)
+            ending.callback(executor.shutdown)
+            if getattr(node, "autostart", False) and not _start(node) and not stop.is_set():
+                status = getattr(node, "start_status", 1)
+            # The events executor calls a timer that is overdue when it is added once for every timer added
+            # with or after it, and each call takes a period from the future: silence after a burst.
+            for timer in node.timers:
+                timer.reset()
+            while not stop.is_set() and not status:
+                _spin_once(executor, node)
+                status = getattr(node, "exit_status", 0)
+    except Exception:
+        if status <= 1:
+            raise
+        traceback.print_exc()  # a node that cannot be taken down must not hide why the process ends
+    if status > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # what is left on a lost GPU may abort the interpreter at its end, or hold it up
-    return 0
+    return status
 
 
 def _spin_once(executor: Executor, node: LifecycleNode) -> None:

@@ -57,10 +57,12 @@ class Ending:
     def due(self, pipeline: Pipeline) -> bool:
         """Whether now: the fault is for good, has been reported for LAST_REPORTS, and the robot stands still.
 
-        Never for a node that was held or deactivated: the one that follows it would drive the robot.
+        Never for a node that was held or deactivated, or that has another fault for somebody to look at: the
+        one that follows it would drive the robot.
         """
-        control = pipeline.control
-        if not pipeline.latch.for_good or not pipeline.active or pipeline.held or control is None:
+        control, latch = pipeline.control, pipeline.latch
+        lost = latch.for_good and latch.unseen is None
+        if not lost or not pipeline.active or pipeline.held or control is None:
             self._since = None
             return False
         now = time.monotonic()

@@ -215,9 +215,9 @@ class ModelWorker:
                 actions = observation.finish(actions)
         except DeviceLostError as error:
             self.lost = error
+            job.future.set_exception(error)  # first: whatever the rest does, this one is answered
             logger.critical("%s", error)
             self.on_lost()
-            job.future.set_exception(error)
         except Exception as error:
             if not isinstance(error, FlashRTError):
                 self._failures += 1

@@ -39,8 +39,10 @@ def test_launch_arguments_win_over_the_parameter_file_only_when_given(checkpoint
         "share/flashrt_ros/config/pi05.yaml"
     )
     assert "prompt" not in plain.parameters
-    assert "precision" not in plain.parameters
-    given = pi05_nodes({"checkpoint": str(checkpoint), "prompt": "wipe the table", "precision": "fp32"})[0]
+    assert not {"precision", "hardware"} & set(plain.parameters)
+    words = {"prompt": "wipe the table", "precision": "fp32", "hardware": "any"}
+    given = pi05_nodes({"checkpoint": str(checkpoint), **words})[0]
+    assert given.parameters["hardware"] == "any"
     assert given.parameters["prompt"] == "wipe the table"
     assert given.parameters["precision"] == "fp32"
 
@@ -87,7 +89,7 @@ def test_a_fast_dds_profile_of_the_users_is_left_alone(
 def test_every_argument_is_described() -> None:
     for arguments in bringup.ARGUMENTS.values():
         names = [argument.name for argument in arguments]
-        expected = "checkpoint robot prompt precision namespace params_file log_level use_sim_time"
+        expected = "checkpoint robot prompt precision hardware namespace params_file log_level use_sim_time"
         assert names == [*expected.split(), "dry_run", "autostart", "respawn"]
         assert all(argument.description for argument in arguments)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrt_ros import runner
+from flashrt_ros import bringup, runner
 from flashrt_ros.bringup import BringupError, NodeSpec, demo_nodes, pi05_nodes
 from flashrt_ros.runner import Runner, node_command, parse_arguments
 
@@ -109,6 +109,20 @@ def test_a_node_to_be_respawned_is_started_again(
         time.sleep(0.3)
         assert not alive(second)
     assert lines.count("up") == 2
+
+
+def test_the_last_end_of_a_node_that_was_respawned_is_that_of_all(
+    recorder_prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a fault that comes back would move the robot time and again, with nobody there."""
+    monkeypatch.setattr("flashrt_ros.bringup.RESPAWN_DELAY", 0.05)
+    lines: list[str] = []
+    failing = replace(executable(recorder_prefix, "failing", "echo up; exit 75"), respawn=True)
+    steady = executable(recorder_prefix, "steady", "exec sleep 60")
+    with Runner([failing, steady], on_line=lambda _, line: lines.append(line)) as started:
+        assert started.wait(timeout=10.0) == os.EX_TEMPFAIL
+        assert started.stop() == {"failing": os.EX_TEMPFAIL, "steady": -signal.SIGINT}
+    assert lines.count("up") == 1 + bringup.RESPAWN_LIMIT
 
 
 def test_a_node_that_ignores_signals_is_killed(recorder_prefix: Path) -> None:

@@ -1,8 +1,8 @@
 """The policy node over a stand-in policy, for what cannot be had from the real runtime: failing on demand.
 
 Everything but the policy is the real node. Prompts: "break down" fails in set_prompt, "load slowly" says
-"loading" and takes its time, "think slowly" takes two seconds for a chunk, "lose the GPU" fails as after a
-kernel that trapped.
+"loading" and takes its time, "think slowly" takes two seconds for a chunk, "lose the GPU" and "load without
+the GPU" fail as after a kernel that trapped.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def load(values, contract) -> StandInPolicy:
     if values.prompt == "load slowly":
         print("loading", flush=True)
         time.sleep(2.0)
+    if values.prompt == "load without the GPU":
+        with device_loss.recognised():
+            raise RuntimeError("CUDA error: unspecified launch failure")
     return StandInPolicy(values.checkpoint, contract.action.joints)
 
 

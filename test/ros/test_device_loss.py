@@ -17,15 +17,17 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from pipeline_driver import Driver, running
 from ros_rig import wait_until
+from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from flashrt_ros.bringup import PACKAGE
+from flashrt_ros.core.problem import Problem
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timeline import CommandKind
 from flashrt_ros.msg import PolicyStatus
 from flashrt_ros.nodes import safety
-from flashrt_ros.srv import SetPrompt
+from flashrt_ros.srv import GetActionChunk, SetPrompt
 from flashrt_runtime.errors import DeviceLostError
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in_node.py"))]
@@ -88,6 +90,27 @@ def test_a_node_that_was_held_or_deactivated_does_not_end(
     assert not ending.due(driver.pipeline)
 
 
+@pytest.mark.parametrize("first", ["lost", "other"])
+def test_nor_one_with_another_fault_that_waits_for_somebody(
+    driver: Driver, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said by who hits it: an inference that was under way, or ~/get_action_chunk."""
+    monkeypatch.setattr(safety, "LAST_REPORTS", 0.0)
+    ending = safety.Ending()
+    driver.begin()
+    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    other = Problem(Reason.CONTROL_ERROR, "", "control: ValueError: the elbow")
+    problems = [other, Problem(Reason.DEVICE_LOST, "", "the GPU is lost: start the process again")]
+    for problem in problems if first == "other" else reversed(problems):
+        driver.pipeline.raise_fault(problem)
+    wait_until(lambda: not driver.pipeline.commander.moving, 5.0, "a hold")
+    assert driver.pipeline.fault.reason is Reason.DEVICE_LOST
+    assert not ending.due(driver.pipeline)
+    refusal = safety._reset_fault(driver.pipeline, None)
+    assert "start the process again" in refusal
+    assert "see to CONTROL_ERROR (control: ValueError: the elbow)" in refusal
+
+
 def call(rig, name: str):
     return rig.call(Trigger, f"/policy_node/{name}")
 
@@ -113,6 +136,64 @@ def test_a_node_that_starts_itself_holds_says_why_and_ends(rig, demo_robot, poli
     assert "Traceback" not in node.output
     last = np.array([point.positions for point in commands.messages[-1].points])
     assert (last == last[0]).all(), "the last word is a hold"
+
+
+@pytest.mark.slow
+def test_a_node_in_another_fault_stays_when_a_request_finds_the_gpu_lost(
+    rig, demo_robot, policy_node
+) -> None:
+    statuses = rig.collect(PolicyStatus, "/policy_node/status")
+    demo_robot()
+    node = policy_node(command=STAND_IN)
+    statuses.wait_for(lambda message: message.state == PolicyStatus.STATE_RUNNING, timeout=60.0)
+    other = rig.node.create_publisher(JointTrajectory, "/arm_controller/joint_trajectory", 10)
+    statuses.wait_for(lambda message: message.reason == Reason.COMMAND_CONFLICT, timeout=10.0)
+    rig.node.destroy_publisher(other)
+    state = rig.collect(JointState, "/joint_states").wait_for()
+    images = [Image(height=4, width=4, encoding="rgb8", step=12, data=bytes(48)) for _ in range(2)]
+    answer = rig.call(
+        GetActionChunk, "/policy_node/get_action_chunk", timeout=30.0, images=images,
+        image_names=["base_0_rgb", "left_wrist_0_rgb"], robot_state=state, prompt="lose the GPU",
+    )
+    assert answer.status == GetActionChunk.Response.CODE_INFERENCE, answer.message
+    later = time.monotonic() + 2 * safety.LAST_REPORTS
+    report = statuses.wait_for(lambda message: message.reason == LOST, since=later)
+    assert "start it again, but first somebody is to see to COMMAND_CONFLICT (another node" in report.message
+    assert node.running
+    assert node.end(signal.SIGINT) == 0, node.output
+
+
+def test_a_node_that_loses_it_in_loading_ends_with_the_same_status(policy_node) -> None:
+    node = policy_node(command=STAND_IN, prompt="load without the GPU")
+    assert node.wait(timeout=60.0) == os.EX_TEMPFAIL, node.output
+    assert "cannot configure: the GPU is lost to this process" in node.output
+
+
+CANNOT_BE_TAKEN_DOWN = """
+import sys
+from rclpy.lifecycle import LifecycleNode
+from flashrt_ros.nodes.running import run
+
+class Node(LifecycleNode):
+    exit_status = int(sys.argv[1])
+    def destroy_node(self):
+        super().destroy_node()
+        raise RuntimeError("not taken down")
+
+print("started")
+sys.exit(run(lambda stopping: Node("broken")))
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_cannot_be_taken_down_ends_with_its_status_all_the_same(rig) -> None:
+    node = rig.start([sys.executable, "-c", CANNOT_BE_TAKEN_DOWN, str(os.EX_TEMPFAIL)])
+    assert node.wait(timeout=20.0) == os.EX_TEMPFAIL, node.output
+    assert "RuntimeError: not taken down" in node.output
+    other = rig.start([sys.executable, "-c", CANNOT_BE_TAKEN_DOWN, "0"])
+    other.wait_for_line("started", timeout=20.0)
+    time.sleep(1.0)
+    assert other.end(signal.SIGINT) == 1, other.output
 
 
 @pytest.mark.slow

@@ -47,18 +47,38 @@ def test_a_good_chunk_ends_the_row(reason: Reason) -> None:
     assert latch.fault is None
 
 
-def test_a_lost_gpu_latches_for_good_and_over_any_other_fault() -> None:
+def test_a_lost_gpu_latches_for_good() -> None:
     latch = FaultLatch()
-    latch.note(problem(Reason.COMMAND_CONFLICT))
-    assert not latch.for_good
     fault = latch.note(problem(Reason.DEVICE_LOST))
     assert fault is not None
     assert latch.fault == fault == problem(Reason.DEVICE_LOST), "no advice to reset it"
     assert latch.for_good
+    assert latch.unseen is None
     assert latch.reset() is None
     assert latch.note(problem(Reason.DEVICE_LOST)) is None
-    assert latch.note(problem(Reason.CONTROL_ERROR)) is None
     assert latch.fault == fault
+
+
+@pytest.mark.parametrize("other", [*AT_ONCE, Reason.INFERENCE_ERROR])
+@pytest.mark.parametrize("first", ["lost", "other"])
+def test_beside_a_lost_gpu_a_fault_that_waits_for_somebody_is_kept(first: str, other: Reason) -> None:
+    """Whichever came first: the next process must not drive on as if nothing had been."""
+    latch = FaultLatch(max_failures=1)
+    reasons = (Reason.DEVICE_LOST, other) if first == "lost" else (other, Reason.DEVICE_LOST)
+    noted = [latch.note(problem(reason)) for reason in reasons]
+    fault = latch.fault
+    assert None not in noted
+    assert noted[1] == fault
+    assert fault is not None
+    assert latch.unseen is not None
+    assert (fault.reason, latch.unseen.reason) == (Reason.DEVICE_LOST, other)
+    assert fault.message.startswith(Reason.DEVICE_LOST.text)
+    assert f"see to {other.name} ({other.text}" in fault.message
+    assert "~/reset_fault" not in fault.message
+    assert latch.reset() is None
+    assert latch.note(problem(Reason.COMMAND_CONFLICT)) is None
+    assert latch.note(problem(Reason.DEVICE_LOST)) is None
+    assert (latch.fault, latch.unseen is None) == (fault, False)
 
 
 def test_everything_else_ends_by_itself() -> None:

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from lxml import etree
 
-from flashrt_ros import bringup
+from flashrt_ros import bringup, runner
 from flashrt_runtime.cli.main import app
+from flashrt_runtime.device_loss import EXIT_STATUS
 
 ROOT = Path(__file__).resolve().parents[3]
 DEPLOY = ROOT / "deploy"
@@ -40,14 +41,28 @@ def check_serve(words: list[str]) -> None:
     assert set(options) <= serve_options(), f"unknown options of flashrt serve: {options}"
 
 
-def check_launch(words: list[str]) -> None:
-    """`flashrt_ros FILE name:=value...`: the file and every argument exist."""
-    file = words[words.index("flashrt_ros") + 1]
-    assert (ROOT / "launch" / file).is_file()
-    known = {argument.name for argument in bringup.ARGUMENTS[file.removesuffix(".launch.py")]}
+def check_runner(words: list[str]) -> None:
+    """`-m flashrt_ros.runner LIST name:=value...`, which ends with its node's status, as `ros2 launch` does
+    not: the list of nodes and every argument exist. It may not run without a GPU unless told to, and starts
+    nothing again itself."""
+    assert "ros2" not in words
+    assert words[words.index("flashrt_ros.runner") - 1] == "-m"
+    name = words[words.index("flashrt_ros.runner") + 1]
+    assert name in runner.NODE_LISTS
+    known = {argument.name for argument in bringup.ARGUMENTS[name]}
     named = {word.partition(":=")[0] for word in words if ":=" in word}
-    assert named
-    assert named <= known, named - known
+    assert {"checkpoint", "robot", "hardware"} <= named
+    assert named <= known - {"respawn"}, named - known
+
+
+def settings_of(unit: Path) -> dict[str, str]:
+    """The last value of every setting of a unit."""
+    return dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
+
+
+def hours(text: str) -> int:
+    """A time span of systemd that is written in hours."""
+    return int(re.fullmatch(r"(\d+)h", text)[1])
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
@@ -95,10 +110,14 @@ def test_compose():
         named = {volume.split(":")[0] for volume in service["volumes"] if not volume.startswith("$")}
         assert named == set(content["volumes"])
         assert service["volumes"][0].endswith(":ro"), "a checkpoint is not written to"
-    assert (policy["network_mode"], policy["ipc"], policy["stop_signal"]) == ("host", "host", "SIGINT")
-    assert (policy["restart"], server["restart"]) == ("unless-stopped", "on-failure")
-    check_launch(policy["command"])
+    assert (policy["network_mode"], policy["ipc"]) == ("host", "host")
+    check_runner(policy["command"])
     check_serve(server["command"])
+    # Docker knows no status: what it started again could be an end that was final.
+    assert policy["restart"] == "no"
+    assert 1 <= int(re.fullmatch(r"on-failure:(\d+)", server["restart"])[1]) <= 5
+    assert "hardware:=${HARDWARE:-any}" in policy["command"]
+    assert server["command"][server["command"].index("--hardware") + 1] == "${HARDWARE:-any}"
     assert server["ports"] == ["127.0.0.1:8000:8000"], "the server is open to other machines by default"
     assert set(server["secrets"]) <= set(content["secrets"])
 
@@ -115,16 +134,34 @@ def test_units_pass_systemd_analyze(unit):
 def test_what_the_units_start_exists():
     texts = {unit.stem: unit.read_text() for unit in UNITS}
     policy = re.search(r"^ExecStart=(.*)$", texts["flashrt-policy"], re.MULTILINE)[1]
-    check_launch(policy.replace("'", " ").replace('"', "").split())
-    assert "KillSignal=SIGINT" in texts["flashrt-policy"]
-    # ros2 launch hides a node's status, flashrt serve has its own
-    restarts = {name: re.search(r"^Restart=(.*)$", text, re.MULTILINE)[1] for name, text in texts.items()}
-    assert restarts == {"flashrt-policy": "always", "flashrt-serve": "on-failure"}
+    check_runner(policy.replace("'", " ").replace('"', "").split())
+    assert "&& exec " in policy or re.search(r"&& PATH=\S+ exec ", policy), "bash would hide the status"
     serve = re.search(r"^ExecStart=(.*)$", texts["flashrt-serve"], re.MULTILINE)[1]
     check_serve(serve.split())
+    environment = (DEPLOY / "systemd" / "policy.env").read_text() + texts["flashrt-policy"]
+    for name in set(re.findall(r"\$([A-Z_]+)", policy)) - {"PATH"}:
+        assert re.search(rf"^(Environment=)?{name}=", environment, re.MULTILINE), name
+
+
+def test_a_unit_starts_the_robot_again_after_a_lost_gpu_alone_and_seldom():
+    """Each start drives the robot: what comes back, and every other end, is for a person."""
+    policy = settings_of(DEPLOY / "systemd" / "flashrt-policy.service")
+    assert policy["Restart"] == "no"
+    assert policy["RestartForceExitStatus"] == str(EXIT_STATUS)
+    assert hours(policy["StartLimitIntervalSec"]) >= 1
+    assert int(policy["StartLimitBurst"]) <= 3
+    serve = settings_of(DEPLOY / "systemd" / "flashrt-serve.service")
+    assert serve["Restart"] == "on-failure"
+    assert hours(serve["StartLimitIntervalSec"]) >= 1
+    assert int(serve["StartLimitBurst"]) <= 5
+
+
+def test_a_service_without_its_gpu_does_not_go_on_with_the_cpu():
     environment = (DEPLOY / "systemd" / "policy.env").read_text()
-    for name in re.findall(r"\$([A-Z_]+)", policy):
-        assert re.search(rf"^{name}=", environment, re.MULTILINE), name
+    assert re.search(r"^HARDWARE=any$", environment, re.MULTILINE)
+    serve = (DEPLOY / "systemd" / "flashrt-serve.service").read_text()
+    assert "Environment=HARDWARE=any\n" in serve
+    assert "--hardware ${HARDWARE} " in serve
 
 
 @pytest.mark.parametrize("script", sorted(DEPLOY.rglob("*.sh")), ids=lambda script: script.name)

@@ -6,6 +6,7 @@ Without a GPU the errors are simulated; what raises them in `TestPolicy` stands 
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def test_each_is_known_by_code_by_text_and_by_name(code: int) -> None:
     for error in (
         accelerator_error(code, text),
         RuntimeError(f"CUDA error: {text}\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError(f"CUDA driver error: {text}"),
+        RuntimeError(f"Triton Error [CUDA]: {text}"),
         RuntimeError(f"row_norm: {name}: {text}"),
     ):
         assert device_loss.loss_of(error) == code
@@ -52,6 +55,30 @@ def test_names_and_texts_are_those_of_cuda(code: int) -> None:
     assert found == device_loss.LOST[code]
 
 
+def headers() -> Iterator[Path]:
+    """driver_types.h of torch's CUDA, then of an installed toolkit."""
+    places = [Path(entry) / "nvidia" for entry in sys.path]
+    yield from (file for place in places for file in place.glob("*/include/driver_types.h"))
+    yield from Path("/usr/local").glob("cuda*/include/driver_types.h")
+
+
+def test_they_are_those_of_which_cuda_says_so_and_three_more() -> None:
+    header = next(headers(), None)
+    if header is None:
+        pytest.skip("no driver_types.h is installed")
+    comment = r"/\*\*((?:(?!\*/).)*)\*/\s*(cudaError\w+)\s*=\s*(\d+)"
+    said = {
+        int(code): name
+        for text, name, code in re.findall(comment, header.read_text(), re.DOTALL)
+        if "must be terminated" in " ".join(text.replace("*", " ").split())
+    }
+    assert len(said) >= 10, f"{header} reads otherwise than expected"
+    more = {214: "cudaErrorECCUncorrectable", 220: "cudaErrorNvlinkUncorrectable", 999: "cudaErrorUnknown"}
+    ours = {code: name for code, (name, _) in device_loss.LOST.items()}
+    assert ours.items() >= (said | more).items()
+    assert ours.keys() - said.keys() - more.keys() <= {226, 721, 911}, "of which older headers say less"
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -60,7 +87,16 @@ def test_names_and_texts_are_those_of_cuda(code: int) -> None:
         accelerator_error(801, "operation not supported"),
         accelerator_error(900, "operation not permitted when stream is capturing"),
         RuntimeError("expert_steps: cudaErrorNotSupported: operation not supported"),
+        # a refused argument: a shape, or an address that is not aligned
         RuntimeError("skinny_gemm: cudaErrorInvalidValue: invalid argument"),
+        accelerator_error(1, "invalid argument"),
+        accelerator_error(46, "CUDA-capable device(s) is/are busy or unavailable"),
+        accelerator_error(100, "no CUDA-capable device is detected"),
+        accelerator_error(201, "invalid device context"),
+        accelerator_error(709, "context is destroyed"),
+        RuntimeError("CUDA error: no CUDA-capable device is detected"),
+        RuntimeError("CUDA driver error: invalid device context"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, opa)`"),
         RuntimeError("unspecified launch failure of the rocket"),
         RuntimeError("cudaErrorUnknownToUs"),
         ValueError(TRAP),

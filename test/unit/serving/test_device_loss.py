@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
+import pytest
 from serving_support import ROOT, Gate, Shared, request_body, wait_for
 
 from flashrt_runtime.errors import DeviceLostError
+from flashrt_runtime.serving.worker import ModelWorker, Observation
 
 TEXT = "the GPU is lost to this process (simulated)"
 
@@ -70,6 +73,23 @@ def test_those_that_wait_are_told_too(policy, serve):
     assert [answer.status_code for answer in answers] == [503] * 3
     assert {answer.json()["error"] for answer in answers} == {"device_lost"}
     assert losing.calls == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_one_that_met_it_is_answered_whatever_is_done_about_it(policy):
+    losing = Losing(policy)
+    losing.lose.set()
+    worker = ModelWorker(lambda: losing, queue_size=1)
+
+    def fail() -> None:
+        raise RuntimeError("the server cannot be told")
+
+    worker.on_lost = fail
+    images = [np.zeros((8, 8, 3), np.uint8)] * len(policy.spec.views)
+    answer = worker.submit(Observation(images, "wave"), time.monotonic() + 30)
+    with pytest.raises(DeviceLostError, match="simulated"):
+        answer.result(timeout=10)
+    worker.close(10)
 
 
 SCRIPT = """
