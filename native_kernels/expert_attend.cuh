@@ -1,5 +1,5 @@
 // The persistent expert's attention: 16 blocks a head, each with its share of the keys. A block takes the scores of its
-// keys and their softmax; expert_inbox.cuh has the rest.
+// keys, their softmax and its part of P V; expert_inbox.cuh and expert_letters.cuh have the rest.
 #pragma once
 
 #include "expert_products.cuh"
@@ -204,16 +204,15 @@ __device__ __forceinline__ int ordered(float value) {
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
-// exp(score - maximum) of this warp's row of a tile as bf16, zeros past the last key, and the maximum. The scores lie
-// in `slices` parts, those of the tile at `place`.
-__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share, int tile,
-                                        int rows, int slices, int place) {
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, row = tile * kTileRows + warp;
-  const int stride = layout.score_stride();
-  constexpr float kScale = 0.0625f;  // 1 / sqrt(256)
-  if (row >= rows) return;           // its probabilities are garbage that stays in its row
-  const float* score =
-      reinterpret_cast<const float*>(shared + layout.score) + (place * slices * kTileRows + warp) * stride + lane;
+constexpr float kScoreScale = 0.0625f;  // 1 / sqrt(256)
+
+__device__ __forceinline__ float unordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
+
+// exp(score - maximum) of this warp's row of the one tile as bf16, zeros past the last key, and the maximum.
+__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share, int rows) {
+  const int row = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, stride = layout.score_stride();
+  if (row >= rows) return;  // its probabilities are garbage that stays in its row
+  const float* score = reinterpret_cast<const float*>(shared + layout.score) + row * stride + lane;
   const int keys = share.keys, padded_keys = share.padded_keys;
   float value[kLaneKeys] = {}, maximum = -INFINITY;
 #pragma unroll
@@ -221,15 +220,13 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
     if (i * kWarpSize >= keys) break;
     float part[kSlices];
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice)
-      part[slice] = slice < slices ? score[slice * kTileRows * stride + i * kWarpSize] : 0.0f;
+    for (int slice = 0; slice < kSlices; ++slice) part[slice] = score[slice * kTileRows * stride + i * kWarpSize];
     const float sum =
         ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));  // NaN past the keys
-    value[i] = i * kWarpSize + lane < keys ? sum * kScale : -INFINITY;
+    value[i] = i * kWarpSize + lane < keys ? sum * kScoreScale : -INFINITY;
     maximum = fmaxf(maximum, value[i]);
   }
-  const int highest = __reduce_max_sync(0xffffffffu, ordered(maximum));
-  maximum = __int_as_float(highest ^ (highest >> 31 & 0x7fffffff));
+  maximum = unordered(__reduce_max_sync(0xffffffffu, ordered(maximum)));
   __nv_bfloat16* probability =
       reinterpret_cast<__nv_bfloat16*>(shared + layout.probability) + row * layout.probability_stride() + lane;
 #pragma unroll
@@ -239,6 +236,114 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
       probability[i * kWarpSize] = from_float<__nv_bfloat16>(__expf(value[i] - maximum));
   }
   if (lane == 0) reinterpret_cast<float*>(shared + layout.row_maximum)[row] = maximum;
+}
+
+// The same where there are more tiles, of those from `first` on whose scores are taken at once: a warp has four rows,
+// eight lanes each.
+__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
+                                        const Team<false>& team, int first, int rows) {
+  constexpr int kLanes = 8, kSteps = kLaneKeys * kWarpSize / (2 * kLanes);
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4, place = tile - first;
+  if (place < 0 || place >= layout.tiles_at_once || tile * kTileRows >= rows) return;
+  const int slot = warp % 4 * 4 + lane / kLanes, own = lane % kLanes * 2, keys = share.keys;
+  const int row = tile * kTileRows + slot, stride = layout.score_stride();
+  const float* score =
+      reinterpret_cast<const float*>(shared + layout.score) + ((place << team.shift) * kTileRows + slot) * stride + own;
+  float2 value[kSteps];
+  float maximum = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    value[i] = make_float2(-INFINITY, -INFINITY);
+    const int key = i * 2 * kLanes + own;
+    if (i * 2 * kLanes >= keys) continue;
+    float2 sum[2] = {};
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      if (slice == kSlices / 2 && slice == team.parts()) break;
+      const float2 part = *reinterpret_cast<const float2*>(score + slice * kTileRows * stride + i * 2 * kLanes);
+      sum[slice % 2].x += part.x, sum[slice % 2].y += part.y;
+    }
+    if (key < keys) value[i].x = (sum[0].x + sum[1].x) * kScoreScale;  // NaN past the keys
+    if (key + 1 < keys) value[i].y = (sum[0].y + sum[1].y) * kScoreScale;
+    maximum = fmaxf(maximum, fmaxf(value[i].x, value[i].y));
+  }
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2)
+    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+  unsigned char* probability = shared + layout.probability + (row * layout.probability_stride() + own) * 2;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    if (i * 2 * kLanes >= keys) break;
+    *reinterpret_cast<uint32_t*>(probability + i * 4 * kLanes) =
+        pack_bf16(__expf(value[i].x - maximum), __expf(value[i].y - maximum));
+  }
+  if (own == 0) reinterpret_cast<float*>(shared + layout.row_maximum)[row] = maximum;
+}
+
+// Sixteen keys of P V.
+__device__ __forceinline__ void add_values(float (&values)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma_bf16(values[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+  mma_bf16(values[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+}
+
+// P V of this warp's tile, the columns of its part. The sums of a row's probabilities are one more product, with ones.
+// `Post` sends them.
+template <typename Post, bool One>
+__device__ __forceinline__ void send_values(unsigned char* shared, const Layout& layout, const Share& share,
+                                            const Post& post, const Team<One>& team, int all_rows) {
+  constexpr int kSteps = 4;  // of 16 keys, at once
+  constexpr uint32_t kOnes = 0x3f803f80;
+  const int lane = thread_id() % kWarpSize, padded_keys = share.padded_keys, first = team.tile * kTileRows;
+  const int rows = all_rows - first;
+  if (!One && rows <= 0) return;
+  const unsigned char* p_row =
+      shared + layout.probability + (first + Post::row(lane % 16)) * layout.probability_stride() * 2 + lane / 16 * 16;
+  uint32_t a[kSteps][4];
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    load_matrix(a[i], p_row + i * 32);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[i][j] = i * 16 < padded_keys ? a[i][j] : 0;  // times the first keys
+    mma_bf16(sums, a[i][0], a[i][1], a[i][2], a[i][3], kOnes, kOnes);
+  }
+#pragma unroll 1
+  for (int key = kSteps * 16; key < padded_keys; key += 16) {
+    uint32_t more[4];
+    load_matrix(more, p_row + key * 2);
+    mma_bf16(sums, more[0], more[1], more[2], more[3], kOnes, kOnes);
+  }
+  const float factor[2] = {inverse_of(sums[0]), inverse_of(sums[2])};
+  if (team.part == team.parts() - 1 && lane % 4 == 0) {
+    const float* maximum = reinterpret_cast<const float*>(shared + layout.row_maximum) + first;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = Post::row(lane / 4 + half * 8);
+      if (row < rows) post.send_sum(first + row, maximum[row] + __logf(sums[half * 2]));
+    }
+  }
+  const int receivers = kSplits >> team.shift;
+#pragma unroll(One ? 1 : 2)
+  for (int i = 0; i < receivers; ++i) {
+    const int receiver = team.part * receivers + i;
+    const unsigned char* v_row =
+        shared + layout.v + lane % 16 * kValueStride + (receiver * kSplitColumns + lane / 16 * 8) * 2;
+    float values[2][4] = {};
+    uint32_t b[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+      load_matrix_transposed(b[step], v_row + (step * 16 < padded_keys ? step * 16 : 0) * kValueStride);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) add_values(values, a[step], b[step]);
+#pragma unroll 1
+    for (int key = kSteps * 16; key < padded_keys; key += 16) {
+      uint32_t more[4];
+      load_matrix_transposed(b[0], v_row + key * kValueStride);
+      load_matrix(more, p_row + key * 2);
+      add_values(values, more, b[0]);
+    }
+    post.send(values, factor, receiver, team.tile, rows);
+  }
 }
 
 }  // namespace expert

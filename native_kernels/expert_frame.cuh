@@ -3,6 +3,7 @@
 #pragma once
 
 #include "expert_inbox.cuh"
+#include "expert_letters.cuh"
 
 namespace flashrt {
 namespace expert {
@@ -106,7 +107,7 @@ struct Frame {
       return base + kQkvHeads * kHeadDim + lane / 8 % 2 * kMlp + block_id() * kGateUpUnits * kTileFeatures +
              lane % 8 * 4;
     const int index = (lane - kQkvShift / 4) / 4, unit = qkv_unit(index);
-    if (index >= qkv_units()) return nullptr;
+    if (index >= qkv_units<One>()) return nullptr;
     return base + unit / UnitsPerHead * kHeadDim + lane / 2 % 2 * Half + unit % UnitsPerHead * kTileFeatures + half;
   }
   // The next visit's, by a warp whose activations take their time.
@@ -145,19 +146,21 @@ struct Frame {
     return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
   }
 
-  // This warp's part of the first `count` of some units, from `chunk` on. `meanwhile` is called once: behind the wait
-  // for the activations where there is one tile, else when registers get free.
+  // This warp's part of the first `count` of some units, from `chunk` on. `meanwhile` is called where there is one
+  // tile, behind the wait for the activations.
   template <int P, int Units, typename Meanwhile>
   __device__ __forceinline__ void multiply(Activations<Fp8, P, One>& a, const Team<One>& team, int count,
-                                           Sums<Fp8, P, Units>& sums, Meanwhile meanwhile) {
+                                           Sums<Fp8, P, Units, One>& sums, Meanwhile meanwhile) {
     using S = Shape<Fp8, P>;
-    const int first = team.part * (S::UnitBlocks >> team.shift), lane = thread_id() % kWarpSize;
+    constexpr int Quarters = P == kDown && Units == kQuarters ? kQuarters : 1;
     int offset[Units];
 #pragma unroll
     for (int unit = 0; unit < Units; ++unit) {
-      int slot = chunk.slot + unit * S::Chunks + first / S::Blocks;
+      // the block of k, of all in the ring
+      const int block = unit * (S::UnitBlocks / Quarters) + team.part * (S::UnitBlocks / Quarters >> team.shift);
+      int slot = chunk.slot + block / S::Blocks;
       if (slot >= ring.slots) slot -= ring.slots;
-      offset[unit] = slot * kChunkBytes + first % S::Blocks * kTileBytes + lane * 16;
+      offset[unit] = slot * kChunkBytes + block % S::Blocks * kTileBytes + thread_id() % kWarpSize * 16;
     }
     if constexpr (One) {
 #pragma unroll
@@ -169,7 +172,7 @@ struct Frame {
       }
     } else {
       int group = 0;
-      ring.wait(chunk, count * S::Chunks);
+      ring.wait(chunk, count * S::Chunks / Quarters);
 #pragma unroll 1
       for (; group + 2 < a.groups; group += 2) {
 #pragma unroll
@@ -181,13 +184,12 @@ struct Frame {
       }
       a.settle(a.operand[0], group);
       multiply_units(sums, a.operand[0], offset, count, group);
-      meanwhile();
       a.settle(a.operand[1], group + 1);
       multiply_units(sums, a.operand[1], offset, count, group + 1);
     }
   }
   template <int P, int Units>
-  __device__ __forceinline__ void multiply_units(Sums<Fp8, P, Units>& sums, const uint4 (&operand)[kGroupOperands],
+  __device__ __forceinline__ void multiply_units(Sums<Fp8, P, Units, One>& sums, const uint4 (&operand)[kGroupOperands],
                                                  const int (&offset)[Units], int count, int group) const {
     constexpr int Step = Shape<Fp8, P>::GroupBlocks * kTileBytes;
 #pragma unroll
@@ -230,6 +232,63 @@ struct Frame {
               pack_bf16(h, next));
   }
 
+  // The down projection by quarters: this block's of four units, of which it sends three to their blocks. Every
+  // thread's element, by `finish(sum)`.
+  template <typename Finish>
+  __device__ __forceinline__ void quartered_product(const unsigned char* x, Finish finish) {
+    using S = Shape<Fp8, kDown>;
+    const Team<One> team(p.rows);
+    const int quarter = block_id() % kQuarters, tile = thread_id() / kTileElements,
+              element = thread_id() % kTileElements;
+    Activations<Fp8, kDown, One> a(x, team, p.rows, kQuarters, quarter);
+    be_patient();
+    a.ask();
+    if (a.rows > 0) {
+      Sums<Fp8, kDown, kQuarters, One> sums;
+      multiply(a, team, kQuarters, sums, [] {});
+#pragma unroll
+      for (int unit = 0; unit < kQuarters; ++unit) {
+        float sum[1][4];
+        sums.total(sum, unit);
+        spread(big() + unit * (kWarps * kTileElements), sum[0], a.rows);
+      }
+    }
+    await_order();
+    block_sync();
+    give_back(S::Chunks);
+    if (tile < tiles()) finish(share_quarters(team, quarter, tile, element));
+    block_sync();
+  }
+
+  // This thread's element of all four units: three are sent, the own is added to what the others send.
+  __device__ __forceinline__ float share_quarters(const Team<One>& team, int quarter, int tile, int element) const {
+    const uint32_t mark = mark_of(visit);
+    const auto place = [&](int unit, int from) {  // of a unit's block, from another block's quarter
+      const int block = block_id() - quarter + unit;
+      return exchange().template buffer<kDownParts>() +
+             (((block * tiles() + tile) * kQuarters + from) * kTileElements + element) * 4;
+    };
+    const bool has = row_of_thread() < p.rows;
+    float part[kQuarters];
+    uint32_t word[kQuarters];
+#pragma unroll
+    for (int unit = 0; unit < kQuarters; ++unit) {
+      part[unit] = gather(big() + unit * (kWarps * kTileElements), team, tile, element);
+      if (unit != quarter && has) store(place(unit, quarter), (__float_as_uint(part[unit]) & ~1u) | mark);
+    }
+#pragma unroll
+    for (int from = 0; from < kQuarters; ++from)
+      word[from] = has && from != quarter ? look_word(place(quarter, from)) : mark;
+    float sum = 0.0f;
+#pragma unroll
+    for (int from = 0; from < kQuarters; ++from) {
+      for (int polls = 0; ((word[from] ^ mark) & 1) != 0; count_poll(polls))
+        word[from] = look_word(place(quarter, from));
+      sum += from == quarter ? part[from] : __uint_as_float(word[from]);
+    }
+    return sum;
+  }
+
   // A product of one unit of 8 columns on `x`: every thread's element, by `finish(sum)`, which whole warps call.
   template <int P, typename Finish>
   __device__ __forceinline__ void narrow_product(const unsigned char* x, int step, int layer, Finish finish) {
@@ -239,7 +298,7 @@ struct Frame {
     if constexpr (P == kDown || P == kMix) be_patient();
     a.ask();
     if (One || a.rows > 0) {
-      Sums<Fp8, P, 1> sums;
+      Sums<Fp8, P, 1, One> sums;
       multiply(a, team, 1, sums, [] {});
       float sum[1][4];
       sums.total(sum, 0);

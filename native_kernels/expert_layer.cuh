@@ -33,33 +33,36 @@ struct Layer : Frame<Fp8, One> {
   __device__ void qkv() {
     const unsigned char* parts = exchange().template buffer<kSquaresQkv>();
     const Team<One> team(p.rows);
-    const int count = qkv_units(), own = thread_id() / kTileElements, element = thread_id() % kTileElements;
+    const int own = thread_id() / kTileElements, element = thread_id() % kTileElements;
     // one tile: a unit is that of 128 threads; more: a tile is
     const int row = row_of_slot(element / kTileFeatures), tile = One ? 0 : own, m = tile * kTileRows + row;
-    const bool busy = One ? own < count : own < tiles();
+    const int units = qkv_units<One>(tile);
+    const bool busy = One ? own < units : own < tiles();
     Activations<Fp8, kQkv, One> a(exchange().template buffer<kNormedQkv>(), team, p.rows);
     Squares<One> squares;
     be_patient();
-    if (One) squares.ask(parts, team, p.rows);
+    squares.ask(parts, team, p.rows);
     a.ask();
     RopeOperands operands[One ? 1 : 2];
 #pragma unroll
     for (int i = 0; i < (One ? 1 : 2); ++i)
-      operands[i] = rope_operands(qkv_unit(One ? own : i), m, busy && i < count && m < p.rows);
+      operands[i] = rope_operands(qkv_unit(One ? own : i), m, busy && i < units && m < p.rows);
     if (One || a.rows > 0) {
-      Sums<Fp8, kQkv, 2> sums;
-      this->multiply(a, team, count, sums, [&] { One ? (void)squares.refresh() : squares.ask(parts, team, p.rows); });
+      Sums<Fp8, kQkv, 2, One> sums;
+      const int count = qkv_units<One>(team.tile);
+      if (!One) add_squares(squares);
+      this->multiply(a, team, count, sums, [&] { squares.refresh(); });
       spread_units(sums, count, a.rows);
-      add_squares(squares);
+      if (One) add_squares(squares);
     }
     async_copy_wait_committed();  // the conditions
     block_sync();
-    give_back(count * Shape<Fp8, kQkv>::Chunks);
+    give_back(qkv_units<One>() * Shape<Fp8, kQkv>::Chunks);
     if (busy) {  // whole warps
       const float factor = weight_scale(kQkv) * inverse_rms(team, tile, row);
 #pragma unroll
-      for (int i = 0; i < (One ? 1 : 2); ++i) {
-        if (i >= count) break;
+      for (int i = One ? 0 : 1; i >= 0; --i) {  // others wait longest for k and v
+        if (i >= units) continue;
         const int unit = One ? own : i, shift = kQkvShift + unit * 2 * kTileFeatures + element % kTileFeatures;
         const float2 sum = gather_pair(big(), team, tile, 2, unit, element);
         rotate(qkv_unit(unit), m, operands[i], sum.x * factor + condition(shift),
@@ -72,7 +75,7 @@ struct Layer : Frame<Fp8, One> {
 
   // The first `count` of a warp's units of two tiles, into the big region.
   template <int P, int Units>
-  __device__ __forceinline__ void spread_units(const Sums<Fp8, P, Units>& sums, int count, int rows) const {
+  __device__ __forceinline__ void spread_units(const Sums<Fp8, P, Units, One>& sums, int count, int rows) const {
 #pragma unroll
     for (int unit = 0; unit < Units; ++unit) {
       if (unit >= count) break;
@@ -127,29 +130,59 @@ struct Layer : Frame<Fp8, One> {
   __device__ void attend() {
     const int head = block_id() / kSplits, rank = block_id() % kSplits;
     const Exchange<One> buffers = exchange();
-    const int padded_rows = buffers.padded_rows(), head_rows = head * kSplits * padded_rows;
-    const Inbox<One> inbox{buffers.template buffer<kInbox>() + head_rows * kSplits * kSplitColumns * 2,
-                           buffers.template buffer<kStats>() + head_rows * 4, buffers.other, padded_rows, rank};
-    if (share.keys > 0) {
-      take_scores(head);
-      send_values(shared, plan.attention, share, inbox, Team<One>(p.rows), p.rows);
-    }
-    unsigned char* out = buffers.template buffer<kAttendedRows>();
-    int row = thread_id() / kWarpSize;
-    Parts next = {};
-    if (row < p.rows) next.ask(inbox, share.active, row);
-    for (; row < p.rows; row += kWarps) {
-      Parts parts = next;
-      if (!One && row + kWarps < p.rows) next.ask(inbox, share.active, row + kWarps);
-      parts.settle(inbox, row);
-      merge<Fp8>(parts, inbox, head, row, out, buffers.other, input_scale(kOut));
-      if (One) break;
+    const int head_rows = head * kSplits * buffers.padded_rows();
+    unsigned char* values = buffers.template buffer<kInbox>() + head_rows * kSplits * kSplitColumns * 2;
+    unsigned char* sums = buffers.template buffer<kStats>() + head_rows * 4;
+    const Team<One> team(p.rows);
+    if constexpr (One) {
+      const Inbox inbox{values, sums, buffers.other, rank};
+      send_attended(team, head, inbox);
+      const int row = thread_id() / kWarpSize;
+      if (row < p.rows) {
+        Parts parts;
+        parts.ask(inbox, share.active, row);
+        parts.settle(inbox, row);
+        merge<Fp8>(parts, inbox, head, row, buffers.template buffer<kAttendedRows>(), buffers.other, input_scale(kOut));
+      }
+    } else {
+      const Letters letters{values, sums, tiles(), rank, mark_of(visit)};
+      send_attended(team, head, letters);
+      Mail mail(team, p.rows);
+      if (mail.rows > 0) {
+        mail.collect(letters, team, share.active);
+        publish_attended(Merged(mail, team), mail.rows, team.tile * kTileRows, head * kHeadDim + rank * kSplitColumns);
+      }
     }
     block_sync();
   }
+  template <typename Post>
+  __device__ __forceinline__ void send_attended(const Team<One>& team, int head, const Post& post) {
+    if (share.keys == 0) return;
+    take_scores(team, head);
+    send_values(shared, plan.attention, share, post, team, p.rows);
+  }
+
+  // Two columns of a row; four are a word where they are e4m3. By whole warps.
+  __device__ __forceinline__ void publish_attended(const Merged& merged, int rows, int first_row, int first_column) {
+    const Exchange<One> buffers = exchange();
+    const int m = first_row + merged.row, column = first_column + merged.column;
+    uint32_t word;
+    bool has = merged.sole && merged.row < rows;
+    if constexpr (Fp8) {
+      const float inverse_scale = inverse_of(input_scale(kOut));
+      word = to_e4m3(merged.value[0] * inverse_scale) | to_e4m3(merged.value[1] * inverse_scale) << 8;
+      word |= __shfl_down_sync(0xffffffffu, word, 1) << 16;
+      has = has && column % 4 == 0;
+    } else {
+      word = pack_bf16(merged.value[0], merged.value[1]);
+    }
+    if (has)
+      publish(buffers.template buffer<kAttendedRows>() + activation_offset<Fp8, kOut>(m, column * (Fp8 ? 1 : 2)),
+              buffers.other, word);
+  }
 
   // The probabilities of all rows, and what else P V needs, behind a barrier.
-  __device__ __forceinline__ void take_scores(int head) {
+  __device__ __forceinline__ void take_scores(const Team<One>& team, int head) {
     const Layout& layout = plan.attention;
     const unsigned char* kv = exchange().template buffer<kKv>();
     const bool last = thread_id() / kWarpSize == kWarps - 1;
@@ -159,11 +192,10 @@ struct Layer : Frame<Fp8, One> {
       scores(shared, layout, share, queries(head), kv, p.rows);
       values.settle(shared + layout.v, kValueStride);
       block_sync();
-      softmax(shared, layout, share, 0, p.rows, kSlices, 0);
+      softmax(shared, layout, share, p.rows);
       if (last) barrier_wait(this->prefix_full + 1, visit & 1);
       block_sync();
     } else {
-      const Team<false> team(p.rows);
       SuffixRows<false> keys;
       Queries own;
       keys.ask(share, kv, 0);
@@ -176,8 +208,7 @@ struct Layer : Frame<Fp8, One> {
         const int place = team.tile - first;
         if (own.rows > 0 && place >= 0 && place < layout.tiles_at_once) scores(shared, layout, share, own, team, place);
         block_sync();
-        for (int tile = first; tile < min(first + layout.tiles_at_once, tiles()); ++tile)
-          softmax(shared, layout, share, tile, p.rows, team.parts(), tile - first);
+        softmax(shared, layout, share, team, first, p.rows);
         if (last) barrier_wait(this->prefix_full + 1, visit & 1);
         block_sync();
       }
@@ -202,7 +233,7 @@ struct Layer : Frame<Fp8, One> {
 
   __device__ void down(int step, int layer) {
     const unsigned char* x = exchange().template buffer<kHidden>();
-    this->template narrow_product<kDown>(x, step, layer, [&](float sum) {
+    const auto finish = [&](float sum) {
       const float scale = condition(kNextScale + thread_id() % kTileFeatures);
       add(sum, kDown, kDownGate);
       if (layer + 1 < p.layers) {
@@ -210,7 +241,12 @@ struct Layer : Frame<Fp8, One> {
       } else {
         publish_last(exchange(step % kCopies));
       }
-    });
+    };
+    if (!One && quartered<Fp8>(p.rows)) {
+      this->quartered_product(x, finish);
+    } else {
+      this->template narrow_product<kDown>(x, step, layer, finish);
+    }
   }
 
   __device__ void gate_up() {
@@ -219,19 +255,22 @@ struct Layer : Frame<Fp8, One> {
     const Team<One> team(p.rows);
     Activations<Fp8, kGateUp, One> a(exchange().template buffer<kNormedMlp>(), team, p.rows);
     Squares<One> squares;
+    be_patient();
+    squares.ask(parts, team, p.rows);
+    a.ask();
+    if (!One) {
+      this->order_published();
+      if (a.rows > 0) add_squares(squares);
+    }
     for (int first = 0; first < kGateUpUnits; first += Group) {
-      if (first == 0) be_patient();
-      if (One && first == 0) squares.ask(parts, team, p.rows);
-      if (!One || first == 0) a.ask();
-      if (!One && first == 0) this->order_published();
+      if (!One && first > 0) a.ask();
       if (One || a.rows > 0) {
-        Sums<Fp8, kGateUp, Group> sums;
+        Sums<Fp8, kGateUp, Group, One> sums;
         this->multiply(a, team, Group, sums, [&] {
-          if (!One) squares.ask(parts, team, p.rows);
-          if (One && first == 0) squares.refresh(), this->order_published();
+          if (first == 0) squares.refresh(), this->order_published();
         });
         spread_units(sums, Group, a.rows);
-        if (!One || first == 0) add_squares(squares);
+        if (One && first == 0) add_squares(squares);
       }
       block_sync();
       give_back(Group * Chunks);
@@ -240,23 +279,51 @@ struct Layer : Frame<Fp8, One> {
     }
   }
 
-  // Of all tiles and `Group` units. A warp's outputs are one row: the neighbours in memory.
+  // Of `Group` units from `first` on; one tile: a warp's outputs are a row's, neighbours in memory.
   template <int Group>
-  __device__ __forceinline__ void finish_hidden(const Team<One>& team, int first) {
-    constexpr int AtOnce = One ? 1 : 4 / Group;  // tiles
-    const int warp = thread_id() / kWarpSize, column = thread_id() % kTileFeatures;
+  __device__ __forceinline__ void finish_hidden(const Team<true>& team, int first) {
+    const int row = row_of_slot(thread_id() / kWarpSize), column = thread_id() % kTileFeatures;
     const int own = thread_id() % kWarpSize / kTileFeatures, unit = first + own % Group;
-    const int shift = unit * kTileFeatures + column, row = row_of_slot(warp);
-    for (int base = 0; base < tiles(); base += AtOnce) {
-      const int tile = base + own / Group % AtOnce, m = tile * kTileRows + row;
-      if (One && m >= p.rows) break;
-      const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row);
-      const float2 sum = gather_pair(big(), team, tile, Group, own % Group, warp * kTileFeatures + column);
-      const float gate = sum.x * factor + condition(kGateShift + shift);
-      const float value = gelu(gate) * (sum.y * factor + condition(kUpShift + shift));
-      publish_hidden(m, (block_id() * kGateUpUnits + unit) * kTileFeatures + column, m < p.rows && own < Group * AtOnce,
-                     round_bf16(value), input_scale(kDown));
+    const int shift = unit * kTileFeatures + column;
+    if (row >= p.rows) return;
+    const float factor = weight_scale(kGateUp) * inverse_rms(team, 0, row);
+    const float2 sum =
+        gather_pair(big(), team, 0, Group, own % Group, thread_id() / kWarpSize * kTileFeatures + column);
+    const float gate = sum.x * factor + condition(kGateShift + shift);
+    const float value = gelu(gate) * (sum.y * factor + condition(kUpShift + shift));
+    publish_hidden(row, (block_id() * kGateUpUnits + unit) * kTileFeatures + column, own < Group, round_bf16(value),
+                   input_scale(kDown));
+  }
+
+  // The same of all tiles: eight lanes have a row, each `Group` columns of a unit, which make a word.
+  template <int Group>
+  __device__ __forceinline__ void finish_hidden(const Team<false>& team, int first) {
+    const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4;
+    const int slot = warp % 4 * 4 + lane / 8, own = lane % 8 * Group / kTileFeatures;
+    const int column = lane * Group % kTileFeatures, unit = first + own, m = tile * kTileRows + row_of_slot(slot);
+    if (tile >= tiles()) return;
+    const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row_of_slot(slot));
+    float2 sum[Group];
+    gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column);
+    float value[Group];
+#pragma unroll
+    for (int i = 0; i < Group; ++i) {
+      const int shift = unit * kTileFeatures + column + i;
+      const float gate = sum[i].x * factor + condition(kGateShift + shift);
+      value[i] = round_bf16(gelu(gate) * (sum[i].y * factor + condition(kUpShift + shift)));
     }
+    if (m >= p.rows) return;
+    const int n = (block_id() * kGateUpUnits + unit) * kTileFeatures + column;
+    uint32_t word = 0;
+    if constexpr (Fp8) {
+      const float inverse_scale = inverse_of(input_scale(kDown));
+#pragma unroll
+      for (int i = 0; i < Group; ++i) word |= static_cast<uint32_t>(to_e4m3(value[i] * inverse_scale)) << (8 * i);
+    } else {
+      word = pack_bf16(value[0], value[1]);
+    }
+    publish(exchange().template buffer<kHidden>() + activation_offset<Fp8, kDown>(m, n * (Fp8 ? 1 : 2)),
+            exchange().other, word);
   }
 
   // By whole warps: four (e4m3) or two neighbours make a word.

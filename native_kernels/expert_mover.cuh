@@ -21,7 +21,7 @@ struct PrefixRows {
 
 constexpr unsigned kInFlight = 3;  // chunks asked for that have not come
 
-template <bool Fp8>
+template <bool Fp8, bool One>
 struct Mover {
   const ExpertSteps& p;
   const Ring& ring;
@@ -38,7 +38,7 @@ struct Mover {
   __device__ __forceinline__ void run() const {
     Counters& counters = *ring.counters;
     const bool leader = thread_id() == kMoverThread;
-    const int visit_sources = sources_of_visit<Fp8>();
+    const int visit_sources = sources_of_visit<Fp8, One>();
     const unsigned visits = p.steps * p.layers;
     const unsigned chunks = visits * visit_sources + (p.mix_weights != nullptr ? p.steps : 0);
     const uint64_t policy = evict_first_policy();

@@ -62,11 +62,14 @@ struct Activations {
   int rows, groups;           // rows: of the tile
   uint32_t second;
 
-  __device__ __forceinline__ Activations(const unsigned char* x, const Team<One>& team, int all_rows) {
+  // Of quarter `quarter` of k, where a block reads a quarter only.
+  __device__ __forceinline__ Activations(const unsigned char* x, const Team<One>& team, int all_rows, int quarters = 1,
+                                         int quarter = 0) {
     const int lane = thread_id() % kWarpSize;
-    groups = S::Groups >> team.shift;
+    groups = S::Groups / quarters >> team.shift;
     rows = all_rows - team.tile * kTileRows;
-    from = x + team.tile * kTileRows * S::RowBytes + team.part * groups * kGroupBytes + lane * 16;
+    from = x + (team.tile * quarters + quarter) * (kTileRows * S::RowBytes / quarters) +
+           team.part * groups * kGroupBytes + lane * 16;
     second = lane / 4 * 2 + 1 < rows ? kAbsent : 0;
   }
   __device__ __forceinline__ bool has() const { return static_cast<int>(thread_id()) % kWarpSize / 4 * 2 < rows; }
@@ -96,10 +99,10 @@ struct Activations {
   }
 };
 
-// A warp's sums of some units; more than one chain each where there are few.
-template <bool Fp8, int P, int Units>
+// A warp's sums of some units; more than one chain each where there are few, and registers enough.
+template <bool Fp8, int P, int Units, bool One>
 struct Sums {
-  static constexpr int Tiles = Shape<Fp8, P>::Tiles, Chains = Units * Tiles < 8 ? 2 : 1;
+  static constexpr int Tiles = Shape<Fp8, P>::Tiles, Chains = Units * Tiles < (One ? 8 : 4) ? 2 : 1;
   float chain[Units][Tiles][Chains][4] = {};
 
   // Of a unit, the chains added up.
@@ -113,11 +116,11 @@ struct Sums {
 };
 
 // One group of k blocks of one unit; `weights`: this lane's 16 bytes of the first.
-template <bool Fp8, int P, int Units>
-__device__ __forceinline__ void multiply_group(Sums<Fp8, P, Units>& sums, int unit,
+template <bool Fp8, int P, int Units, bool One>
+__device__ __forceinline__ void multiply_group(Sums<Fp8, P, Units, One>& sums, int unit,
                                                const uint4 (&operand)[kGroupOperands], const unsigned char* weights) {
   using S = Shape<Fp8, P>;
-  constexpr int Last = Sums<Fp8, P, Units>::Chains - 1;
+  constexpr int Last = Sums<Fp8, P, Units, One>::Chains - 1;
 #pragma unroll
   for (int block = 0; block < S::GroupBlocks; ++block) {
     const uint4* x = operand + block * S::Operands;
@@ -192,6 +195,31 @@ __device__ __forceinline__ float2 gather_pair(const float* sums, const Team<One>
     part[w % 2].x += value.x, part[w % 2].y += value.y;
   }
   return make_float2(part[0].x + part[1].x, part[0].y + part[1].y);
+}
+
+// Two or four neighbouring features of a unit of as many, of several tiles. Of four, half of the lanes take the last
+// two first: eight lanes, of four units, then fall into different banks.
+template <int Units>
+__device__ __forceinline__ void gather_columns(float2 (&sum)[Units], const float* sums, const Team<false>& team,
+                                               int tile, int unit, int element) {
+  const float* from =
+      sums + ((tile << team.shift) * Units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
+  const int swap = Units == 4 ? unit / 2 * 4 : 0;
+  float4 part[Units / 2] = {};
+#pragma unroll
+  for (int w = 0; w < kWarps / 2; ++w) {
+    if (w == kWarps / 4 && w == team.parts()) break;
+#pragma unroll
+    for (int i = 0; i < Units / 2; ++i) {
+      const float4 value = *reinterpret_cast<const float4*>(from + w * Units * kPairElements + (i * 4 ^ swap));
+      part[i].x += value.x, part[i].y += value.y, part[i].z += value.z, part[i].w += value.w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Units / 2; ++i) {
+    const float4 value = swap != 0 ? part[Units / 2 - 1 - i] : part[i];
+    sum[i * 2] = make_float2(value.x, value.y), sum[i * 2 + 1] = make_float2(value.z, value.w);
+  }
 }
 
 // 1 / x to an ulp, without the branch that exact division takes; x is a scale, far from 0 and infinity.

@@ -16,8 +16,8 @@
 // words that go from block to block say themselves whether they have come (expert_stream.cuh).
 //
 // e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3
-// and 5. Rows are served in tiles of 16, one after the other over the same chunks. Sums are taken in a fixed order:
-// results are bit-identical from run to run.
+// and 5. Rows are served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each. Sums are
+// taken in a fixed order: results are bit-identical from run to run.
 #include "expert_layer.cuh"
 
 #pragma nv_diag_suppress 177  // below sm_90 the kernel is empty and leaves everything here unused
@@ -170,7 +170,7 @@ struct Expert : Layer<Fp8, One> {
     return sum;
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     if (thread_id() / kWarpSize == kWarps - 3) copy_conditions(0, 0, 0);
     blank_values(shared, plan.attention, share);
     for (int step = 0; step < p.steps; ++step) {
@@ -187,13 +187,20 @@ struct Expert : Layer<Fp8, One> {
   }
 };
 
-// All copies of the exchange but the last, which the first to publish blanks, before anyone waits for anything.
+__device__ __forceinline__ void blank(unsigned char* from, int bytes) {
+  uint4* words = reinterpret_cast<uint4*>(from);
+  for (int i = block_id() * kThreads + thread_id(); i < bytes / 16; i += kBlocks * kThreads)
+    words[i] = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
+}
+
+// All copies of the exchange but the last, which the first to publish blanks, before anyone waits for anything; and
+// where words have marks, those of all copies, which nobody blanks.
 template <bool One>
 __device__ void blank_exchange(const Exchange<One>& exchange) {
-  uint4* words = reinterpret_cast<uint4*>(exchange.base);
-  const int count = (kCopies - 1) * kExchangeRowBytes * exchange.padded_rows() / 16;
-  for (int i = block_id() * kThreads + thread_id(); i < count; i += kBlocks * kThreads)
-    words[i] = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
+  const int rows = exchange.padded_rows(), last = (kCopies - 1) * kExchangeRowBytes * rows;
+  constexpr int Unmarked = bytes_before(kInbox);
+  blank(exchange.base, last);
+  if (!One) blank(exchange.base + last + Unmarked * rows, (kExchangeRowBytes - Unmarked) * rows);
 }
 
 template <bool Fp8, bool One>
@@ -212,7 +219,8 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
     counters = {};
     share = Share(block_id() % kSplits, *p.prefix_length, p.rows);
   }
-  if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8>()) sources[thread_id()] = source<Fp8>(p, thread_id());
+  if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8, One>())
+    sources[thread_id()] = source<Fp8, One>(p, thread_id());
   __syncthreads();
   const Ring ring{shared, &counters, plan.slots};
   if (thread_id() >= kMoverThread) {
@@ -223,7 +231,7 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
                           share.prefix_keys,
                           shared + plan.attention.k,
                           shared + plan.attention.v};
-    Mover<Fp8>{p, ring, full, prefix_full, sources, rows}.run();
+    Mover<Fp8, One>{p, ring, full, prefix_full, sources, rows}.run();
     return;
   }
   Expert<Fp8, One> expert{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}};

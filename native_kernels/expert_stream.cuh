@@ -64,9 +64,17 @@ __device__ __forceinline__ unsigned block_id() {
   return id;
 }
 
-// Where a product's unit of this block lies. Of the 160 units of qkv the first 128 are one a block, those of k and v
-// go to every fourth block.
-__device__ __forceinline__ int qkv_units() { return block_id() % 4 == 3 ? 2 : 1; }
+// Where a product's unit of this block lies. Of the 160 units of qkv the first 128 are one a block. Those of k and v
+// are one of every fourth block where there is one tile of rows; of more tiles, four blocks take one each.
+template <bool One>
+__device__ __forceinline__ int qkv_units() {
+  return !One || block_id() % 4 == 3 ? 2 : 1;
+}
+// Of tile `tile`.
+template <bool One>
+__device__ __forceinline__ int qkv_units(int tile) {
+  return One ? qkv_units<One>() : tile == static_cast<int>(block_id()) % 4 ? 2 : 1;
+}
 __device__ __forceinline__ int qkv_unit(int index) { return index == 0 ? block_id() : kBlocks + block_id() / 4; }
 constexpr int kGateUpUnits = 4;
 static_assert(kGateUpUnits * kBlocks == kMlp / kTileFeatures && kBlocks * kTileFeatures == kWidth);
@@ -140,24 +148,37 @@ __device__ Source source_of(const ExpertSteps& p, int unit, int chunk) {
           P == kMix ? 0 : int64_t(S::Units) * S::UnitBytes};
 }
 
-// Source `index` of this block; the mix, which comes ahead of a step's first layer, is the last.
+// Where there are more than two tiles of rows in bf16, four blocks share their units of the down projection: each takes
+// a quarter of k of all four, a chunk of each, and reads a quarter of the hidden rows. e4m3 rows are half as long:
+// there the exchange costs more than it saves.
+constexpr int kQuarters = 4;
 template <bool Fp8>
+__device__ __forceinline__ bool quartered(int rows) {
+  return !Fp8 && rows > 2 * kTileRows;
+}
+static_assert(Shape<false, kDown>::Chunks == kQuarters);
+
+// Source `index` of this block; the mix, which comes ahead of a step's first layer, is the last.
+template <bool Fp8, bool One>
 __device__ Source source(const ExpertSteps& p, int index) {
   constexpr int Qkv = Shape<Fp8, kQkv>::Chunks, Out = Shape<Fp8, kOut>::Chunks;
   constexpr int GateUp = kGateUpUnits * Shape<Fp8, kGateUp>::Chunks, Down = Shape<Fp8, kDown>::Chunks;
-  if (index < qkv_units() * Qkv) return source_of<Fp8, kQkv>(p, qkv_unit(index / Qkv), index % Qkv);
-  index -= qkv_units() * Qkv;
+  if (index < qkv_units<One>() * Qkv) return source_of<Fp8, kQkv>(p, qkv_unit(index / Qkv), index % Qkv);
+  index -= qkv_units<One>() * Qkv;
   if (index < Out) return source_of<Fp8, kOut>(p, block_id(), index);
   index -= Out;
   if (index < GateUp) return source_of<Fp8, kGateUp>(p, block_id() * kGateUpUnits, index);
   index -= GateUp;
+  const int quarter = block_id() % kQuarters;
+  if (index < Down && !One && quartered<Fp8>(p.rows))
+    return source_of<Fp8, kDown>(p, block_id() - quarter + index, quarter);
   if (index < Down) return source_of<Fp8, kDown>(p, block_id(), index);
   return source_of<Fp8, kMix>(p, block_id(), 0);
 }
 
-template <bool Fp8>
+template <bool Fp8, bool One>
 __device__ __forceinline__ int sources_of_visit() {
-  return qkv_units() * Shape<Fp8, kQkv>::Chunks + Shape<Fp8, kOut>::Chunks +
+  return qkv_units<One>() * Shape<Fp8, kQkv>::Chunks + Shape<Fp8, kOut>::Chunks +
          kGateUpUnits * Shape<Fp8, kGateUp>::Chunks + Shape<Fp8, kDown>::Chunks;
 }
 
@@ -202,14 +223,14 @@ __device__ __forceinline__ uint4 look(const void* address) {
                : "l"(address));
   return v;
 }
-__device__ __forceinline__ uint2 look_pair(const void* address) {
-  uint2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
-  return v;
-}
 __device__ __forceinline__ uint32_t look_word(const void* address) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(address));
+  return v;
+}
+__device__ __forceinline__ uint2 look_pair(const void* address) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
   return v;
 }
 __device__ __forceinline__ bool absent(uint32_t v) { return v == kAbsent; }
@@ -227,16 +248,25 @@ __device__ __forceinline__ uint4 await(const void* address) {
   return v;
 }
 
+__device__ __forceinline__ void store(void* address, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(word));
+}
+__device__ __forceinline__ void store(void* address, uint2 words) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words.x), "r"(words.y));
+}
+__device__ __forceinline__ void store(void* address, uint4 words) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w));
+}
+
 // Store a word for the other blocks, and blank it in the copy before, `other` bytes away.
 __device__ __forceinline__ void publish(void* address, int64_t other, uint32_t word) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(min(word, kAbsent - 1)));
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(static_cast<unsigned char*>(address) + other), "r"(kAbsent));
+  store(address, min(word, kAbsent - 1));
+  store(static_cast<unsigned char*>(address) + other, kAbsent);
 }
 __device__ __forceinline__ void publish(void* address, int64_t other, uint2 words) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(min(words.x, kAbsent - 1)),
-               "r"(min(words.y, kAbsent - 1)));
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %1};" ::"l"(static_cast<unsigned char*>(address) + other),
-               "r"(kAbsent));
+  store(address, make_uint2(min(words.x, kAbsent - 1), min(words.y, kAbsent - 1)));
+  store(static_cast<unsigned char*>(address) + other, make_uint2(kAbsent, kAbsent));
 }
 
 // The exchange in global memory: three copies of these buffers, for a multiple of 16 rows; bytes of a row.
@@ -254,16 +284,19 @@ enum Buffer : int {
   kActions,
   kInbox,
   kStats,
+  kDownParts,
   kBuffers
 };
 constexpr int kSplits = 16;  // blocks of a head
 constexpr int kSplitColumns = kHeadDim / kSplits;
 __host__ __device__ constexpr int bytes_before(int buffer) {
-  constexpr int bytes[kBuffers] = {
-      kWidth * 2,          kWidth * 2,       kBlocks * 4,       kBlocks * 4,
-      kAttended * 2,       2 * kHeadDim * 2, kAttended * 2,     kMlp * 2,
-      kWidth * 2,          kWidth * 2,       kMaxActionDim * 4, kHeads * kSplits * kSplits * kSplitColumns * 2,
-      kHeads * kSplits * 4};
+  constexpr int bytes[kBuffers] = {kWidth * 2,           kWidth * 2,
+                                   kBlocks * 4,          kBlocks * 4,
+                                   kAttended * 2,        2 * kHeadDim * 2,
+                                   kAttended * 2,        kMlp * 2,
+                                   kWidth * 2,           kWidth * 2,
+                                   kMaxActionDim * 4,    kHeads * kSplits * kSplits * kSplitColumns * 2,
+                                   kHeads * kSplits * 4, kQuarters * kWidth * 4};
   int sum = 0;
   for (int i = 0; i < buffer; ++i) sum += bytes[i];
   return sum;
