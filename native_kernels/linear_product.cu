@@ -8,7 +8,7 @@
 // us at 3.0 TB/s; 5.1 GFLOP, 4.3 us at 1176 TFLOP/s; 38 MB from L2, 6.3 us. out 1152 x 1152 is 3.1 MB and 1.4
 // GFLOP, 1.2 us.
 //
-// A tile or hardly more a block, in one round over the multiprocessors: the tile's width follows the shape. All or most
+// A tile or hardly more a block, in one round over the multiprocessors: the tile's size follows the shape. All or most
 // of the weights' stages are asked for ahead of the wait for the kernel in front.
 #include "dependent_launch.h"
 #include "gelu.cuh"
@@ -36,6 +36,8 @@ constexpr int stages(int rows, int columns) {
   const int fit = 225 * 1024 / ((rows + columns) * 128);
   return fit < 9 ? fit : 9;
 }
+
+constexpr int64_t kDeep = 9 * 128;  // what is deeper goes through the ring more than once
 
 template <int Groups, int Columns>
 using Ring = ProductRing<Groups, Columns, stages(Groups * 64, Columns)>;
@@ -117,6 +119,10 @@ cudaError_t linear_product(const void* x, const void* w, const void* bias, const
   const auto tiles = [&](int tile_rows, int tile_columns) {
     return (rows + tile_rows - 1) / tile_rows * ((width + tile_columns - 1) / tile_columns);
   };
+  if (scale == nullptr && depth > kDeep) {  // large tiles: what comes from L2 counts
+    return tiles(128, 80) <= multiprocessors / 2 ? launch<2, 80, false>(p, x, w, rows, depth, multiprocessors, stream)
+                                                 : launch<2, 144, false>(p, x, w, rows, depth, multiprocessors, stream);
+  }
   if (scale == nullptr) {  // narrow tiles only where wide ones leave more than half of the multiprocessors idle
     return tiles(64, 80) <= multiprocessors / 2 ? launch<1, 80, false>(p, x, w, rows, depth, multiprocessors, stream)
                                                 : launch<1, 144, false>(p, x, w, rows, depth, multiprocessors, stream);

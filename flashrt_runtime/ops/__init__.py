@@ -70,11 +70,16 @@ def _one_of(
     operation: str,
     own: Callable[[], Tensor],
     library: Callable[[], Tensor],
+    own_first: bool = True,
 ) -> Tensor:
-    """By our kernel where it serves and was not measured to be the slower one, else by the library's."""
+    """By our kernel where it serves and was not measured to be the slower one, else by the library's.
+
+    own_first: false where it has to be measured to be the faster one.
+    """
     if not served:
         return library()
-    return variants.of(device).run(operation, {"own": own, "library": library})
+    both = {"own": own, "library": library} if own_first else {"library": library, "own": own}
+    return variants.of(device).run(operation, both)
 
 
 def quantise(x: Tensor, scale: Tensor) -> Tensor:
@@ -109,8 +114,8 @@ def scaled_linear(
         out = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
         return out.view(*x.shape[:-1], n)
 
-    served = products.plain_served(x, weight, bias, dtype)
-    return _one_of(served, x.device, f"linear {_named(x)} by {_named(weight)}", own, library)
+    served, shallow = products.plain_served(x, weight, bias, dtype), weight.shape[1] <= products.SHALLOW_DEPTH
+    return _one_of(served, x.device, f"linear {_named(x)} by {_named(weight)}", own, library, shallow)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:

@@ -16,10 +16,11 @@ from . import native
 from .reference import E4M3
 
 ALIGNMENT = 16  # of the widths: a row starts where a tensor copy may
-# A plain product is ours where it is faster than the library's: all of its depth in shared memory at once,
-# and at most so many tiles of 64 x 144 a multiprocessor (measured: ahead at 96 tiles on 132, behind at 192).
-PLAIN_DEPTH = 9 * 128
-PLAIN_TILE = 64, 144
+# A plain product may be faster by ours than by the library's where it has at most so many tiles a
+# multiprocessor (measured: ahead at 96 tiles on 132, behind at 192). Larger tiles where not all of its depth
+# is in shared memory at once.
+SHALLOW_DEPTH = 9 * 128
+SHALLOW_TILE, DEEP_TILE = (64, 144), (128, 144)
 PLAIN_TILES = 0.75
 
 
@@ -45,12 +46,12 @@ def served(x: Tensor, weight: Tensor, halves: int = 1) -> bool:
 
 
 def plain_served(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `linear` without a scale serves the operands, and faster than the library does."""
-    if weight.shape[1] > PLAIN_DEPTH or dtype != torch.bfloat16 or not _bias_served(bias, weight):
+    """Whether `linear` without a scale serves the operands, and perhaps faster than the library does."""
+    if dtype != torch.bfloat16 or not _bias_served(bias, weight) or not served(x, weight):
         return False
-    if not served(x, weight):
-        return False
-    tiles = -(-x.numel() // (weight.shape[1] * PLAIN_TILE[0])) * -(-weight.shape[0] // PLAIN_TILE[1])
+    width, depth = weight.shape
+    tile_rows, tile_columns = SHALLOW_TILE if depth <= SHALLOW_DEPTH else DEEP_TILE
+    tiles = -(-x.numel() // (depth * tile_rows)) * -(-width // tile_columns)
     return tiles <= PLAIN_TILES * _multiprocessors(x.device)
 
 

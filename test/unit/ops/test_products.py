@@ -115,7 +115,9 @@ def test_full_size(hopper: None, rows: int, width: int, depth: int, gated: bool)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("width", "depth"), [*SIZES, (1152, 1152), (3456, 1152)])
+@pytest.mark.parametrize(
+    ("width", "depth"), [*SIZES, (1152, 1152), (3456, 1152), (1152, 4304), (2048, 2048), (144, 4112)]
+)
 @pytest.mark.parametrize("rows", ROWS)
 def test_plain(hopper: None, rows: int, width: int, depth: int, biased: bool) -> None:
     case = Case(rows, width, depth, gated=False)
@@ -125,7 +127,7 @@ def test_plain(hopper: None, rows: int, width: int, depth: int, biased: bool) ->
     want = case.sums()
     assert got.dtype == torch.bfloat16
     assert ((got.float() - want).abs() <= want.abs() / 128 + 8e-3 * want.square().mean().sqrt()).all()
-    assert (got.float() - want).norm() / want.norm() < 4e-3
+    assert (got.float() - want).norm() / want.norm() < (4e-3 if depth <= 2048 else 6e-3)
     assert torch.equal(got, products.linear(*operands, None)), "not the same twice"
 
 
