@@ -69,7 +69,7 @@ struct Layer : Frame<Fp8, One> {
                sum.y * factor + condition(shift + kTileFeatures));
       }
     }
-    if (thread_id() / kWarpSize == kWarps - 1) barrier_wait(this->prefix_full, visit & 1);
+    if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->prefix_full, visit & 1);
     block_sync();  // the sums have been read; and nobody looks for more while this block still computes
   }
 
@@ -193,7 +193,7 @@ struct Layer : Frame<Fp8, One> {
       values.settle(shared + layout.v, kValueStride);
       block_sync();
       softmax(shared, layout, share, p.rows);
-      if (last) barrier_wait(this->prefix_full + 1, visit & 1);
+      if (last) await_phase(this->prefix_full + 1, visit & 1);
       block_sync();
     } else {
       SuffixRows<false> keys;
@@ -209,7 +209,7 @@ struct Layer : Frame<Fp8, One> {
         if (own.rows > 0 && place >= 0 && place < layout.tiles_at_once) scores(shared, layout, share, own, team, place);
         block_sync();
         softmax(shared, layout, share, team, first, p.rows);
-        if (last) barrier_wait(this->prefix_full + 1, visit & 1);
+        if (last) await_phase(this->prefix_full + 1, visit & 1);
         block_sync();
       }
     }

@@ -31,6 +31,10 @@ struct Mover {
 
   static constexpr int kRowsAtOnce = 8;
 
+  static __device__ __forceinline__ unsigned of_first_lane(unsigned value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+  }
+
   // By the whole warp. It asks for a chunk as soon as its place is free, but never for much at once: requests that wait
   // for DRAM stand in the way of the words that the blocks exchange, and those are what everybody waits for. It tells
   // when a chunk has come; copies the keys and values of the next visit, and orders what the block has blanked, when
@@ -49,8 +53,9 @@ struct Mover {
     unsigned prefixes = 0;                                     // visits whose rows have been asked for
 #pragma unroll 1
     while (come < chunks || fenced < visits) {
+      // what a lane sees all must see: one that looks later could miss a phase of a barrier, and with it a copy
       if (asked < chunks && asked - come < kInFlight &&
-          asked - peek(&counters.used) < static_cast<unsigned>(ring.slots)) {
+          asked - of_first_lane(peek(&counters.used)) < static_cast<unsigned>(ring.slots)) {
         const Source& from = sources[index < 0 ? visit_sources : index];
         if (leader) {
           barrier_expect(full + slot, kChunkBytes);
@@ -67,12 +72,12 @@ struct Mover {
           }
         }
       }
-      if (come < asked && barrier_test(full + next, phase)) {
+      if (come < asked && __any_sync(0xffffffffu, barrier_test(full + next, phase))) {
         ++come;
         if (leader) poke(&counters.come, come);
         if (++next == ring.slots) next = 0, phase ^= 1;
       }
-      const unsigned ordered = peek(&counters.ordered);
+      const unsigned ordered = of_first_lane(peek(&counters.ordered));
       if (ordered != fenced) {
         if (leader) exchange_fence();
         ++fenced;

@@ -94,10 +94,20 @@ struct Cursor {
 };
 
 // Seconds: a launch that waits this long is broken, and an error beats a hang.
-constexpr int kMaxPolls = 1 << 22, kMaxPeeks = 1 << 26;  // of global, of shared memory
+#ifndef FLASHRT_EXPERT_MAX_POLLS  // a build that looks for what is stuck sets others
+#define FLASHRT_EXPERT_MAX_POLLS (1 << 22)
+#define FLASHRT_EXPERT_MAX_PEEKS (1 << 26)
+#endif
+constexpr int kMaxPolls = FLASHRT_EXPERT_MAX_POLLS, kMaxPeeks = FLASHRT_EXPERT_MAX_PEEKS;  // of global, shared memory
 
 __device__ __forceinline__ void count_peek(int& polls) {
   if (++polls > kMaxPeeks) __trap();
+}
+
+// Until a barrier in shared memory has completed its phase.
+__device__ __forceinline__ void await_phase(uint64_t* barrier, uint32_t phase) {
+  for (int polls = 0; !barrier_test(barrier, phase); count_peek(polls)) {
+  }
 }
 
 // What the computing warps and the one that moves the weights tell each other, in shared memory: each counter has one
