@@ -186,7 +186,10 @@ class Engine:
         candidates: list[tuple[float, torch.cuda.CUDAGraph, Result]] = []
         for _ in range(max(1, self.autotune)):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            # thread_local: a calibration in another thread may allocate meanwhile
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 result = work()
             self.captures += 1
             candidates.append((self._replay_time(graph), graph, result))

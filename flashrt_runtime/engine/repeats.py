@@ -32,7 +32,7 @@ class Repeats:
         """On the current stream `stream`, after `model.generate` has run there."""
         self.model.repeat(self.noise, self.out)  # libraries choose algorithms outside the capture
         stream.synchronize()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             for _ in range(self.steps_at_once):
                 self.model.repeat(self.noise, self.out)
 
