@@ -250,13 +250,10 @@ def main() -> None:
         measured = measure(args, row)
         print(row.key, json.dumps(measured, indent=1))
         report.write(args.out, header, {row.key: measured})
-    rest: dict[str, Any] = {}
     if args.rates:
-        rest["rates"] = rates.measure(args.precision)
-    if args.against == "lerobot":
-        rest |= peers.lerobot(args.views, args.steps, args.chunk)
-    if rest:
-        report.write(args.out, header, rest)
+        report.write(args.out, header, {"rates": rates.measure(args.precision)})
+    if args.against == "lerobot":  # last: compiling takes minutes
+        report.write(args.out, header, peers.lerobot(args.views, args.steps, args.chunk))
 
 
 if __name__ == "__main__":
