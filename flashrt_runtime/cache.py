@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,32 +55,37 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_directory(path.parent)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     remove_abandoned(path.parent, f".{path.name}.*.part")
 
 
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a file that is complete, so that a power cut leaves all of it under its name, or the old one."""
+    _sync(temporary)
+    temporary.replace(path)
+    with contextlib.suppress(OSError):  # where the file system cannot sync a directory
+        _sync(path.parent)
+
+
 def remove_abandoned(directory: Path, *patterns: str) -> None:
-    """Remove what killed writers left behind: files of these patterns that nobody touched for an hour."""
+    """Remove what killed writers left behind: files and directories of these patterns that nobody touched
+    for an hour.
+    """
     for pattern in patterns:
         for left in directory.glob(pattern):
             with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > ABANDONED_S:
-                    left.unlink()
+                if time.time() - left.lstat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def content_digest(files: Sequence[Path], remember: Path | None = None) -> str:

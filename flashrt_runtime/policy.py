@@ -289,6 +289,7 @@ class Policy(Calibrated):
     def _runner(self) -> Runner:
         return Runner(
             exclusive=self._exclusive,
+            watched=self._watched,
             encode=lambda observation: self._encode(**self._encode.arguments(observation)),
             eager=lambda inputs: self._eager(self._check_open(), inputs),
             reference=lambda inputs: self._decoded(self._eager(self._check_open(), inputs).cpu().numpy()),
@@ -305,14 +306,21 @@ class Policy(Calibrated):
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
             self._check_open()
-            try:
-                with device_loss.recognised():
-                    yield
-            except DeviceLostError:
-                if not self._lost:
-                    device_loss.leave(self._model, self._engine)
-                self._lost = True
-                raise
+            if self._calibration is not None:
+                self._calibration.weights.check()
+            with self._watched():
+                yield
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            with device_loss.recognised():
+                yield
+        except DeviceLostError:
+            if not self._lost:
+                device_loss.leave(self._model, self._engine)
+            self._lost = True
+            raise
 
     def close(self) -> None:
         """Free the model's memory, but for that of a lost GPU. Any later call raises ClosedError; closing

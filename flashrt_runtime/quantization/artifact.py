@@ -25,9 +25,11 @@ from ..errors import (
     CalibrationNotFoundError,
 )
 from .calibration import CalibrationReport, HeldOutError
-from .projection_weights import ROUNDINGS, Rounding, WeightsFile
+from .projection_weights import ROUNDINGS, Rounding
+from .weights_file import SUFFIX, WeightsFile
 
-FORMAT = 1
+FORMAT = 1  # of the identity, and of files without weights of their own
+FORMAT_WITH_WEIGHTS = 2  # which earlier versions would take for one of the nearest weights
 MOST_HEADER = 64 << 20
 MARK = "flashrt_calibration"
 MAKE = "make one with `flashrt calibrate` or Policy.calibrate() and save_calibration()"
@@ -121,7 +123,8 @@ class Calibration:
     """Scales and where they come from: what a file holds, and what is in force in a policy.
 
     scales: by projection; maxima: (samples, projections) largest magnitudes; date: ISO 8601, UTC; rounding:
-    of the weights that go with them; weights: the file that has them, where they are compensated and kept.
+    of the weights that go with them; weights: the file that has them, where they are compensated and kept;
+    weights_missing: why those in force are the nearest instead (not kept in the file).
     """
 
     scales: Mapping[str, float]
@@ -135,6 +138,7 @@ class Calibration:
     date: str = ""
     rounding: Rounding = "nearest"
     weights: WeightsFile | None = None
+    weights_missing: str = ""
 
     @classmethod
     def of(cls, report: CalibrationReport) -> Calibration:
@@ -182,7 +186,8 @@ def write(path: Path, calibration: Calibration, identity: CalibrationIdentity) -
         "rounding": calibration.rounding,
         "weights": None if calibration.weights is None else asdict(calibration.weights),
     }
-    metadata = _metadata(json.dumps(content, sort_keys=True), content, tensors)
+    number = str(FORMAT if calibration.weights is None else FORMAT_WITH_WEIGHTS)
+    metadata = _metadata(number, json.dumps(content, sort_keys=True), content, tensors)
     write_atomically(path, save(tensors, metadata))
 
 
@@ -209,7 +214,7 @@ def read(path: Path, identity: CalibrationIdentity | None = None) -> Calibration
             held_out_error=None if rows is None else HeldOutError.of_rows(tuple(map(tuple, rows))),
             date=content["date"],
             rounding=ROUNDINGS[ROUNDINGS.index(content.get("rounding", "nearest"))],
-            weights=None if content.get("weights") is None else WeightsFile(**content["weights"]),
+            weights=WeightsFile.checked(content.get("weights")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CalibrationCorruptError(f"{path}: not a whole calibration ({error!r}): {_way_out()}") from error
@@ -233,13 +238,35 @@ def _is_calibration(path: Path) -> bool:
         return False
 
 
+def named_by_others(path: Path, weights: WeightsFile) -> bool:
+    """Whether a calibration beside the one of this path, a copy of it say, names these weights too, as far
+    as one can tell: what cannot be read may.
+    """
+    for other in path.parent.iterdir():
+        if other == path or other.name.endswith(SUFFIX) or not other.is_file():
+            continue
+        try:
+            with other.open("rb") as file:
+                metadata = _start(file)[1]
+            named = json.loads(metadata["content"])["weights"]["name"] if MARK in metadata else None
+        except OSError:
+            return True
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue
+        if named == weights.name:
+            return True
+    return False
+
+
 def _start(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     """A safetensors file's length and header as they stand there, and the metadata in it.
 
     Raises AttributeError, TypeError or ValueError for another kind of file.
     """
     size = file.read(8)
-    header = file.read(min(int.from_bytes(size, "little"), MOST_HEADER))
+    if (header := file.read(1)) != b"{":
+        raise ValueError("no safetensors file")
+    header += file.read(max(min(int.from_bytes(size, "little"), MOST_HEADER) - 1, 0))
     return size + header, dict(json.loads(header).get("__metadata__") or {})
 
 
@@ -254,15 +281,15 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         raise CalibrationNotFoundError(f"{path}: no calibration there: {MAKE}") from error
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise CalibrationCorruptError(f"{path}: damaged ({error}): {_way_out()}") from error
-    if metadata[MARK] != str(FORMAT):
+    if metadata[MARK] not in (str(FORMAT), str(FORMAT_WITH_WEIGHTS)):
         raise CalibrationMismatchError(
-            f"{path}: a calibration of format {metadata[MARK]}, this version ({__version__}) reads {FORMAT}: "
-            f"{AGAIN}"
+            f"{path}: a calibration of format {metadata[MARK]}, this version ({__version__}) reads {FORMAT} "
+            f"and {FORMAT_WITH_WEIGHTS}: {AGAIN}"
         )
     try:
         text = metadata["content"]
         content: dict[str, Any] = json.loads(text)
-        whole = metadata == _metadata(text, content, tensors)
+        whole = metadata == _metadata(metadata[MARK], text, content, tensors)
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -271,16 +298,16 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 
 
 def _metadata(
-    text: str, content: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
+    number: str, text: str, content: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
 ) -> dict[str, str]:
     """Of the file: all as JSON, its checksum, and on their own the fields that one looks for first."""
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(("" if number == str(FORMAT) else number).encode() + text.encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         digest.update(f"{name}{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
     return {
-        MARK: str(FORMAT),
+        MARK: number,
         "content": text,
         "sha256": digest.hexdigest(),
         "checkpoint": content["identity"]["checkpoint"],

@@ -52,6 +52,13 @@ class Calibrated(ABC):
         return None if self._calibration is None else self._calibration.weights.rounding
 
     @property
+    def weights_missing(self) -> str:
+        """Why weights rounded to nearest are in force although the calibration, that of the cache, has
+        compensated ones; empty where nothing is missing.
+        """
+        return "" if self._calibration is None else self._calibration.weights_missing
+
+    @property
     def calibration_key(self) -> str:
         """Names the calibrations that fit: another checkpoint byte, configuration, precision, set of views,
         normalisation or library version has another. The first use reads the checkpoint's files, seconds
@@ -96,8 +103,9 @@ class Calibrated(ABC):
         weights in force stay.
 
         Raises OptionError (nothing to calibrate, no observations, contradicting options), CalibrationError
-        (non-finite activations) and what predict raises; whatever is raised, the scales and weights in force
-        stay.
+        (non-finite activations, too little GPU memory to round weights), DeviceLostError and what predict
+        raises; whatever is raised, the scales and weights in force stay. Could they not be put back, every
+        later call raises CalibrationError.
         """
         calibration = self._calibration_or_refuse()
         request = session.Request.checked(percentile, estimator, max_samples, held_out, source, weights)
@@ -132,8 +140,9 @@ class Calibrated(ABC):
 
         Raises CalibrationNotFoundError, CalibrationMismatchError (of another checkpoint, configuration,
         precision, views, normalisation or version), CalibrationCorruptError, OptionError (not fp8) or
-        ClosedError; the calibration in force then stays. Compensated weights that are missing or damaged are
-        a warning: those rounded to nearest take their place.
+        ClosedError; the calibration in force then stays. Compensated weights that are missing, unreadable or
+        damaged raise the same for a file that is named; for the one in the cache they are a warning, and
+        those rounded to nearest take their place (`weights_missing`).
         """
         calibration = self._calibration_or_refuse()
         file, content, weights = calibration.read(path)

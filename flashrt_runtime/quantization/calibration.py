@@ -50,6 +50,26 @@ class HeldOutError:
 
 
 @dataclass(frozen=True)
+class RoundingGain:
+    """What compensated rounding is worth on the observations that it was made from: the error behind a
+    projection relative to its output, median over the projections, by nearest rounding and as it is now;
+    left_nearest: how many projections kept their nearest values.
+    """
+
+    error_nearest: float
+    error_compensated: float
+    projections: int
+    left_nearest: int
+
+    def __str__(self) -> str:
+        return (
+            f"error behind a projection {self.error_nearest:.4f} by nearest rounding, "
+            f"{self.error_compensated:.4f} now (median, on the calibration's observations); "
+            f"{self.left_nearest} of {self.projections} projections left to nearest"
+        )
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """What a calibration did.
 
@@ -58,7 +78,7 @@ class CalibrationReport:
     projection and samples (indices count the calibrated observations from 0). held_out_error: None when none
     was held out. held_out: which observations of the stream were, counted from 0. outliers: (samples,
     projections), what was left out; None where the estimator takes everything. rounding: of the weights in
-    force.
+    force; gain: what it is worth, where this calibration rounded them.
     """
 
     samples: int
@@ -72,6 +92,7 @@ class CalibrationReport:
     held_out_error: HeldOutError | None = None
     source: str = ""
     rounding: Rounding = "nearest"
+    gain: RoundingGain | None = None
 
 
 def action_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -13,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import device_loss
+from ..errors import CalibrationError, DeviceLostError
 from ..inputs import ModelInputs
 from ..progress import report
+from .calibration import RoundingGain
 from .fp8 import Fp8Linear
 from .projection_weights import ProjectionWeights
-from .rounding import Rounder, SecondMoments, nearest, output_error, within_memory
+from .rounding import Rounder, SecondMoments, nearest, output_error, rounding_memory, within_memory
 from .runner import Runner
 from .statistics import observing
 
@@ -52,13 +56,25 @@ class Compensation:
     error behind each projection relative to its output, rms over the observations, (nearest, compensated).
     """
 
-    weights: dict[str, Tensor]
-    errors: dict[str, tuple[float, float]]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    left_nearest: list[str] = field(default_factory=list)
 
-    def describe(self) -> str:
-        """For the log."""
+    def gain(self) -> RoundingGain:
+        """For the report."""
         before, after = (median(error[i] for error in self.errors.values()) for i in (0, 1))
-        return f"error behind a projection {before:.4f} by nearest rounding, {after:.4f} now (median)"
+        return RoundingGain(before, after, len(self.weights), len(self.left_nearest))
+
+
+def check_memory(weights: ProjectionWeights) -> None:
+    """Raises CalibrationError where the GPU has too little memory left for the largest weight."""
+    needed = max(_rounding(each) + _moments(each) for each in weights.linears.values())
+    free = _free(weights)
+    if free is not None and needed > free:
+        raise CalibrationError(
+            f"compensated weights need {needed / 1e9:.1f} GB of free GPU memory, and {free / 1e9:.1f} GB are "
+            "free: stop what else uses the GPU, or calibrate with weights rounded to nearest"
+        )
 
 
 def compensate(
@@ -74,29 +90,41 @@ def compensate(
     projection, (samples,), which samples not to count. check: called in between, raises to stop. Raises
     CalibrationError (inputs that are not finite) and what the model raises.
     """
-    found = Compensation({}, {})
-    rounder = Rounder()
+    found, rounder = Compensation(), Rounder()
     total = len(weights.linears)
     logger.info("rounding %d weights by %d samples", total, len(samples.inputs))
-    device = next(iter(weights.linears.values())).weight.device
-    for group in within_memory(weights.linears, _moments_limit(device)):
-        moments = SecondMoments(group)
-        for sample, inputs in samples.inputs.items():
-            seen = {name for name in group if not (name in outliers and outliers[name][sample])}
-            for each in _with_noises(runner, sample, inputs, len(samples.inputs)):
+    for group in within_memory(weights.linears, _moments_limit(weights)):
+        with _given_back(rounder, moments := SecondMoments(group)):
+            for sample, inputs in samples.inputs.items():
+                seen = {name for name in group if not (name in outliers and outliers[name][sample])}
+                for each in _with_noises(runner, sample, inputs, len(samples.inputs)):
+                    check()
+                    shown = partial(_shown, weights, moments, seen)
+                    with runner.exclusive(), observing(weights.linears, shown):
+                        runner.eager(each)
+            for name, weight in _originals(runner, weights, group):
                 check()
-                with runner.exclusive(), observing(weights.linears, partial(_shown, weights, moments, seen)):
-                    runner.eager(each)
-        for name, weight in _originals(runner, weights, group):
-            check()
-            report(len(found.weights), total)
-            _round(found, rounder, name, weight, group[name], moments.take(name))
+                report(len(found.weights), total)
+                _round(found, rounder, name, weight, group[name], moments.take(name))
     report(total, total)
-    if device.type == "cuda":
-        del rounder, moments
-        torch.cuda.empty_cache()  # what a process that goes on to serve has no use for
-    logger.info("weights rounded: %s", found.describe())
+    logger.info("weights rounded: %s", found.gain())
     return found
+
+
+@contextmanager
+def _given_back(rounder: Rounder, moments: SecondMoments) -> Iterator[None]:
+    """Their memory, whatever ends the block: a process that goes on to serve has no use for it. That of a
+    lost GPU is left alone.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, DeviceLostError) or device_loss.loss_of(error) is not None:
+            device_loss.leave(rounder, moments)
+        else:
+            _give_back(rounder, moments)
+        raise
+    _give_back(rounder, moments)
 
 
 def _originals(
@@ -117,10 +145,12 @@ def _round(
     found: Compensation, rounder: Rounder, name: str, weight: Tensor, linear: Fp8Linear, moments: Tensor
 ) -> None:
     scale = linear.weight_scale
-    rounded = rounder(weight, scale, moments)
+    rounded, plain = rounder(weight, scale, moments, name), nearest(weight, scale)
     if bool(moments.any()):
-        plain = output_error(weight, nearest(weight, scale), scale, moments)
-        found.errors[name] = plain, output_error(weight, rounded, scale, moments)
+        errors = (output_error(weight, each, scale, moments) for each in (plain, rounded))
+        found.errors[name] = next(errors), next(errors)
+    if torch.equal(rounded.view(torch.uint8), plain.view(torch.uint8)):
+        found.left_nearest.append(name)
     found.weights[name] = rounded.cpu()
 
 
@@ -140,8 +170,34 @@ def _with_noises(runner: Runner, sample: int, inputs: ModelInputs, samples: int)
     return [inputs, *(replace(inputs, noise=runner.draw_noise(generator)) for _ in range(more))]
 
 
-def _moments_limit(device: torch.device) -> int:
-    if device.type != "cuda":
+def _moments(linear: Fp8Linear) -> int:
+    return 4 * linear.in_features**2
+
+
+def _rounding(linear: Fp8Linear) -> int:
+    return rounding_memory(linear.out_features, linear.in_features)
+
+
+def _moments_limit(weights: ProjectionWeights) -> int:
+    """Bytes of moments to hold at once, beside what rounding takes; see `check_memory`."""
+    free = _free(weights)
+    if free is None:
         return MOST_MOMENTS // 4
-    free, _ = torch.cuda.mem_get_info(device)
-    return min(MOST_MOMENTS, int(free * MOMENTS_SHARE))
+    scratch = max(map(_rounding, weights.linears.values()))
+    return max(0, min(MOST_MOMENTS, int(free * MOMENTS_SHARE), free - scratch))
+
+
+def _free(weights: ProjectionWeights) -> int | None:
+    """Bytes of GPU memory that are free, or held by torch and unused; None on the host."""
+    device = next(iter(weights.linears.values())).weight.device
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _give_back(rounder: Rounder, moments: SecondMoments) -> None:
+    rounder.clear()
+    moments.clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,8 +16,9 @@ from ..models import PrefixPolicy
 from . import artifact, session
 from .artifact import Calibration, CalibrationIdentity
 from .calibration import CalibrationReport, Calibrator, estimate
-from .projection_weights import Originals, ProjectionWeights, WeightsFile, remove_replaced
+from .projection_weights import Originals, ProjectionWeights
 from .runner import Runner
+from .weights_file import WeightsFile
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,11 @@ class CalibrationInForce:
         return self._identity
 
     @property
+    def weights_missing(self) -> str:
+        """Why the nearest weights are in force where the calibration has others; empty: it has its own."""
+        return "" if self._current is None else self._current.weights_missing
+
+    @property
     def calibrated(self) -> bool:
         """Whether scales are in force."""
         return self.calibrator.calibrated
@@ -58,10 +65,13 @@ class CalibrationInForce:
         should_stop: Callable[[], bool] | None,
     ) -> CalibrationReport:
         """`Policy.calibrate`."""
+
+        def done(report: CalibrationReport) -> None:
+            self._current = Calibration.of(report)
+
         report = session.calibrate(
-            runner, self.calibrator, self.weights, observations, request, progress, should_stop
+            runner, self.calibrator, self.weights, observations, request, done, progress, should_stop
         )
-        self._current = Calibration.of(report)
         logger.info(
             "activation scales of %d projections from %d observations by %s",
             len(report.scales),
@@ -102,29 +112,46 @@ class CalibrationInForce:
         """`Policy.save_calibration`."""
         if self._current is None or not self.calibrated:
             raise CalibrationError("no calibration is in force, so there is none to save: call calibrate()")
-        if path is None:
-            target = self.identity.cached_file
-        else:
-            artifact.check_target(target := path.expanduser())
+        identity = self.identity
+        target = identity.cached_file if path is None else path.expanduser()
+        if path is not None:
+            artifact.check_target(target)
         replaced = _weights_named_by(target)
-        kept = self.weights.write(target) if self._current.rounding == "compensated" else None
-        self._current = replace(self._current, weights=kept)
-        artifact.write(target, self._current, self.identity)
-        remove_replaced(target, replaced, kept)
+        kept, new = self.weights.write(target) if self._current.rounding == "compensated" else (None, False)
+        current = replace(self._current, weights=kept)
+        try:
+            artifact.write(target, current, identity)
+        except BaseException:
+            if kept is not None and new:
+                kept.beside(target).unlink(missing_ok=True)
+            raise
+        self._current = current
+        if replaced is not None and replaced != kept:
+            _remove(target, replaced)
         logger.info("calibration saved as %s%s", target, f", its weights as {kept.name}" if kept else "")
         return target
 
     def read(self, path: Path | None) -> tuple[Path, Calibration, dict[str, torch.Tensor] | None]:
         """The file and what it holds, checked against this policy, and its compensated weights; nothing
-        changes yet. Where those are not to be had, a warning says so, and the calibration is one of weights
-        rounded to nearest.
+        changes yet. path: None for the cache's, whose weights may be missing: a warning says so, and the
+        calibration is one of weights rounded to nearest. A file that is named has them or is refused.
         """
         source = self.identity.cached_file if path is None else path.expanduser()
         calibration = artifact.read(source, self.identity)
-        weights = None if calibration.weights is None else self.weights.read(calibration.weights, source)
-        if weights is None:
-            calibration = replace(calibration, rounding="nearest", weights=None)
-        return source, calibration, weights
+        if calibration.weights is None:
+            return source, replace(calibration, rounding="nearest"), None
+        try:
+            return source, calibration, self.weights.read(calibration.weights, source)
+        except CalibrationError as error:
+            if path is not None:
+                raise
+            logger.warning(
+                "%s. Weights rounded to nearest take their place, which follow the checkpoint less closely",
+                error,
+            )
+            # the error was measured with the weights that are missing
+            without = replace(calibration, rounding="nearest", weights=None, held_out_error=None)
+            return source, replace(without, weights_missing=str(error)), None
 
     def put(self, calibration: Calibration, weights: dict[str, torch.Tensor] | None = None) -> None:
         """What was read is in force from now on; the model must be held."""
@@ -143,3 +170,13 @@ def _weights_named_by(path: Path) -> WeightsFile | None:
         return artifact.read(path).weights
     except (CalibrationNotFoundError, CalibrationError, OSError):
         return None
+
+
+def _remove(calibration: Path, replaced: WeightsFile) -> None:
+    """Delete the weights of a calibration that another has replaced: gigabytes that nothing names now. What
+    is not ours, not readable or not what its name says stays.
+    """
+    ours = replaced == WeightsFile.of(calibration, replaced.digest)
+    with contextlib.suppress(OSError):
+        if ours and not artifact.named_by_others(calibration, replaced) and replaced.is_whole(calibration):
+            replaced.beside(calibration).unlink()

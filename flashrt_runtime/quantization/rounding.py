@@ -46,22 +46,23 @@ class Rounder:
         self._blocks: dict[tuple[int, torch.device], _Block] = {}
 
     @torch.inference_mode()
-    def __call__(self, weight: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
+    def __call__(self, weight: Tensor, scale: Tensor, moments: Tensor, name: str = "weights") -> Tensor:
         """weight: (out, in) float32; scale: float32 scalar, of value = e4m3 * scale; moments: (in, in)
         float32, symmetric, of what the projection sees, singular or not. Returns (out, in) e4m3.
 
         The rounding that gives the smaller error by `moments`, this one or the nearest: where nothing was
         seen, the nearest. Columns go by decreasing moment, so that what is left falls on inputs that are
-        small. Raises CalibrationError for moments that are not finite.
+        small. Raises CalibrationError, with the name, for moments that are not finite. `rounding_memory`
+        says what it needs.
         """
         plain = nearest(weight, scale)
         diagonal = moments.diagonal()
         if not bool(torch.isfinite(diagonal.sum())):
-            raise CalibrationError("weights cannot be rounded by inputs that are not finite")
+            raise CalibrationError(f"{name}: cannot be rounded by inputs that are not finite")
         if not bool(diagonal.any()):
             return plain
         order = diagonal.argsort(descending=True, stable=True)
-        factor = feedback(moments[order][:, order], self.damping)
+        factor = feedback(moments, order, self.damping)
         if factor is None:
             return plain
         columns = (weight * scale.reciprocal()).T[order].contiguous()
@@ -69,6 +70,10 @@ class Rounder:
         rounded = found[order.argsort()].T.contiguous().view(ops.E4M3)
         better = output_error(weight, rounded, scale, moments) < output_error(weight, plain, scale, moments)
         return rounded if better else plain
+
+    def clear(self) -> None:
+        """Give back what was captured."""
+        self._blocks.clear()
 
     def _rounded(self, columns: Tensor, factor: Tensor) -> Tensor:
         """columns: (in, out) float32 in units of the scale; factor: `feedback`'s. Returns (in, out) e4m3."""
@@ -85,22 +90,33 @@ class Rounder:
         return found
 
 
-def feedback(moments: Tensor, damping: float) -> Tensor | None:
+def feedback(moments: Tensor, order: Tensor, damping: float) -> Tensor | None:
     """The unit upper triangular U of moments + damping * mean diagonal = U D U^T: (in, in) float32.
 
-    Damped more, up to ten times the mean, where rounding errors make it indefinite; None if that fails too.
+    order: (in,) int64, of the columns. Damped more, up to ten times the mean, where rounding errors make it
+    indefinite; None if that fails too. Two matrices of that size, beside the moments, are held at once.
     """
     mean = moments.diagonal().mean()
+    backwards = order.flip(0)
     while damping <= MOST_DAMPING:
         # reversed in both directions, the lower triangular factor that libraries have is an upper one
-        damped = moments.flip(0, 1)
+        damped = moments[backwards[:, None], backwards]
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not bool(failed):
             upper: Tensor = lower.flip(0, 1)
-            return upper / upper.diagonal()
+            del lower
+            return upper.div_(upper.diagonal().clone())
         damping *= 10
     return None
+
+
+def rounding_memory(rows: int, width: int) -> int:
+    """Bytes that rounding a weight of (rows, width) takes at most beside its moments: two matrices as large
+    as those and half of one for the factorisation, and six as large as the float32 weight.
+    """
+    return 10 * width**2 + 24 * rows * width
 
 
 class _Block:
@@ -160,6 +176,10 @@ class SecondMoments:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self._sums[name].addmm_(rows.T, rows)
         self._rows[name] += rows.shape[0]
+
+    def clear(self) -> None:
+        """Give their memory back."""
+        self._sums.clear()
 
     @torch.inference_mode()
     def take(self, name: str) -> Tensor:

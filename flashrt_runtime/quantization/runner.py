@@ -18,13 +18,15 @@ from ..inputs import ModelInputs
 class Runner:
     """A policy, as a calibration sees it.
 
-    exclusive: the model to itself; raises ClosedError once the policy is closed. encode: an observation in
+    exclusive: the model to itself; raises ClosedError once the policy is closed. watched: for what uses the
+    GPU without the model: a GPU lost within it is lost to the policy. encode: an observation in
     model space. eager: the model's definition, whatever it gives. reference: its actions, and deployed: those
     of what predict runs, both (horizon, model_action_dim). robot_actions: how many of the model's action
     dimensions are the robot's. draw_noise: a flow's start, from a generator; None where none is used.
     """
 
     exclusive: Callable[[], AbstractContextManager[object]]
+    watched: Callable[[], AbstractContextManager[object]]
     encode: Callable[[Mapping[str, Any]], ModelInputs]
     eager: Callable[[ModelInputs], torch.Tensor]
     reference: Callable[[ModelInputs], NDArray[np.float32]]

@@ -8,12 +8,11 @@ from operator import length_hint
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import ActionTokenError, CalibrationCancelledError, CalibrationError, OptionError
 from ..inputs import ModelInputs
 from .calibration import CalibrationReport, Calibrator, HeldOutError, estimate
-from .compensation import KeptSamples, compensate
+from .compensation import Compensation, KeptSamples, check_memory, compensate
 from .estimators import Estimator, resolve_estimator
 from .projection_weights import ProjectionWeights, Rounding, resolve_rounding
 from .runner import Runner
@@ -88,6 +87,7 @@ def calibrate(
     weights: ProjectionWeights,
     observations: Iterable[Mapping[str, Any]],
     request: Request,
+    done: Callable[[CalibrationReport], None],
     progress: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> CalibrationReport:
@@ -95,7 +95,11 @@ def calibrate(
 
     One in five observations is held out until there are enough; with max_samples, one in so many that they
     are spread over the stream. `observations` may tell its length (operator.length_hint) where it is shorter.
+    done: is given the report while the model is still held.
     """
+    if request.weights == "compensated":
+        with runner.watched():
+            check_memory(weights)
     expected = length_hint(observations, -1)
     every = request.held_out_every(None if expected < 0 else expected)
     collector, kept = calibrator.collector(), KeptSamples()
@@ -122,45 +126,49 @@ def calibrate(
         raise OptionError("calibrate: no observations were given")
     _stop_if_asked(should_stop)
     estimator, percentile = request.estimator_for(collector.samples)
-    rounding = request.weights or weights.rounding
-    rounded = _rounded(runner, weights, rounding, kept, collector, estimator, should_stop)
-    with runner.exclusive(), calibrator.restoring(), weights.changed(rounding, rounded):
-        scales, warnings = estimate(collector, estimator, percentile)
-        calibrator.apply(scales)
-        error, uncompared = measure(runner, calibrator, held_out.values(), should_stop)
-    return CalibrationReport(
-        samples=collector.samples,
-        estimator=estimator,
-        percentile=percentile,
-        scales=scales,
-        maxima=collector.maxima,
-        held_out=tuple(held_out),
-        outliers=None if estimator == "max" else collector.outliers(),
-        warnings=(*request.shortage(collector.samples, len(held_out)), *warnings, *uncompared),
-        held_out_error=error,
-        source=request.source,
-        rounding=rounding,
-    )
+    rounded = None
+    if request.weights == "compensated":
+        rounded = _rounded(runner, weights, kept, collector, estimator, should_stop)
+    with runner.exclusive(), calibrator.restoring():  # what is in force is asked for while nobody changes it
+        rounding = request.weights or weights.rounding
+        new = None if rounded is None else rounded.weights
+        if rounding == "nearest" and weights.rounding != "nearest":
+            new = weights.nearest()
+        with weights.changed(rounding, new):
+            scales, warnings = estimate(collector, estimator, percentile)
+            calibrator.apply(scales)
+            error, uncompared = measure(runner, calibrator, held_out.values(), should_stop)
+            report = CalibrationReport(
+                samples=collector.samples,
+                estimator=estimator,
+                percentile=percentile,
+                scales=scales,
+                maxima=collector.maxima,
+                held_out=tuple(held_out),
+                outliers=None if estimator == "max" else collector.outliers(),
+                warnings=(*request.shortage(collector.samples, len(held_out)), *warnings, *uncompared),
+                held_out_error=error,
+                source=request.source,
+                rounding=rounding,
+                gain=None if rounded is None else rounded.gain(),
+            )
+            done(report)
+    return report
 
 
 def _rounded(
     runner: Runner,
     weights: ProjectionWeights,
-    rounding: Rounding,
     kept: KeptSamples,
     collector: Collector,
     estimator: Estimator,
     should_stop: Callable[[], bool] | None,
-) -> dict[str, torch.Tensor] | None:
-    """The weights to put in force; None where those in force stay. Outliers count as the estimator does."""
-    if kept.inputs:
-        left_out = np.zeros(collector.maxima.shape, bool) if estimator == "max" else collector.outliers()
-        outliers = dict(zip(collector.names, left_out.T, strict=True))
-        return compensate(runner, weights, kept, outliers, lambda: _stop_if_asked(should_stop)).weights
-    if rounding != weights.rounding:
-        with runner.exclusive():
-            return weights.nearest()
-    return None
+) -> Compensation:
+    """Outliers count as the estimator does."""
+    left_out = np.zeros(collector.maxima.shape, bool) if estimator == "max" else collector.outliers()
+    outliers = dict(zip(collector.names, left_out.T, strict=True))
+    with runner.watched():
+        return compensate(runner, weights, kept, outliers, lambda: _stop_if_asked(should_stop))
 
 
 def measure(

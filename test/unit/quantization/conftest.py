@@ -11,6 +11,7 @@ import pytest
 import flashrt_runtime
 from flashrt_runtime import Policy
 from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.quantization import compensation
 
 STATE = np.array([-0.04, 0.03, 0.76, 2.97, -0.22, -0.13, 0.027, -0.027], np.float32)
 
@@ -49,3 +50,16 @@ def observations() -> Callable[..., Iterator[dict[str, object]]]:
             yield {"images": images, "prompt": "pick up the block", "state": STATE, "seed": seed}
 
     return draw
+
+
+@pytest.fixture
+def compensated(load, observations, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Policy]:
+    """A policy whose weights were rounded for four observations, by few runs of the expert."""
+    monkeypatch.setattr(compensation, "FEWEST_RUNS", 4)
+
+    def make() -> Policy:
+        policy = load(num_steps=1)
+        policy.calibrate(observations(4), weights="compensated", source="test")
+        return policy
+
+    return make

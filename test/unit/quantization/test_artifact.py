@@ -218,8 +218,8 @@ def test_another_identity_is_refused(saved, field: str, value: object) -> None:
 
 def test_a_later_format_is_refused(saved) -> None:
     policy, file = saved
-    save_file(load_file(file), file, {artifact.MARK: "2"})
-    with pytest.raises(CalibrationMismatchError, match=r"format 2, .* reads 1: calibrate again"):
+    save_file(load_file(file), file, {artifact.MARK: "3"})
+    with pytest.raises(CalibrationMismatchError, match=r"format 3, .* reads 1 and 2: calibrate again"):
         policy.load_calibration()
 
 
@@ -229,6 +229,8 @@ def test_any_damage_is_found(saved, load, observations) -> None:
     good, before = file.read_bytes(), policy._calibration.calibrator.scales()
     rng = np.random.default_rng(0)
     damaged = [good[:length] for length in (0, 7, 8, 100, len(good) // 2, len(good) - 1)] + [good + b"x"]
+    damaged.append(good.replace(b'"flashrt_calibration":"1"', b'"flashrt_calibration":"2"'))
+    assert damaged[-1] != good
     for position in (*rng.integers(0, len(good), 300), 0, 8, len(good) - 1):
         flipped = bytearray(good)
         flipped[position] ^= 1 << int(rng.integers(8))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,14 @@ import torch
 import flashrt_runtime
 from flashrt_runtime import Policy
 from flashrt_runtime.checkpoints.random import make_checkpoint
-from flashrt_runtime.errors import CalibrationCancelledError, ClosedError, OptionError
-from flashrt_runtime.quantization import compensation, in_force, projection_weights
+from flashrt_runtime.errors import (
+    CalibrationCancelledError,
+    CalibrationError,
+    ClosedError,
+    DeviceLostError,
+    OptionError,
+)
+from flashrt_runtime.quantization import compensation, in_force
 from flashrt_runtime.quantization.compensation import MOST_KEPT, KeptSamples
 from flashrt_runtime.quantization.fp8 import fp8_linears
 
@@ -32,24 +37,9 @@ def scales_of(policy: Policy) -> dict[str, float]:
     return policy._calibration.calibrator.scales()
 
 
-def kept_at(calibration: Path) -> dict[str, int]:
-    """Inode of each file of weights beside a calibration."""
-    return {each.name: each.stat().st_ino for each in calibration.parent.glob("*.weights.safetensors")}
-
-
 @pytest.fixture(autouse=True)
 def _few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compensation, "FEWEST_RUNS", 4)
-
-
-@pytest.fixture
-def compensated(load, observations) -> Callable[..., Policy]:
-    def make() -> Policy:
-        policy = load(num_steps=1)
-        policy.calibrate(observations(4), weights="compensated", source="test")
-        return policy
-
-    return make
 
 
 def test_actions_come_closer_to_the_unquantised_policy(load, observations, monkeypatch) -> None:
@@ -150,40 +140,6 @@ def test_another_calibration_brings_its_own_weights(compensated, load, observati
     assert weights_of(policy) == nearest
 
 
-def test_weights_replaced_are_deleted(compensated, observations) -> None:
-    """Gigabytes that no calibration names any more do not stay in the cache."""
-    policy = compensated()
-    file = policy.save_calibration()
-    policy.calibrate(observations(4, 50), weights="compensated")
-    policy.save_calibration()
-    (kept,) = file.parent.glob("*.weights.safetensors")
-    policy.calibrate(observations(2), weights="nearest")
-    policy.save_calibration()
-    assert not kept.exists()
-    assert [each.name for each in file.parent.iterdir()] == [file.name]
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "another"])
-def test_weights_that_cannot_be_had_are_a_warning(compensated, load, damage: str, caplog) -> None:
-    policy = compensated()
-    file = policy.save_calibration()
-    scales = scales_of(policy)
-    (kept,) = file.parent.glob("*.weights.safetensors")
-    content = bytearray(kept.read_bytes())
-    content[-5] ^= 1
-    if damage == "missing":
-        kept.unlink()
-    else:
-        kept.write_bytes({"truncated": content[:-9], "flipped": content, "another": b"no tensors"}[damage])
-    with caplog.at_level(logging.WARNING):
-        found = load(num_steps=1)
-    (record,) = (each for each in caplog.records if "compensated" in each.message)
-    for text in (file.name, kept.name, "rounded to nearest", "--weights compensated"):
-        assert text in record.getMessage()
-    assert (found.calibrated, found.rounding, scales_of(found)) == (True, "nearest", scales)
-    assert weights_of(found) == weights_of(load(num_steps=1, calibration="none"))
-
-
 @pytest.fixture(scope="module")
 def questions() -> dict[str, int]:
     return {}
@@ -240,30 +196,104 @@ def test_a_failure_while_they_are_put_in_force(compensated, load, observations, 
     assert (weights_of(policy), policy.calibrated, policy.rounding) == (nearest, False, "nearest")
 
 
-def test_a_full_disk_leaves_the_earlier_calibration(compensated, load, observations, monkeypatch) -> None:
+def test_weights_that_cannot_be_put_back_end_the_policy(compensated, observations, monkeypatch) -> None:
+    """Mixed weights answer nothing, as after the loss of a GPU."""
     policy = compensated()
-    file = policy.save_calibration()
-    written = kept_at(file)
-    policy.calibrate(observations(2), estimator="max")
-    policy.save_calibration()  # the same weights: gigabytes that are there already
-    assert kept_at(file) == written
-    before = {each.name: each.read_bytes() for each in file.parent.iterdir()}
-    policy.calibrate(observations(4, 50), weights="compensated")
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError("no space left on device")
+    def fails(_: object) -> None:
+        raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(projection_weights, "save_file", full)
-        with pytest.raises(OSError, match="no space"):
-            policy.save_calibration()
-    with monkeypatch.context() as patched:
-        patched.setattr(in_force.artifact, "write_atomically", full)
-        with pytest.raises(OSError, match="no space"):
-            policy.save_calibration()
-    assert before.items() <= {each.name: each.read_bytes() for each in file.parent.iterdir()}.items()
-    assert not list(file.parent.glob(".*"))
-    assert load(num_steps=1).rounding == "compensated"
+        patched.setattr(type(policy._model), "weights_changed", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            policy.calibrate(observations(4), weights="nearest")
+    (observation,) = observations(1)
+    for call in (
+        lambda: policy.predict(**observation),
+        lambda: policy.calibrate(observations(1)),
+        policy.recalibrate,
+        policy.save_calibration,
+    ):
+        with pytest.raises(CalibrationError, match=r"out of memory.*load it again"):
+            call()
+    policy.close()
+
+
+def test_what_is_in_force_is_asked_for_while_the_policy_is_held(
+    compensated, observations, monkeypatch
+) -> None:
+    """Another thread drops the calibration between the last observation and the new scales."""
+    policy = compensated()
+    real, entered = policy._exclusive, 0
+
+    def others_first():
+        nonlocal entered
+        entered += 1
+        if entered == 3:  # two observations were before
+            with real():
+                policy._calibration.drop()
+        return real()
+
+    monkeypatch.setattr(policy, "_exclusive", others_first)
+    held = []
+    of = in_force.Calibration.of
+    monkeypatch.setattr(
+        in_force.Calibration, "of", lambda report: held.append(policy._lock.locked()) or of(report)
+    )
+    report = policy.calibrate(observations(2))
+    assert (report.rounding, policy.rounding, policy._calibration._current.rounding) == ("nearest",) * 3
+    assert held == [True]
+
+
+def test_too_little_memory_is_refused_before_anything_is_done(load, observations, monkeypatch) -> None:
+    policy = load(num_steps=1)
+    monkeypatch.setattr(compensation, "_free", lambda _: 100_000)
+    stream = observations(4)
+    with pytest.raises(CalibrationError, match=r"compensated weights need \d+\.\d GB .*, and 0\.0 GB are"):
+        policy.calibrate(stream, weights="compensated")
+    assert len(list(stream)) == 4
+    policy.calibrate(observations(1))
+
+
+def test_moments_leave_room_for_rounding(load, monkeypatch) -> None:
+    """Of little memory: the largest matrix, and what rounding its weight takes, fit in what is free."""
+    weights = load(num_steps=1)._calibration.weights
+    scratch = max(compensation._rounding(each) for each in weights.linears.values())
+    for free in (scratch, scratch * 1.2, scratch * 10):
+        monkeypatch.setattr(compensation, "_free", lambda _, free=int(free): free)
+        assert compensation._moments_limit(weights) + scratch <= max(free, scratch)
+
+
+@pytest.mark.parametrize(
+    ("error", "given_back"), [(RuntimeError("out of memory"), 1), (DeviceLostError("gone"), 0)]
+)
+def test_memory_is_given_back_whatever_happens(
+    load, observations, monkeypatch, error: Exception, given_back: int
+) -> None:
+    """A mock in place of CUDA's allocator; that of a lost GPU is left alone."""
+    calls, left = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    monkeypatch.setattr(compensation.device_loss, "leave", lambda *owners: left.extend(owners))
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(compensation, "_round", fails)
+    with pytest.raises(type(error)):
+        load(num_steps=1).calibrate(observations(2), weights="compensated")
+    assert len(calls) == given_back
+    assert bool(left) != bool(given_back)
+
+
+def test_the_report_says_what_it_is_worth(compensated, load, observations) -> None:
+    policy = compensated()
+    gain = policy.calibrate(observations(4), weights="compensated").gain
+    assert gain.error_compensated < gain.error_nearest / 2
+    nearest = weights_of(load(num_steps=1, calibration="none"))
+    same = [name for name, content in weights_of(policy).items() if content == nearest[name]]
+    assert (gain.projections, gain.left_nearest) == (len(nearest), len(same))
+    assert policy.calibrate(observations(4)).gain is None
 
 
 def test_outliers_do_not_count(load, observations, monkeypatch) -> None:

@@ -16,6 +16,7 @@ from flashrt_runtime.quantization.rounding import (
     feedback,
     nearest,
     output_error,
+    rounding_memory,
     within_memory,
 )
 
@@ -127,13 +128,33 @@ def test_nothing_seen_is_nearest_and_nonsense_is_refused() -> None:
     assert output_error(weight, nearest(weight, scale), scale, nothing) == 0.0
     broken = moments_of(correlated(20))
     broken[3, 3] = float("nan")
-    with pytest.raises(CalibrationError, match="not finite"):
-        Rounder()(weight, scale, broken)
+    with pytest.raises(CalibrationError, match=r"layers\.3\.out: .* not finite"):
+        Rounder()(weight, scale, broken, "layers.3.out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(512, 8192), (8192, 1024)])
+def test_it_takes_no_more_memory_than_it_says(size: tuple[int, int]) -> None:
+    """Beside the weight and the moments, after a first time in which libraries allocate their workspaces."""
+    rows, width = size
+    weight = torch.randn(rows, width, device="cuda")
+    x = torch.randn(256, width, device="cuda")
+    moments, scale, rounder = x.T @ x / 256, weight.abs().amax() / E4M3_MAX, Rounder()
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        rounded = rounder(weight, scale, moments)
+        peak = torch.cuda.max_memory_allocated() - before
+        del rounded
+    assert peak <= rounding_memory(rows, width)
 
 
 def test_factor() -> None:
     moments = moments_of(correlated(2000))
-    upper = feedback(moments, 0.1)
+    order = torch.arange(WIDE)
+    upper = feedback(moments, order, 0.1)
+    shuffled = torch.randperm(WIDE, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(feedback(moments, shuffled, 0.1), feedback(moments[shuffled][:, shuffled], order, 0.1))
     assert torch.equal(upper, upper.triu())
     assert torch.equal(upper.diagonal(), torch.ones(WIDE))
     damped = moments + 0.1 * moments.diagonal().mean() * torch.eye(WIDE)
@@ -141,8 +162,8 @@ def test_factor() -> None:
     middle = inverse @ damped.double() @ inverse.T
     torch.testing.assert_close(middle, torch.diag(middle.diagonal()), atol=1e-2, rtol=0)
     indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.9]))
-    assert feedback(indefinite, 0.1) is not None, "not damped more"
-    assert feedback(torch.diag(torch.tensor([1.0, 1.0, -2.0])), 0.1) is None
+    assert feedback(indefinite, torch.arange(3), 0.1) is not None, "not damped more"
+    assert feedback(torch.diag(torch.tensor([1.0, 1.0, -2.0])), torch.arange(3), 0.1) is None
 
 
 def test_moments_of_what_passes() -> None:

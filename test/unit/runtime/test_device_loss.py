@@ -171,6 +171,22 @@ class TestPolicy:
             )
         assert {name: linear.activation_scale for name, linear in fp8_linears(policy)} == scales
 
+    def test_so_does_rounding_which_goes_on_beside_the_policy(
+        self, policy: Policy, images: list, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def trap(*_arguments: object) -> None:
+            raise RuntimeError(TRAP)
+
+        monkeypatch.setattr("flashrt_runtime.quantization.compensation._round", trap)
+        released: list[bool] = []
+        policy._model.release = lambda: released.append(True)
+        with pytest.raises(DeviceLostError, match="cudaErrorLaunchFailure"):
+            policy.calibrate(
+                [{"images": images, "prompt": PROMPT, "state": STATE}], weights="compensated"
+            )
+        policy.close()
+        assert not released
+
     def test_what_was_on_the_gpu_is_left_alone_when_it_is_closed(self, broken: Policy, images: list) -> None:
         released: list[bool] = []
         broken._model.release = lambda: released.append(True)
