@@ -84,6 +84,12 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
             f"{policy.precision} with these views: make one with `flashrt calibrate`, or configure with "
             "calibration:=auto"
         )
+    if values.calibration == "required" and policy.weights_missing:
+        missing = policy.weights_missing
+        policy.close()
+        raise flashrt_runtime.errors.CalibrationError(
+            f"parameter calibration is 'required': {missing}, or configure with calibration:=auto"
+        )
     return policy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,8 +40,8 @@ def calibrate_command(
     estimator: Annotated[str | None, typer.Option(help="mse (default), percentile or max.")] = None,
     percentile: Annotated[float | None, typer.Option(help="Clip above it; 100 is the maximum.")] = None,
     weights: Annotated[
-        str, typer.Option(help="nearest, or compensated: rounded anew for what the robot sees.")
-    ] = "nearest",
+        str | None, typer.Option(help="nearest (default), or compensated: rounded for what the robot sees.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Dataset: only tasks that hold this text.")] = None,
     exclude_episode: Annotated[list[int] | None, typer.Option(help="Dataset: leave it out.")] = None,
     view: Annotated[list[str] | None, typer.Option(help="VIEW=CAMERA, where names differ.")] = None,
@@ -58,6 +59,7 @@ def calibrate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Calibrate an fp8 policy and keep the scales in a file; whatever fails, an earlier file stays."""
+    from ..quantization.artifact import cache_folder
     from ..quantization.projection_weights import resolve_rounding
 
     opening: dict[str, Any] = {
@@ -71,11 +73,15 @@ def calibrate_command(
     )  # fmt: skip
     resolve_rounding(weights)
     _check_targets(out, report)
+    if out is not None:
+        _check_weights(out.expanduser(), weights)
     with open_checkpoint(checkpoint, **opening) as opened:
         source = open_source(options, opened)
     loading = opening | {"num_views": source.views, "hardware": hardware, "num_steps": num_steps}
     thumbnails: list[Any] = []
     with _loaded(checkpoint, precision="fp8", calibration="none", **loading) as policy:
+        if out is None:
+            _check_weights(cache_folder() / f"{policy.calibration_key}.safetensors", weights)
         made = _calibrate(
             policy, source, samples, held_out, thumbnails,
             estimator=estimator, percentile=percentile, weights=weights,
@@ -83,7 +89,6 @@ def calibrate_command(
         file = policy.save_calibration(out)
         key = policy.calibration_key
         quantised = _actions(policy, source, made) if against_bf16 else []
-    error = made.held_out_error
     true_error = None
     if against_bf16:
         with _loaded(checkpoint, precision="bf16", **loading) as policy:
@@ -97,7 +102,7 @@ def calibrate_command(
     if as_json:
         print_json(result)
         return
-    _print(result, error, true_error)
+    _print(result, made, true_error)
     for warning in source.warnings:  # the policy has logged its own
         ERRORS.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
@@ -115,6 +120,22 @@ def _check_targets(out: Path | None, report: Path | None) -> None:
     require_matplotlib()
     if obstacle := obstacle_to(report / "report.md"):
         raise OptionError(f"--report {report}: no report can be written there: {obstacle}")
+
+
+def _check_weights(target: Path, weights: str | None) -> None:
+    """Compensated weights took minutes: only who says so has them replaced by the nearest."""
+    from ..errors import CalibrationError
+    from ..quantization.artifact import read
+
+    if weights is not None:
+        return
+    with contextlib.suppress(CalibrationError):
+        if (named := read(target).weights) is not None:
+            raise OptionError(
+                f"the calibration {target} has compensated weights, {named.name}, which this one would "
+                "replace: say --weights compensated to round them anew, --weights nearest to give them up, "
+                "or name another file by --out"
+            )
 
 
 @contextlib.contextmanager
@@ -209,6 +230,7 @@ def _result(
         "percentile": made.percentile,
         "projections": len(made.scales),
         "weights": made.rounding,
+        "rounding": None if made.gain is None else asdict(made.gain),
         "error_against_bf16_activations": row(made.held_out_error),
         "error_against_bf16_policy": row(true_error),
         "recommended_samples": number,
@@ -218,7 +240,8 @@ def _result(
     }
 
 
-def _print(result: dict[str, Any], error: HeldOutError | None, true_error: HeldOutError | None) -> None:
+def _print(result: dict[str, Any], made: CalibrationReport, true_error: HeldOutError | None) -> None:
+    error, gain = made.held_out_error, made.gain
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -228,7 +251,7 @@ def _print(result: dict[str, Any], error: HeldOutError | None, true_error: HeldO
         "key": result["key"],
         "source": result["source"],
         "samples": f"{result['samples']}, by {chosen}, {result['projections']} projections",
-        "weights": f"rounded to {result['weights']}" if result["weights"] == "nearest" else "compensated",
+        "weights": "rounded to nearest" if gain is None else f"compensated: {gain}",
         "held-out error": _described(error, "normalised actions, against bf16 activations"),
         "against bf16": None if true_error is None else _described(true_error, "robot's units, bf16 policy"),
         "recommended": _recommendation(result["recommended_samples"], result["settled"], result["samples"]),

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Checkpoint
+from ..errors import CalibrationError, CalibrationNotFoundError
 from ..quantization import artifact
 from ..spec import DEFAULT_VIEWS
 
 
 def check_calibration(checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
-    """What a file is, and where it differs from the checkpoint; no differences: it belongs.
+    """What a file is, and where it differs from the checkpoint; no differences: it belongs. Compensated
+    weights that are missing, unreadable or damaged are one.
 
     Precision, number of views and denoise steps are a load's choice: the file's own count. Raises
     CalibrationNotFoundError, CalibrationCorruptError or CalibrationMismatchError (another format).
@@ -26,10 +28,12 @@ def check_calibration(checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
     views = (checkpoint.views or DEFAULT_VIEWS)[: len(stored.get("views", ()))]
     identity = artifact.identity_of(checkpoint, views, str(stored.get("precision")))
     error = content.held_out_error
+    weights, problem = _weights(content, file)
+    differences = [*identity.differences(stored), *([problem] if problem else [])]
     return {
         "file": str(file),
-        "belongs": not identity.differences(stored),
-        "differences": identity.differences(stored),
+        "belongs": not differences,
+        "differences": differences,
         "key": identity.key,
         "checkpoint digest": identity.checkpoint,
         "file's checkpoint digest": stored.get("checkpoint"),
@@ -42,7 +46,7 @@ def check_calibration(checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
         "date": content.date,
         "library version": stored.get("version"),
         "projections": len(content.scales),
-        "weights": _weights(content, file),
+        "weights": weights,
         "held-out max-abs": None if error is None else error.max_abs,
         "held-out relative rms": None if error is None else error.relative_rms,
         "held-out cosine": None if error is None else error.cosine,
@@ -50,9 +54,15 @@ def check_calibration(checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
     }
 
 
-def _weights(content: artifact.Calibration, file: Path) -> str:
-    """How the weights that go with it are rounded, and where they are."""
+def _weights(content: artifact.Calibration, file: Path) -> tuple[str, str]:
+    """How the weights that go with it are rounded and where they are, and what is wrong with them."""
     if content.weights is None:
-        return content.rounding
-    there = content.weights.beside(file).is_file()
-    return f"{content.rounding}, {content.weights.name}{'' if there else ' (MISSING beside the file)'}"
+        return content.rounding, ""
+    named = f"{content.rounding}, {content.weights.name}"
+    try:
+        content.weights.check(file)
+    except CalibrationNotFoundError as error:
+        return f"{named} (MISSING beside the file)", str(error)
+    except CalibrationError as error:
+        return f"{named} (NOT USABLE)", str(error)
+    return named, ""

@@ -157,6 +157,7 @@ def _lines(
         f"- source: {made.source}: {made.samples} observations calibrated on, "
         f"{len(made.held_out)} held out",
         f"- estimator: {chosen}; {len(made.scales)} projections",
+        f"- weights: {'rounded to nearest' if made.gain is None else f'compensated: {made.gain}'}",
         f"- recommended number of samples: {number}"
         + ("" if settled else f" or more ({made.samples} do not settle the scales)"),
         "",

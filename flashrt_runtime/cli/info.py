@@ -33,7 +33,7 @@ def info_command(
 ) -> None:
     """Show layout, dimensions, rules, normalisation, tokenizer and size of a checkpoint.
 
-    With --calibration: exit code 1 when the file was made for another policy.
+    With --calibration: exit code 1 when the file was made for another policy, or its weights cannot be used.
     """
     with (
         progress("reading", None),

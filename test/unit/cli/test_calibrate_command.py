@@ -111,15 +111,45 @@ def test_compensated_weights(flashrt, arm, pictures, tmp_path) -> None:
     arguments = ("--checkpoint", arm, "--images", pictures, "--samples", "5", "--held-out", "1", *FAST)
     code, printed, err = flashrt("calibrate", *arguments, "--weights", "compensated", "--out", out, "--json")
     assert code == 0, err
-    assert json.loads(printed)["weights"] == "compensated"
+    result = json.loads(printed)
+    assert result["weights"] == "compensated"
     (weights,) = tmp_path.glob("scales.*.weights.safetensors")
     policy = load_model(arm, hardware="cpu", precision="fp8", num_steps=1, calibration=out)
     assert policy.rounding == "compensated"
     policy.close()
     told = ("info", "--checkpoint", arm, "--calibration", out, "--json")
     assert json.loads(flashrt(*told)[1])["calibration"]["weights"] == f"compensated, {weights.name}"
+    gain = result["rounding"]
+    assert gain["error_compensated"] < gain["error_nearest"]
+    assert 0 <= gain["left_nearest"] < gain["projections"]
+    code, _, err = flashrt("calibrate", *arguments, "--out", out)
+    assert code == 2, "which weights, where the file has compensated ones, is not guessed"
+    for text in ("has compensated weights", weights.name, "--weights compensated", "--weights nearest"):
+        assert text in " ".join(err.split())
+    assert flashrt(*told)[0] == 0
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    code, printed, err = flashrt(*told)
+    assert code == 1
+    assert "damaged" in " ".join(err.split())
+    assert "NOT USABLE" in json.loads(printed)["calibration"]["weights"]
     weights.unlink()
-    assert "MISSING" in json.loads(flashrt(*told)[1])["calibration"]["weights"]
+    code, printed, err = flashrt(*told)
+    assert code == 1
+    assert "not there: put" in " ".join(err.split())
+    assert "MISSING" in json.loads(printed)["calibration"]["weights"]
+    code, printed, err = flashrt("calibrate", *arguments, "--out", out, "--weights", "nearest")
+    assert code == 0, err
+    assert "rounded to nearest" in printed
+    report = ("--weights", "compensated", "--report", tmp_path / "report")
+    code, printed, err = flashrt("calibrate", *arguments, *report)
+    assert code == 0, err
+    for text in (" ".join(printed.split()), (tmp_path / "report" / "report.md").read_text()):
+        assert "compensated: error behind a projection" in text
+        assert "projections left to nearest" in text
+    code, _, err = flashrt("calibrate", *arguments)
+    assert code == 2, "the cache's too"
+    assert "--weights nearest" in " ".join(err.split())
     code, _, err = flashrt("calibrate", *arguments, "--weights", "best")
     assert code == 2
     assert "unknown rounding of weights 'best': expected nearest or compensated" in " ".join(err.split())
