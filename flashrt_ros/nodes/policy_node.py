@@ -87,7 +87,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
     if values.calibration == "required" and policy.weights_missing:
         missing = policy.weights_missing
         policy.close()
-        raise flashrt_runtime.errors.CalibrationError(
+        raise flashrt_runtime.errors.CalibrationNotFoundError(
             f"parameter calibration is 'required': {missing}, or configure with calibration:=auto"
         )
     return policy
