@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks import report
-from benchmarks.bench_calibration import read_frames
 from benchmarks.bench_policy import commit
+from benchmarks.calibration_rig import read_frames
 from benchmarks.random_policy import random_checkpoint
 from flashrt_runtime.loading import Settings, build_policy
 from flashrt_runtime.options import Target
