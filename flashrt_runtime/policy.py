@@ -306,7 +306,7 @@ class Policy(Calibrated):
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
             self._check_open()
-            if self._calibration is not None:
+            if self._calibration is not None and not self._lost:  # a lost GPU says so itself
                 self._calibration.weights.check()
             with self._watched():
                 yield

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import CalibrationError
 from ..ops import E4M3_MAX
 from .estimators import Estimator, estimate_scale
-from .fp8 import Fp8Linear, fp8_linears
+from .fp8 import Fp8Linear, fp8_linears, settle
 from .projection_weights import Rounding
 from .statistics import Collector, observing
 
@@ -155,6 +155,7 @@ class Calibrator:
                 for linear, (scale, calibrated) in zip(self.linears.values(), before, strict=True):
                     linear.activation_scale.fill_(scale)
                     linear.calibrated = calibrated
+            settle(self.linears.values())
             raise
 
     def drop(self) -> None:
@@ -176,6 +177,7 @@ class Calibrator:
         for name, linear in self.linears.items():
             linear.activation_scale.fill_(scales[name])
             linear.calibrated = True
+        settle(self.linears.values())
 
     def scales(self) -> dict[str, float]:
         """Activation scale of every statically scaled projection, by name."""

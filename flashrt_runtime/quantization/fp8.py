@@ -7,7 +7,7 @@ their activations stay in 16 bits (W8A16).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -128,3 +128,10 @@ def swap_linears(model: nn.Module) -> None:
 def fp8_linears(model: nn.Module) -> dict[str, Fp8Linear]:
     """Every FP8 projection by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+
+
+def settle(linears: Iterable[Fp8Linear]) -> None:
+    """Wait for what was written on the current stream: whoever gets the model next may use another one."""
+    for device in {linear.weight.device for linear in linears}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, OptionError
 from ..models import PrefixPolicy
 from . import weights_file
-from .fp8 import Fp8Linear, fp8_linears
+from .fp8 import Fp8Linear, fp8_linears, settle
 from .rounding import nearest
 from .weights_file import WeightsFile
 
@@ -91,9 +90,7 @@ class ProjectionWeights:
         for name, linear in self.linears.items():
             linear.overwrite(weights[name])
         self._model.weights_changed()
-        device = next(iter(self.linears.values())).weight.device
-        if device.type == "cuda":  # what was packed is there before anybody else gets the model
-            torch.cuda.current_stream(device).synchronize()
+        settle(self.linears.values())
         self.rounding, self._digest = rounding, digest
 
     def write(self, calibration: Path) -> tuple[WeightsFile, bool]:

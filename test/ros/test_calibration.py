@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ from std_srvs.srv import Trigger
 from benchmarks.synthetic_bag import Entry, write_bag
 from flashrt_ros.core.bag_source import BagSource
 from flashrt_ros.core.contract import load_contract
+from flashrt_ros.core.parameters import PARAMETERS, PolicyParameters
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.msg import PolicyStatus
+from flashrt_ros.nodes.policy_node import load_policy
 from flashrt_ros.srv import Calibrate, GetActionChunk, SetPrompt
+from flashrt_runtime.errors import CalibrationNotFoundError
 from flashrt_runtime.loading import load_model
 
 CODES = Calibrate.Response
@@ -393,3 +397,33 @@ def test_calibration_files_of_no_use(node, checkpoint_maker, bag, tmp_path, home
         assert str(file) in node.reason(reason).message
     node.set_parameter("calibration", str(kept))
     assert node.change("configure")
+
+
+def test_required_insists_on_the_weights_of_a_calibration_too(checkpoint, tmp_path, monkeypatch) -> None:
+    """`auto` goes on with the nearest ones and says so. Loaded as the node's worker loads."""
+    monkeypatch.setenv("FLASHRT_CACHE_DIR", str(tmp_path))
+    contract = load_contract("demo_arm")
+
+    def load(calibration: str):
+        given = {"checkpoint": str(checkpoint), "robot": "demo_arm", "precision": "fp8"}
+        given |= {"calibration": calibration, "num_steps": 1, "hardware": "cpu"}
+        values = PolicyParameters.from_values({spec.name: spec.default for spec in PARAMETERS} | given)
+        with ThreadPoolExecutor(1) as worker:
+            return worker.submit(load_policy, values, contract).result()
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for _ in contract.views]
+    policy = load("auto")
+    state = np.zeros(policy.spec.state_dim, np.float32)
+    policy.calibrate([{"images": images, "prompt": "wave", "state": state}], weights="compensated")
+    (weights,) = policy.save_calibration().parent.glob("*.weights.safetensors")
+    policy.close()
+    policy = load("required")
+    assert policy.rounding == "compensated"
+    policy.close()
+    weights.unlink()
+    with pytest.raises(CalibrationNotFoundError, match=f"'required': .*{weights.name} back"):
+        load("required")
+    policy = load("auto")
+    assert (policy.calibrated, policy.rounding) == (True, "nearest")
+    policy.close()

@@ -187,6 +187,20 @@ class TestPolicy:
         policy.close()
         assert not released
 
+    def test_weights_that_it_leaves_mixed_do_not_hide_it(
+        self, policy: Policy, images: list, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def trap(*_arguments: object) -> None:
+            raise RuntimeError(TRAP)
+
+        monkeypatch.setattr(type(policy._model), "weights_changed", trap)
+        observation = {"images": images, "prompt": PROMPT, "state": STATE}
+        with pytest.raises(DeviceLostError):
+            policy.calibrate([observation], weights="compensated")
+        monkeypatch.setattr(policy._model, "sample", trap)
+        with pytest.raises(DeviceLostError):
+            policy.predict(**observation)
+
     def test_what_was_on_the_gpu_is_left_alone_when_it_is_closed(self, broken: Policy, images: list) -> None:
         released: list[bool] = []
         broken._model.release = lambda: released.append(True)
