@@ -122,7 +122,7 @@ class CalibrationInForce:
         try:
             artifact.write(target, current, identity)
         except BaseException:
-            if kept is not None and new:
+            if kept is not None and new and _weights_named_by(target) != kept:  # an interrupt may come late
                 kept.beside(target).unlink(missing_ok=True)
             raise
         self._current = current

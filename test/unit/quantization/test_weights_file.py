@@ -237,3 +237,17 @@ def test_formats(compensated, observations, monkeypatch) -> None:
     without = replace(artifact.read(file), weights=None)
     artifact.write(file, without, policy._calibration.identity)
     assert number() == "1"
+
+
+def test_an_interrupt_after_the_rename_leaves_what_is_named(compensated, load, monkeypatch) -> None:
+    policy = compensated()
+    real = in_force.artifact.write_atomically
+
+    def interrupted(path: Path, content: bytes) -> None:
+        real(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(in_force.artifact, "write_atomically", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        policy.save_calibration()
+    assert load(num_steps=1).rounding == "compensated"
