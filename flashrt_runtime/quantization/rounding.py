@@ -113,10 +113,10 @@ def feedback(moments: Tensor, order: Tensor, damping: float) -> Tensor | None:
 
 
 def rounding_memory(rows: int, width: int) -> int:
-    """Bytes that rounding a weight of (rows, width) takes at most beside its moments: two matrices as large
-    as those and half of one for the factorisation, and six as large as the float32 weight.
+    """Bytes that rounding a weight of (rows, width) takes at most beside its moments: five matrices as large
+    as those (an H100's library with its workspaces), and six as large as the float32 weight.
     """
-    return 10 * width**2 + 24 * rows * width
+    return 20 * width**2 + 24 * rows * width
 
 
 class _Block:
