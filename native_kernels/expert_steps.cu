@@ -254,8 +254,8 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
-  // What is multiplied before anything is given back. bf16 of several tiles would multiply the whole ring, and has hung
-  // so under the sanitizer, for a reason that is not known.
+  // What is multiplied before anything is given back; bf16 of several tiles has hung with four under the sanitizer, for
+  // a reason that is not known.
   constexpr int kLeastSlots = Fp8 || One ? 4 : 5;
   // the scores of all tiles at once, or of half of them
   for (int at_once = tiles; at_once > 0; at_once /= 2) {
