@@ -281,7 +281,8 @@ def _signal_group(process: subprocess.Popen[str], number: int) -> None:
 def _end_with_parent() -> Callable[[], None] | None:
     """What a child calls before its program starts, so that Linux sends it SIGINT when this process dies.
 
-    Linux means the thread that starts the child: it must live as long as the children are to. None elsewhere.
+    SIGINT is not ignored from there on, as it is by what a shell starts in the background. Linux means the
+    thread that starts the child: it must live as long as the children are to. None elsewhere.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -289,6 +290,7 @@ def _end_with_parent() -> Callable[[], None] | None:
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def ask() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
         if os.getppid() != parent:  # it died before the request
             os.kill(os.getpid(), signal.SIGINT)

@@ -111,6 +111,17 @@ def test_a_node_to_be_respawned_is_started_again(
     assert lines.count("up") == 2
 
 
+def test_nodes_of_a_runner_in_the_background_end_by_sigint(recorder_prefix: Path) -> None:
+    """What a shell starts with `&` ignores SIGINT, and would hand that on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        lasting = executable(recorder_prefix, "lasting", "exec sleep 60")
+        with Runner([lasting], on_line=lambda *_: None) as started:
+            assert started.stop() == {"lasting": -signal.SIGINT}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_last_end_of_a_node_that_was_respawned_is_that_of_all(
     recorder_prefix: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
