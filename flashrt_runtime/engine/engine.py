@@ -227,7 +227,7 @@ class Engine:
         guide: GuideArrays | None = None,
     ) -> None:
         if self.begun is not images:
-            self._start(images, self.vision_graph)
+            self._start(images)
         self.begun = None
         extra = self.unguided if guide is None else guide.arrays()
         self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
@@ -242,7 +242,7 @@ class Engine:
         self._give_up_begun()
         if self._fits(images):
             self._follow_caller()
-            self._start(images, self.vision_graph)
+            self._start(images)
             self.begun = images
 
     def _give_up_begun(self) -> None:
@@ -261,12 +261,12 @@ class Engine:
         self.before.record(torch.cuda.current_stream(self.device))
         self.stream.wait_event(self.before)
 
-    def _start(self, images: Sequence[NDArray[np.uint8]], graph: torch.cuda.CUDAGraph | None) -> None:
+    def _start(self, images: Sequence[NDArray[np.uint8]]) -> None:
         if not self.on_device_resize:
             size, rule = self.model.config.vision.image_size, self.resize_rule
             pixels = [prepare_image(image, size, rule).numpy() for image in images]
             images = [np.ascontiguousarray(each).view(np.uint8).reshape(1, -1, 1) for each in pixels]
-        self.staging.start_images(images, self.stream, graph)
+        self.staging.start_images(images, self.stream, self.vision_graph)
 
     def _fits(self, images: Sequence[NDArray[np.uint8]]) -> bool:
         return not self.on_device_resize or sum(image.size for image in images) <= self.staging.frame_bytes
