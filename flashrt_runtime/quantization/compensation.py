@@ -21,7 +21,15 @@ from ..progress import report
 from .calibration import RoundingGain
 from .fp8 import Fp8Linear
 from .projection_weights import ProjectionWeights
-from .rounding import Rounder, SecondMoments, nearest, output_error, rounding_memory, within_memory
+from .rounding import (
+    Rounder,
+    SecondMoments,
+    moments_memory,
+    nearest,
+    output_error,
+    rounding_memory,
+    within_memory,
+)
 from .runner import Runner
 from .statistics import observing
 
@@ -68,7 +76,7 @@ class Compensation:
 
 def check_memory(weights: ProjectionWeights) -> None:
     """Raises CalibrationError where the GPU has too little memory left for the largest weight."""
-    needed = max(_rounding(each) + _moments(each) for each in weights.linears.values())
+    needed = max(_rounding(each) + moments_memory(each) for each in weights.linears.values())
     free = _free(weights)
     if free is not None and needed > free:
         raise CalibrationError(
@@ -168,10 +176,6 @@ def _with_noises(runner: Runner, sample: int, inputs: ModelInputs, samples: int)
     generator = torch.Generator().manual_seed(sample)
     more = -(-FEWEST_RUNS // samples) - 1
     return [inputs, *(replace(inputs, noise=runner.draw_noise(generator)) for _ in range(more))]
-
-
-def _moments(linear: Fp8Linear) -> int:
-    return 4 * linear.in_features**2
 
 
 def _rounding(linear: Fp8Linear) -> int:

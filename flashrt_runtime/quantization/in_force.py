@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CalibrationError, CalibrationNotFoundError
+from ..errors import CalibrationError
 from ..models import PrefixPolicy
 from . import artifact, session
 from .artifact import Calibration, CalibrationIdentity
@@ -168,7 +168,7 @@ def _weights_named_by(path: Path) -> WeightsFile | None:
     """By the calibration that stands there, if one does."""
     try:
         return artifact.read(path).weights
-    except (CalibrationNotFoundError, CalibrationError, OSError):
+    except (CalibrationError, OSError):
         return None
 
 

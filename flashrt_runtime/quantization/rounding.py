@@ -187,12 +187,17 @@ class SecondMoments:
         return self._sums.pop(name).div_(max(self._rows[name], 1))
 
 
+def moments_memory(linear: Fp8Linear) -> int:
+    """Bytes of the moments of one projection."""
+    return 4 * linear.in_features**2
+
+
 def within_memory(linears: Mapping[str, Fp8Linear], limit: int) -> Iterator[dict[str, Fp8Linear]]:
     """The projections in groups whose moments take up to `limit` bytes, in their order; one at least each."""
     group: dict[str, Fp8Linear] = {}
     used = 0
     for name, linear in linears.items():
-        size = 4 * linear.in_features**2
+        size = moments_memory(linear)
         if group and used + size > limit:
             yield group
             group, used = {}, 0
