@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from builtin_interfaces.msg import Time
+from ros_rig import wait_until
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from flashrt_ros.core.contract import RobotContract, load_contract
@@ -81,6 +82,11 @@ class Driver:
     def begin(self, prompt: str = "wave") -> None:
         self.pipeline.load(lambda: self.policy, prompt, lambda: True)
         self.pipeline.start()
+
+    def drive(self) -> None:
+        """Begin, and wait until the robot moves."""
+        self.begin()
+        wait_until(lambda: len(running(self)) >= 5, 30.0, "five commands")
 
     def _feed(self) -> None:
         while not self._stop.wait(0.01):

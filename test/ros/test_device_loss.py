@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
-from pipeline_driver import Driver, running
+from pipeline_driver import Driver
 from ros_rig import wait_until
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
@@ -42,8 +42,7 @@ def lose(driver: Driver) -> None:
 
 
 def test_it_latches_at_once_and_nothing_resets_it(driver: Driver) -> None:
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     lose(driver)
     wait_until(lambda: driver.pipeline.fault, 10.0, "the fault")
     tried = len(driver.policy.prompts)
@@ -61,8 +60,7 @@ def test_it_latches_at_once_and_nothing_resets_it(driver: Driver) -> None:
 
 def test_a_node_ends_once_the_arm_stands_and_that_was_reported(driver: Driver) -> None:
     ending = safety.Ending()
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     assert not ending.due(driver.pipeline)
     lose(driver)
     wait_until(lambda: driver.pipeline.fault, 10.0, "the fault")
@@ -80,8 +78,7 @@ def test_a_node_that_was_held_or_deactivated_does_not_end(
     """The one that is started in its place would drive the robot."""
     monkeypatch.setattr(safety, "LAST_REPORTS", 0.0)
     ending = safety.Ending()
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     lose(driver)
     wait_until(lambda: driver.pipeline.fault, 10.0, "the fault")
     wait_until(lambda: not driver.pipeline.commander.moving, 5.0, "a hold")
@@ -97,8 +94,7 @@ def test_nor_one_with_another_fault_that_waits_for_somebody(
     """Said by who hits it: an inference that was under way, or ~/get_action_chunk."""
     monkeypatch.setattr(safety, "LAST_REPORTS", 0.0)
     ending = safety.Ending()
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     other = Problem(Reason.CONTROL_ERROR, "", "control: ValueError: the elbow")
     problems = [other, Problem(Reason.DEVICE_LOST, "", "the GPU is lost: start the process again")]
     for problem in problems if first == "other" else reversed(problems):

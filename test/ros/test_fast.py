@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
-from pipeline_driver import Driver, running
+from pipeline_driver import Driver
 from ros_rig import wait_until
 from sensor_msgs.msg import JointState
 from trajectory_msgs.msg import JointTrajectory
@@ -86,8 +86,7 @@ def test_a_running_arm_is_held(driver: Driver, error: Exception, reason: Reason)
             raise error
 
     driver.policy.behave = fail
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     assert not driver.pipeline.fault
     broken.set()
     wait_until(lambda: driver.commands[-1][0].kind is CommandKind.HOLDING, 10.0, "the hold")

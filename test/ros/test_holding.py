@@ -91,8 +91,7 @@ def breakable(driver: Driver) -> threading.Event:
 
 def test_failures_in_a_row_latch_and_reset_goes_on(driver: Driver) -> None:
     broken = breakable(driver)
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     broken.set()
     wait_until(lambda: driver.pipeline.fault, 10.0, "the fault")
     assert driver.pipeline.latch.failures == 10
@@ -198,8 +197,7 @@ def test_a_position_outside_the_limits_is_clamped_otherwise(driver: Driver) -> N
 
 
 def test_an_error_on_the_control_thread_latches(driver: Driver) -> None:
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     tick, failed = driver.pipeline.commander.tick, []
 
     def fail_once():
@@ -228,8 +226,7 @@ def test_a_fault_outlives_deactivation_and_a_hold_does_not(driver: Driver) -> No
 
 
 def test_a_refused_resume_changes_nothing(driver: Driver) -> None:
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     driver.pipeline.hold()
     driver.pipeline.raise_fault(Problem(Reason.COMMAND_CONFLICT, "", "someone else"))
     assert "someone else" in safety._resume(driver.pipeline)
@@ -244,8 +241,7 @@ def test_a_refused_resume_changes_nothing(driver: Driver) -> None:
 
 
 def test_no_service_prolongs_the_hold_of_a_fault(driver: Driver) -> None:
-    driver.begin()
-    wait_until(lambda: len(running(driver)) >= 5, 30.0, "five commands")
+    driver.drive()
     driver.pipeline.raise_fault(Problem(Reason.COMMAND_CONFLICT, "", "someone else"))
     end = time.monotonic() + 10.0
     while driver.commands[-1][0].values is not None and time.monotonic() < end:
