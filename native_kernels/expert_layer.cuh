@@ -55,6 +55,9 @@ struct Layer : Frame<Fp8, One> {
       spread_units(sums, count, a.rows);
       if (One) add_squares(squares);
     }
+    // a block whose tile of k or v there is not has waited for its first unit only, and what has not come is not given
+    // back: the mover would count it as free before it has asked for it
+    if (!One && thread_id() / kWarpSize == kWarps - 1) ring.wait(chunk, qkv_units<One>() * Shape<Fp8, kQkv>::Chunks);
     async_copy_wait_committed();  // the conditions
     block_sync();
     give_back(qkv_units<One>() * Shape<Fp8, kQkv>::Chunks);

@@ -254,9 +254,7 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
-  // What is multiplied before anything is given back; bf16 of several tiles has hung with four under the sanitizer, for
-  // a reason that is not known.
-  constexpr int kLeastSlots = Fp8 || One ? 4 : 5;
+  constexpr int kLeastSlots = 4;     // what is multiplied before anything is given back
   // the scores of all tiles at once, or of half of them
   for (int at_once = tiles; at_once > 0; at_once /= 2) {
     const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
