@@ -246,14 +246,23 @@ def main() -> None:
         "commit": args.commit or commit(),
         "command": report.command("bench_policy"),
     }
+    walls = {}
     for row in wanted_rows(args):
         measured = measure(args, row)
+        walls[row] = measured["wall_p50_ms"]
         print(row.key, json.dumps(measured, indent=1))
         report.write(args.out, header, {row.key: measured})
     if args.rates:
         report.write(args.out, header, {"rates": rates.measure(args.precision)})
     if args.against == "lerobot":  # last: compiling takes minutes
-        report.write(args.out, header, peers.lerobot(args.views, args.steps, args.chunk))
+        for key, measured in peers.lerobot(args.views, args.steps, args.chunk):
+            print(key, json.dumps(measured, indent=1))
+            times_ours = {
+                row.key: measured["wall_p50_ms"] / wall
+                for row, wall in walls.items()
+                if key.endswith(f".views{row.views}") and row.chunk == args.chunk
+            }
+            report.write(args.out, header, {key: measured | {"times_ours": times_ours}})
 
 
 if __name__ == "__main__":

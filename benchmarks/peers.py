@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,21 +16,23 @@ from benchmarks import timing
 TEXT_TOKENS = 48
 
 
-def lerobot(views: list[int], steps: int, chunk: int, compiled: bool = True) -> dict[str, Any]:
-    """Rows lerobot.eager.views<n> and lerobot.compiled.views<n>: wall of sample_actions in bfloat16, random
-    weights.
+def lerobot(
+    views: list[int], steps: int, chunk: int, compiled: bool = True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows lerobot.eager.views<n> and lerobot.compiled.views<n>, each as soon as it is measured: wall of
+    sample_actions in bfloat16, random weights.
 
-    Empty, with a line that says so, where LeRobot cannot be imported. Compiling takes minutes.
+    None, with a line that says so, where LeRobot cannot be imported. Compiling takes minutes, so that all of
+    eager come first.
     """
     if importlib.util.find_spec("lerobot") is None:
         print("lerobot is not installed here: no rows of it (pip install lerobot==0.6.1)")
-        return {}
+        return
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
     from lerobot.policies.pi05.modeling_pi05 import PI05Pytorch
 
-    rows: dict[str, Any] = {}
-    for count in views:
-        for mode in ("eager", "compiled") if compiled else ("eager",):
+    for mode in ("eager", "compiled") if compiled else ("eager",):
+        for count in views:
             config = PI05Config(
                 dtype="bfloat16",
                 chunk_size=chunk,
@@ -60,7 +63,7 @@ def lerobot(views: list[int], steps: int, chunk: int, compiled: bool = True) -> 
             call()
             first_s = time.perf_counter() - started
             wall = timing.summary(timing.wall_times(call, 30, warm=5))
-            rows[f"lerobot.{mode}.views{count}"] = {
+            yield f"lerobot.{mode}.views{count}", {
                 "wall_p50_ms": wall["p50"],
                 "wall_p99_ms": wall["p99"],
                 "first_call_s": first_s,
@@ -70,4 +73,3 @@ def lerobot(views: list[int], steps: int, chunk: int, compiled: bool = True) -> 
             }
             del model, sample
             torch.cuda.empty_cache()
-    return rows

@@ -94,11 +94,9 @@ def table(content: dict[str, Any], directory: Path) -> str:
             f"| {key} | {change['extra_ms']:.3f} | {change['device_allocations']} | {change['captures']} |"
         )
     if peers:
-        lines += ["", "| peer | wall p50 ms | p99 | first call s |", "|---|---|---|---|"]
-        lines += [
-            f"| {key} | {row['wall_p50_ms']:.1f} | {row['wall_p99_ms']:.1f} | {row['first_call_s']:.0f} |"
-            for key, row in peers.items()
-        ]
+        lines += ["", "| peer | wall p50 ms | p99 | first call s | over ours, same run |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [peer_line(key, row) for key, row in peers.items()]
     rates = content.get("rates")
     if rates:
         ceilings = ", ".join(f"{name} {value:.4g}" for name, value in rates["ceilings"].items())
@@ -120,6 +118,13 @@ def table(content: dict[str, Any], directory: Path) -> str:
     lines += ["", "## Commands", ""]
     commands = dict.fromkeys(row["command"] for row in content.values() if isinstance(row, dict))
     return "\n".join([*lines, *(f"- `{command}`" for command in commands)]) + "\n"
+
+
+def peer_line(key: str, row: dict[str, Any]) -> str:
+    """A peer's row of the table: its wall over ours is of one run."""
+    ratios = ", ".join(f"{times:.1f} x {ours}" for ours, times in row["times_ours"].items())
+    cells = f"{row['wall_p50_ms']:.1f} | {row['wall_p99_ms']:.1f} | {row['first_call_s']:.0f}"
+    return f"| {key} | {cells} | {ratios or '–'} |"
 
 
 def chart(content: dict[str, Any], path: Path) -> None:
