@@ -122,8 +122,9 @@ def table(content: dict[str, Any], directory: Path) -> str:
 
 def peer_line(key: str, row: dict[str, Any]) -> str:
     """A peer's row of the table: its wall over ours is of one run."""
-    ratios = ", ".join(f"{times:.1f} x {ours}" for ours, times in row["times_ours"].items())
-    cells = f"{row['wall_p50_ms']:.1f} | {row['wall_p99_ms']:.1f} | {row['first_call_s']:.0f}"
+    wall = row["wall_p50_ms"]
+    ratios = ", ".join(f"{wall / ours:.1f} x {key} ({ours:.2f})" for key, ours in row["ours_wall_ms"].items())
+    cells = f"{wall:.1f} | {row['wall_p99_ms']:.1f} | {row['first_call_s']:.0f}"
     return f"| {key} | {cells} | {ratios or '–'} |"
 
 
