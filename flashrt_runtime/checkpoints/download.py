@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.request
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..cache import write_atomically
 from ..errors import TokenizerNotFoundError
 from ..progress import report
 
@@ -73,10 +73,7 @@ def _store(target: Path, source: str, read: Callable[[], bytes]) -> None:
             f"{source} is not PaliGemma's tokenizer: sha256 {digest}, {len(content)} bytes; "
             f"expected {SHA256}, {SIZE} bytes. Nothing was written"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, target)
+    write_atomically(target, content)
 
 
 def _digest(content: bytes) -> str:

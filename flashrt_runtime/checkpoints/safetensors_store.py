@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cache import put_in_place
 from ..errors import CheckpointError
 from ..progress import tracked
 from .stats import read_json_object
@@ -240,9 +241,12 @@ class SafetensorsWriter:
         return byte_offset + len(raw)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Give the file its name, once all of it is on the disk: it begins as a hole of zeros."""
         os.close(self.descriptor)
-        os.replace(self.temporary, self.path)
+        try:
+            put_in_place(self.temporary, self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)
 
     def abort(self) -> None:
         """Remove what was written so far."""

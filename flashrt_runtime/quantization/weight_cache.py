@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__
-from ..cache import cache_directory, content_digest, remove_abandoned
+from ..cache import cache_directory, content_digest, put_in_place, remove_abandoned
 from ..checkpoints.base import Checkpoint
 from .fp8 import Fp8Linear
 
@@ -87,7 +87,7 @@ class WeightCache:
                 {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()},
                 temporary,
             )
-            temporary.replace(self.path)
+            put_in_place(temporary, self.path)  # nobody checks its bytes again
         except (OSError, SafetensorError) as error:
             logger.warning("%s: quantised weights not kept: %s", self.path, error)
         finally:

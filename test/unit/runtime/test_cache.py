@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashrt_runtime import cache
 from flashrt_runtime.cache import cache_directory, content_digest, write_atomically
+from flashrt_runtime.checkpoints.safetensors_store import SafetensorsWriter
+from flashrt_runtime.quantization.weight_cache import WeightCache
 
 
 @pytest.fixture
@@ -41,6 +45,38 @@ def test_atomic_write_removes_only_what_is_abandoned(tmp_path: Path) -> None:
     assert file.read_bytes() == b"two"
     assert not old.exists()
     assert young.exists(), "another process may be writing it"
+
+
+def write_checkpoint(path: Path) -> None:
+    writer = SafetensorsWriter(path, {"w": (torch.float32, (4,))}, {})
+    writer.write("w", torch.ones(4))
+    writer.finish()
+
+
+def write_quantised(path: Path) -> None:
+    kept = WeightCache.__new__(WeightCache)
+    kept.path = path
+    kept.save(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "write", [write_checkpoint, write_quantised, lambda path: write_atomically(path, b"content")]
+)
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut may leave zeros under it, and zeros are weights."""
+    file, synced = tmp_path / "w.safetensors", []
+    really = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, file.exists()))
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(file)
+    assert (file.stat().st_ino, False) in synced
+    assert [left.name for left in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.fixture
