@@ -132,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = args.checkpoint
         if directory is None:
-            from flashrt_runtime.checkpoints.random import make_checkpoint
+            from flashrt_runtime.untrained.random import make_checkpoint
 
             directory = make_checkpoint(Path(folder) / "checkpoint", size=args.size)
         weights = directory / "model.safetensors"

@@ -26,8 +26,8 @@ import numpy as np
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image
 
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.serving import wire
+from flashrt_runtime.untrained import make_checkpoint
 
 PROMPT = "pick up the block"
 SIZE = (224, 224)

@@ -17,11 +17,11 @@ import torch
 from flashrt_runtime.checkpoints.architecture import parameter_shapes
 from flashrt_runtime.checkpoints.base import Checkpoint, FeatureStats, NormStats
 from flashrt_runtime.checkpoints.presets import LIBERO
-from flashrt_runtime.checkpoints.random import SIZES, random_config, storage_dtype, weight_scale
 from flashrt_runtime.checkpoints.rules import openpi_rules
-from flashrt_runtime.checkpoints.scripted import write_processor
 from flashrt_runtime.checkpoints.tokenizer import train_tokenizer
 from flashrt_runtime.config import PolicyConfig
+from flashrt_runtime.untrained.random import SIZES, random_config, storage_dtype, weight_scale
+from flashrt_runtime.untrained.scripted import write_processor
 
 
 class RandomStore:

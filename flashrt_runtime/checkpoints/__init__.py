@@ -1,9 +1,8 @@
-"""Checkpoints on disk: openpi safetensors, LeRobot, openpi Orbax, random ones; statistics and tokenizers."""
+"""Checkpoints on disk: openpi safetensors, LeRobot, openpi Orbax; statistics and tokenizers."""
 
 from __future__ import annotations
 
 from .base import Checkpoint, FeatureStats, NormStats
-from .random import make_checkpoint
 from .reader import open_checkpoint
 from .tokenizer import resolve_tokenizer
 
@@ -11,7 +10,6 @@ __all__ = [
     "Checkpoint",
     "FeatureStats",
     "NormStats",
-    "make_checkpoint",
     "open_checkpoint",
     "resolve_tokenizer",
 ]

@@ -9,8 +9,8 @@ from typing import Annotated, cast
 import typer
 
 from ..checkpoints.presets import PRESETS
-from ..checkpoints.random import DTYPES, SIZES, make_checkpoint
 from ..config import PROMPT_CAPACITY, PolicyName
+from ..untrained.random import DTYPES, SIZES, make_checkpoint
 from .console import OUTPUT, print_json, progress
 
 

@@ -25,8 +25,8 @@ from flashrt_ros.core.contract import load_contract
 from flashrt_ros.core.reasons import Reason
 from flashrt_ros.nodes.policy_node import PolicyNode
 from flashrt_ros.srv import Calibrate
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.loading import load_model
+from flashrt_runtime.untrained import make_checkpoint
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from flashrt_ros.core.reasons import Reason
 from flashrt_ros.core.timing import stamp_to_ns
 from flashrt_ros.msg import ActionChunk
 from flashrt_ros.srv import GetActionChunk
-from flashrt_runtime.checkpoints.linear_flow import make_linear_flow
+from flashrt_runtime.untrained.linear_flow import make_linear_flow
 
 CODES = GetActionChunk.Response
 HOME = [0.0, -1.57, 1.57, -1.57, -1.57, 0.0, 0.02]

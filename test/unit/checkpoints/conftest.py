@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flashrt_runtime.checkpoints import make_checkpoint
+from flashrt_runtime.untrained import make_checkpoint
 
 sys.path.append(str(Path(__file__).parent))  # the helpers beside the tests
 

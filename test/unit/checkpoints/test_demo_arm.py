@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.checkpoints.presets import DEMO_ARM, DEMO_HOME
 from flashrt_runtime.loading import load_model
+from flashrt_runtime.untrained import make_checkpoint
 
 RAD = slice(0, 6)
 GRIPPER = 6

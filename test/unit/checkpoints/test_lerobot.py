@@ -12,12 +12,13 @@ import torch
 from damage import edit_json
 from safetensors.torch import load_file, save_file
 
-from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.checkpoints.tokenizer import train_tokenizer
 from flashrt_runtime.errors import CheckpointError, NotSupportedYetError, OptionError
 from flashrt_runtime.processing.actions import ActionTransform
 from flashrt_runtime.processing.prompt import PromptEncoder
 from flashrt_runtime.processing.state import StateTransform
+from flashrt_runtime.untrained import make_checkpoint
 
 SAVED = Path(__file__).resolve().parents[2] / "data" / "lerobot"
 VARIANTS = sorted(folder.name for folder in SAVED.iterdir() if folder.is_dir())

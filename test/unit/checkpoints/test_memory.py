@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flashrt_runtime.checkpoints import make_checkpoint
+from flashrt_runtime.untrained import make_checkpoint
 
 MEASURE = """
 import sys

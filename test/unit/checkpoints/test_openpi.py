@@ -11,10 +11,11 @@ import torch
 from damage import edit_json, edit_weights, shard
 from safetensors.torch import load_file
 
-from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.checkpoints.architecture import parameter_shapes
-from flashrt_runtime.checkpoints.random import random_config
 from flashrt_runtime.errors import CheckpointError, CheckpointNotFoundError, NotSupportedYetError, OptionError
+from flashrt_runtime.untrained import make_checkpoint
+from flashrt_runtime.untrained.random import random_config
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"

@@ -17,10 +17,11 @@ from damage import edit_json, edit_weights  # noqa: E402
 from orbax_folder import jax_tree, write_orbax  # noqa: E402
 
 import flashrt_runtime  # noqa: E402
-from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint  # noqa: E402
+from flashrt_runtime.checkpoints import open_checkpoint  # noqa: E402
 from flashrt_runtime.checkpoints.orbax import convert_checkpoint  # noqa: E402
 from flashrt_runtime.cli.main import app  # noqa: E402
 from flashrt_runtime.errors import CheckpointError, CheckpointNotFoundError, OptionError  # noqa: E402
+from flashrt_runtime.untrained import make_checkpoint  # noqa: E402
 
 POLICIES = ("pi05", "pi0", "pi0fast")
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"

@@ -16,18 +16,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.checkpoints.architecture import parameter_shapes, unused_shapes
 from flashrt_runtime.checkpoints.presets import DEMO_ARM, LIBERO, PRESETS
-from flashrt_runtime.checkpoints.random import (
+from flashrt_runtime.errors import OptionError
+from flashrt_runtime.models.weights import sources
+from flashrt_runtime.untrained import make_checkpoint
+from flashrt_runtime.untrained.random import (
     SIZES,
     draw_weight,
     random_config,
     storage_dtype,
     weight_chunks,
 )
-from flashrt_runtime.errors import OptionError
-from flashrt_runtime.models.weights import sources
 
 EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -136,7 +137,7 @@ def test_other_dtypes_are_uniform(dtype):
 MEASURE = """
 import sys
 from pathlib import Path
-from flashrt_runtime.checkpoints import make_checkpoint
+from flashrt_runtime.untrained import make_checkpoint
 
 def peak():  # ru_maxrss would begin at that of the test runner
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

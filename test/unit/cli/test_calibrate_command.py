@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks.synthetic_bag import write_bag
 from flashrt_ros.core.contract import load_contract
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.cli import calibrate, calibration_sources
 from flashrt_runtime.loading import load_model
 from flashrt_runtime.quantization import artifact
+from flashrt_runtime.untrained import make_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / "datasets"))  # the helpers beside its tests
 

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.cli import info
 from flashrt_runtime.cli.predict import BARS, sparkline
 from flashrt_runtime.loading import load_model
+from flashrt_runtime.untrained import make_checkpoint
 
 HOME = "0,-1.57,1.57,-1.57,-1.57,0,0.02"
 

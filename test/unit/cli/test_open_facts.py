@@ -13,11 +13,11 @@ import pytest
 from benchmarks.synthetic_bag import write_bag
 from flashrt_ros.core.contract import load_contract
 from flashrt_runtime import loading
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.checkpoints.open_facts import parse_delta_actions
 from flashrt_runtime.cli import calibrate, info
 from flashrt_runtime.errors import OptionError
 from flashrt_runtime.parity import report
+from flashrt_runtime.untrained import make_checkpoint
 
 HOME = "0,-1.57,1.57,-1.57,-1.57,0,0.02"
 ROBOT = ("--asset-id", "lab")

@@ -8,10 +8,11 @@ import itertools
 import pytest
 from rich.console import Console
 
-from flashrt_runtime.checkpoints import make_checkpoint, open_checkpoint
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.cli import console
 from flashrt_runtime.loading import load_model
 from flashrt_runtime.progress import listening, report, tracked
+from flashrt_runtime.untrained import make_checkpoint
 
 
 def reports(step) -> list[tuple[int, int]]:

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from benchmarks.synthetic_bag import MS, START, STORE, message_of, stamped, write_bag
 from flashrt_ros.core.contract import load_contract
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.cli import plugins
 from flashrt_runtime.errors import OptionError
+from flashrt_runtime.untrained import make_checkpoint
 
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.cli import checkup
 from flashrt_runtime.cli.main import app
 from flashrt_runtime.cli.serve import TOKEN_VARIABLE, parse_cameras, read_token
 from flashrt_runtime.errors import OptionError
+from flashrt_runtime.untrained import make_checkpoint
 
 
 @pytest.fixture(scope="module")

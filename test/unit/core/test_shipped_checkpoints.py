@@ -10,7 +10,7 @@ import flashrt_runtime
 from flashrt_ros.core.contract import check_policy, load_contract
 from flashrt_ros.core.errors import PolicyMismatchError
 from flashrt_runtime.checkpoints.presets import preset_named
-from flashrt_runtime.checkpoints.random import make_checkpoint
+from flashrt_runtime.untrained.random import make_checkpoint
 
 SAME_NAME = ("demo_arm", "aloha", "so101", "ur5e")
 PRESETS = {"libero_franka": "libero", **{name: name for name in SAME_NAME}}

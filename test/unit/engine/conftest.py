@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 
-from flashrt_runtime.checkpoints import random
 from flashrt_runtime.config import GEMMA_2B, GEMMA_300M, SIGLIP_SO400M
+from flashrt_runtime.untrained import random
 
 WIDE = replace(
     random.SIZES["full"],

@@ -10,12 +10,12 @@ import torch
 
 from flashrt_runtime import models
 from flashrt_runtime.checkpoints import open_checkpoint
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.engine.engine import prompt_buckets
 from flashrt_runtime.engine.staging import Staging
 from flashrt_runtime.models import FlowPolicy
 from flashrt_runtime.models.weights import load_weights
 from flashrt_runtime.parity.stages import random_inputs
+from flashrt_runtime.untrained.random import make_checkpoint
 
 CPU = torch.device("cpu")
 

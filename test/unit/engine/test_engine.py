@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import flashrt_runtime
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import PromptTooLongError
 from flashrt_runtime.ops import variants
 from flashrt_runtime.policy import Policy
+from flashrt_runtime.untrained.random import make_checkpoint
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import flashrt_runtime
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import NoStopError
 from flashrt_runtime.models.pi0_fast import NOTHING, Pi0Fast
 from flashrt_runtime.policy import Policy
+from flashrt_runtime.untrained.random import make_checkpoint
 
 pytestmark = pytest.mark.gpu
 

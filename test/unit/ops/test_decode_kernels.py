@@ -13,7 +13,6 @@ import torch
 from flashrt_runtime import models
 from flashrt_runtime.checkpoints.architecture import parameter_shapes
 from flashrt_runtime.checkpoints.presets import LIBERO
-from flashrt_runtime.checkpoints.random import SIZES, random_config, weight_scale
 from flashrt_runtime.config import GEMMA_2B, PolicyConfig
 from flashrt_runtime.engine import fused_decode
 from flashrt_runtime.layers.rope import rope_tables
@@ -23,6 +22,7 @@ from flashrt_runtime.ops import expert, reference
 from flashrt_runtime.ops.expert import Epilogue, PackedLinear
 from flashrt_runtime.quantization.calibration import Calibrator
 from flashrt_runtime.quantization.fp8 import fp8_linears, swap_linears
+from flashrt_runtime.untrained.random import SIZES, random_config, weight_scale
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ import pytest
 
 import flashrt_runtime
 from flashrt_runtime import Policy
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.quantization import compensation
+from flashrt_runtime.untrained.random import make_checkpoint
 
 STATE = np.array([-0.04, 0.03, 0.76, 2.97, -0.22, -0.13, 0.027, -0.027], np.float32)
 

@@ -11,7 +11,6 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime import Policy
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import (
     CalibrationCancelledError,
     CalibrationError,
@@ -22,6 +21,7 @@ from flashrt_runtime.errors import (
 from flashrt_runtime.quantization import compensation, in_force
 from flashrt_runtime.quantization.compensation import MOST_KEPT, KeptSamples
 from flashrt_runtime.quantization.fp8 import fp8_linears
+from flashrt_runtime.untrained.random import make_checkpoint
 
 
 def weights_of(policy: Policy) -> dict[str, bytes]:

@@ -16,7 +16,6 @@ from torch import nn
 import flashrt_runtime
 from flashrt_runtime import models, ops
 from flashrt_runtime.checkpoints import open_checkpoint
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import HardwareError, OptionError
 from flashrt_runtime.layers.linear import Linear
 from flashrt_runtime.models import FlowPolicy
@@ -28,6 +27,7 @@ from flashrt_runtime.quantization import weight_cache
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, fp8_linears, swap_linears
 from flashrt_runtime.quantization.weight_cache import WeightCache, cache_key
+from flashrt_runtime.untrained.random import make_checkpoint
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -18,8 +18,8 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime import Policy, device_loss
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import CalibrationError, ClosedError, DeviceLostError
+from flashrt_runtime.untrained.random import make_checkpoint
 
 PROMPT, STATE = "pick up the red block", np.zeros(7, np.float32)
 TRAP = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"

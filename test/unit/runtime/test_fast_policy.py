@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import flashrt_runtime
 from flashrt_runtime import Policy
 from flashrt_runtime.checkpoints import open_checkpoint
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.config import DecodeConfig
 from flashrt_runtime.errors import (
     ActionError,
@@ -28,6 +27,7 @@ from flashrt_runtime.errors import (
 from flashrt_runtime.models.pi0_fast import Pi0Fast, score
 from flashrt_runtime.options import resolve_target
 from flashrt_runtime.parity.report import drift_report
+from flashrt_runtime.untrained.random import make_checkpoint
 
 LEROBOT_PI05 = Path(__file__).resolve().parents[2] / "data" / "lerobot" / "pi05"
 PROMPT = "pick up the red block"

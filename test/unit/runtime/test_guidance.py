@@ -13,12 +13,12 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime import Guidance, Policy
-from flashrt_runtime.checkpoints.linear_flow import make_linear_flow
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import CheckpointError, ObservationError, OptionError
 from flashrt_runtime.models.flow import Guide
 from flashrt_runtime.ops import reference
 from flashrt_runtime.processing.guidance import GuideArrays, gains, prefix_weights
+from flashrt_runtime.untrained.linear_flow import make_linear_flow
+from flashrt_runtime.untrained.random import make_checkpoint
 
 PROMPT = "pick up the red block"
 STATE = np.linspace(-0.3, 0.3, 7)

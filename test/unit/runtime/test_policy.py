@@ -12,7 +12,6 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime import Policy
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -24,6 +23,7 @@ from flashrt_runtime.errors import (
     PromptError,
     PromptTooLongError,
 )
+from flashrt_runtime.untrained.random import make_checkpoint
 
 PROMPT = "pick up the red block"
 VIEWS = ("base_0_rgb", "left_wrist_0_rgb")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import flashrt_runtime
-from flashrt_runtime.checkpoints.random import make_checkpoint
 from flashrt_runtime.config import FamilyRules
 from flashrt_runtime.errors import ActionTokenError
+from flashrt_runtime.untrained.random import make_checkpoint
 
 STATE = np.array([-0.03, 0.04, 0.77, 2.96, -0.21, -0.12, 0.03, -0.03], np.float32)  # not quite the mean
 PROMPT = "Pick_up the red BLOCK"

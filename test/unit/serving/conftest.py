@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.loading import load_model
+from flashrt_runtime.untrained import make_checkpoint
 
 sys.path.append(str(Path(__file__).parent))  # the helpers beside the tests
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from serving_support import DIGEST, HOME, VIEWS, Shared, encoded, picture, request_body, text
 
-from flashrt_runtime.checkpoints import make_checkpoint
 from flashrt_runtime.loading import load_model
 from flashrt_runtime.serving import wire
+from flashrt_runtime.untrained import make_checkpoint
 
 PROMPT = "pick up the block"
 

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from ..checkpoints.architecture import EXPERT
+from ..checkpoints.presets import preset_named
+from ..checkpoints.safetensors_store import WEIGHTS_FILE
 from ..errors import OptionError
 from ..layers.rope import time_embedding
-from .architecture import EXPERT
-from .presets import preset_named
 from .random import SIZES, make_checkpoint
-from .safetensors_store import WEIGHTS_FILE
 
 CARRIER = 200.0
 TIMES = 20  # the velocity is exact at t = k / 20: for 1, 2, 4, 5, 10 and 20 denoise steps

@@ -21,6 +21,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..checkpoints.architecture import (
+    EMBEDDING_KEY,
+    GEMMA_DUMMY,
+    LANGUAGE,
+    LM_HEAD_KEY,
+    VISION,
+    parameter_shapes,
+    unused_shapes,
+)
+from ..checkpoints.presets import Preset, band, preset_named
+from ..checkpoints.safetensors_store import WEIGHTS_FILE, SafetensorsWriter
+from ..checkpoints.stats import read_json_object
+from ..checkpoints.tokenizer import FAST_FOLDER, train_tokenizer
 from ..config import (
     GEMMA_2B,
     GEMMA_300M,
@@ -36,21 +49,8 @@ from ..config import (
 )
 from ..errors import OptionError
 from ..progress import tracked
-from .architecture import (
-    EMBEDDING_KEY,
-    GEMMA_DUMMY,
-    LANGUAGE,
-    LM_HEAD_KEY,
-    VISION,
-    parameter_shapes,
-    unused_shapes,
-)
 from .neutral import neutral_actions
-from .presets import Preset, band, preset_named
-from .safetensors_store import WEIGHTS_FILE, SafetensorsWriter
 from .scripted import FAST_VOCABULARY, QUIET, built_head, script_of, states_behind, write_processor
-from .stats import read_json_object
-from .tokenizer import FAST_FOLDER, train_tokenizer
 
 CHUNK = 1 << 22
 QUERY_SCALE = 4.0

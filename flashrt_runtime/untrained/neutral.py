@@ -20,10 +20,10 @@ def neutral_actions(directory: Path, state: list[float], steps: int) -> NDArray[
     Observed are images of noise, `state` in the robot's units and a fixed prompt; the flow starts from zero,
     the mean of its noise.
     """
+    from ..checkpoints.reader import open_checkpoint
     from ..loading import load_model
     from ..processing.prompt import PromptEncoder
     from ..processing.state import StateTransform
-    from .reader import open_checkpoint
 
     with open_checkpoint(directory) as checkpoint:
         stats, views = checkpoint.norm_stats, checkpoint.views or ()

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..checkpoints.architecture import LANGUAGE
+from ..checkpoints.tokenizer import FAST_FOLDER
 from ..config import PolicyConfig
-from .architecture import LANGUAGE
 from .neutral import PROMPT
-from .tokenizer import FAST_FOLDER
 
 Floats = NDArray[np.float64]
 
