@@ -96,5 +96,9 @@ class ClosedError(FlashRTError, RuntimeError):
     """The policy was used after `close()`."""
 
 
+class ReentryError(FlashRTError, RuntimeError):
+    """The policy was called by the thread that is inside a call of it."""
+
+
 class ParityError(FlashRTError, RuntimeError):
     """The other implementation is not installed, or its run failed (the message says how to go on)."""

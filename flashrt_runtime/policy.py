@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,15 @@ from .errors import (
     TokenizerNotFoundError,
 )
 from .guidance import Guidance, RtcMode
-from .inputs import FloatArray, Images, ModelInputs, ObservationEncoder, State, expect_shape
+from .inputs import (
+    FloatArray,
+    Images,
+    ModelInputs,
+    ObservationEncoder,
+    State,
+    checked_seed,
+    expect_shape,
+)
 from .models import FlowPolicy, Pi0Fast, PrefixPolicy
 from .models.flow import Guide, guided
 from .models.pi0_fast import BROKEN, NOTHING
@@ -40,13 +47,16 @@ from .quantization.calibrated import Calibrated
 from .quantization.in_force import CalibrationInForce
 from .quantization.runner import Runner
 from .spec import PolicySpec
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .processing.fast_tokens import ActionTokens
 
 
 class Policy(Calibrated):
-    """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time."""
+    """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time, in the
+    order they came; ReentryError for one from inside another, as of a signal handler.
+    """
 
     def __init__(
         self,
@@ -62,7 +72,7 @@ class Policy(Calibrated):
         self._action_tokens = action_tokens
         self._engine = engine
         self._target = target
-        self._lock = threading.Lock()
+        self._lock = Turns()
         self._lost = False  # the GPU, see `device_loss`
         self._checkpoint = checkpoint
         self.spec = PolicySpec.of(checkpoint, model.num_views)
@@ -155,7 +165,7 @@ class Policy(Calibrated):
                     f"{self.spec.checkpoint}: the tokenizers of its action tokens were not found when it was "
                     "loaded (the log says where they were looked for): load it again with them in place"
                 )
-            raw = None if state is None else np.asarray(state, np.float32)
+            raw = None if state is None else np.asarray(state, np.float32)  # real: it was encoded
             guide = None if rtc is None else self._encode_guidance(rtc, raw)
             actions = self._run(model, inputs, guide)
             self._refuse_non_finite(actions)
@@ -228,7 +238,7 @@ class Policy(Calibrated):
                 text = torch.cat((text, text.new_tensor([BOS_ID])))
                 valid = torch.cat((valid, valid.new_tensor([True])))
             generator = torch.Generator()
-            _ = generator.seed() if seed is None else generator.manual_seed(seed)
+            _ = generator.seed() if seed is None else generator.manual_seed(checked_seed(seed))
             arguments = (max_tokens, stop, temperature, generator, pruned)
             self._calibrate_first(lambda: model.sample_tokens(pixels, present, text, valid, *arguments))
             found = model.sample_tokens(pixels, present, text, valid, *arguments).cpu().numpy()
@@ -331,6 +341,7 @@ class Policy(Calibrated):
                 self._model.release()
             self._model = None
             self._engine = None
+            self._encode.release()
             self._calibration = None
             self._checkpoint.close()
             if self.device.type == "cuda" and not self._lost:
