@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .errors import OptionError
+
 DIRECTORY_VARIABLES = ("FLASHRT_CACHE_DIR", "FLASH_RT_HOME")  # the first that is set counts
 PIECE = 64 << 20
 REMEMBERED = 64
@@ -20,19 +22,43 @@ ABANDONED_S = 3600.0
 
 
 def cache_directory() -> Path:
-    """$FLASHRT_CACHE_DIR or $FLASH_RT_HOME, else flash_rt in $XDG_CACHE_HOME or ~/.cache; not created."""
+    """$FLASHRT_CACHE_DIR or $FLASH_RT_HOME, else flash_rt in $XDG_CACHE_HOME or ~/.cache; not created.
+
+    Raises OptionError for a user without a home, as services have.
+    """
     for variable in DIRECTORY_VARIABLES:
         if named := os.environ.get(variable):
-            return Path(named).expanduser()
+            return Path(named).expanduser() if home_directory() else Path(named)
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "flash_rt"
+    if not xdg.is_absolute():
+        home = home_directory()
+        if home is None:
+            raise OptionError(
+                "this user has no home directory, so there is nowhere to keep quantised weights and "
+                f"calibrations: set {DIRECTORY_VARIABLES[0]} to a directory that it may write"
+            )
+        xdg = home / ".cache"
+    return xdg / "flash_rt"
+
+
+def home_directory() -> Path | None:
+    """The user's; None for one who has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def looked_for(name: str) -> tuple[Path, ...]:
     """Where a file that a user put into the cache may be: there, and in ~/.cache/flash_rt, where it was
     once put whatever the variables said.
     """
-    return tuple(dict.fromkeys((cache_directory() / name, Path.home() / ".cache" / "flash_rt" / name)))
+    places: list[Path] = []
+    with contextlib.suppress(OptionError):
+        places.append(cache_directory() / name)
+    if (home := home_directory()) is not None:
+        places.append(home / ".cache" / "flash_rt" / name)
+    return tuple(dict.fromkeys(places))
 
 
 def obstacle_to(file: Path) -> str | None:

@@ -272,8 +272,8 @@ def _load_quantised(model: PrefixPolicy, opened: Checkpoint, target: Target, set
         load_weights(model, opened.config, opened, target.device)
         return
     cache = WeightCache(opened, target.precision)
-    if not settings.recalibrate and cache.load(model, target.device):
-        logger.info("quantised weights from %s", cache.path)
+    if not settings.recalibrate and (path := cache.load(model, target.device)):
+        logger.info("quantised weights from %s", path)
         return
     load_weights(model, opened.config, opened, target.device)
     cache.save(model)

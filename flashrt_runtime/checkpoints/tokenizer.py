@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cache import cache_directory, looked_for
+from ..cache import cache_directory, home_directory, looked_for
 from ..errors import CheckpointError, TokenizerNotFoundError
 
 if TYPE_CHECKING:
@@ -38,11 +38,9 @@ def cache_file() -> Path:
 
 def search_path() -> tuple[Path, ...]:
     """Places looked at when neither the checkpoint nor the environment names a tokenizer, in order."""
-    return (
-        *looked_for(FILE_NAME),
-        Path.home() / ".cache" / "openpi" / "big_vision" / FILE_NAME,
-        Path("/workspace") / FILE_NAME,
-    )
+    home = home_directory()
+    openpi = () if home is None else (home / ".cache" / "openpi" / "big_vision" / FILE_NAME,)
+    return (*looked_for(FILE_NAME), *openpi, Path("/workspace") / FILE_NAME)
 
 
 def resolve_tokenizer(checkpoint: Checkpoint) -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..cache import cache_directory, write_atomically
+from ..errors import OptionError
 from . import native
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def device_file(device: torch.device) -> Path | None:
     name = "".join(each if each.isalnum() else "-" for each in torch.cuda.get_device_name(device))
     try:
         return cache_directory() / "autotune" / f"{name}.json"
-    except RuntimeError:
+    except OptionError:
         return None
 
 

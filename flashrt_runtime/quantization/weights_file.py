@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..cache import content_digest, put_in_place, remove_abandoned
+from ..cache import content_digest
 from ..errors import CalibrationCorruptError, CalibrationError, CalibrationNotFoundError
 from ..ops import E4M3
+from . import tensor_files
 
 SUFFIX = ".weights.safetensors"
 MARK = {"flashrt_weights": "1"}
@@ -45,7 +40,7 @@ class WeightsFile:
     @classmethod
     def of(cls, calibration: Path, digest: str) -> WeightsFile:
         """What `write` calls the weights of this digest."""
-        return cls(f"{calibration.stem}.{digest[:16]}{SUFFIX}", digest)
+        return cls(tensor_files.named(calibration.stem, digest, SUFFIX), digest)
 
     def beside(self, calibration: Path) -> Path:
         """Where it is to be."""
@@ -100,29 +95,11 @@ class WeightsFile:
 
 
 def write(calibration: Path, tensors: Mapping[str, Tensor]) -> tuple[WeightsFile, bool]:
-    """Keep weights beside a calibration's file, complete or not at all, readable for whom the umask lets;
-    whether they were not there before. A file of the same content stays as it is. Raises OSError.
+    """Keep weights beside a calibration's file, see `tensor_files.write`; whether they were not there before.
+    Raises OSError.
     """
-    parent, unfinished = calibration.parent, f".{calibration.stem}{SUFFIX}."
-    parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(parent, f"{glob.escape(unfinished)}*.part")
-    # a directory of its own also holds what safetensors makes on the way, under a name that is not ours
-    folder = parent / f"{unfinished}{os.getpid()}.{secrets.token_hex(4)}.part"
-    folder.mkdir()
-    try:
-        temporary = folder / "weights"
-        save_file({name: each.contiguous() for name, each in tensors.items()}, temporary, MARK)
-        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private
-        found = WeightsFile.of(calibration, content_digest([temporary]))
-        new = not found.is_whole(calibration)
-        if new:
-            put_in_place(temporary, found.beside(calibration))
-        return found, new
-    except SafetensorError as error:
-        raise OSError(f"{calibration}: its weights could not be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder)
+    path, digest, new = tensor_files.write(calibration.parent, calibration.stem, SUFFIX, tensors, MARK)
+    return WeightsFile(path.name, digest), new
 
 
 def _again() -> str:

@@ -23,7 +23,7 @@ from flashrt_runtime.models.weights import load_weights
 from flashrt_runtime.options import requested_precision, resolve_target
 from flashrt_runtime.parity.capture import capture
 from flashrt_runtime.parity.stages import random_inputs
-from flashrt_runtime.quantization import weight_cache
+from flashrt_runtime.quantization import tensor_files
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, fp8_linears, swap_linears
 from flashrt_runtime.quantization.weight_cache import WeightCache, cache_key
@@ -249,22 +249,29 @@ def test_cached_weights_are_those_of_the_checkpoint(checkpoints: dict[str, Path]
         cache = WeightCache(opened, "fp8")
         empty = models.build(opened.config, 2, torch.bfloat16)
         swap_linears(empty)
-        assert not cache.load(empty, CPU)
+        assert cache.load(empty, CPU) is None
         fresh = models.build(opened.config, 2, torch.bfloat16)
         swap_linears(fresh)
         load_weights(fresh, opened.config, opened, CPU)
         cache.save(fresh)
-        assert cache.load(empty, CPU)
+        (file,) = cache.files()
+        assert cache.load(empty, CPU) == file
     want, got = dict(fresh.named_parameters()), dict(empty.named_parameters())
     assert want.keys() == got.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name].float(), tensor.float()), name
     for name, linear in fp8_linears(fresh).items():
         assert torch.equal(empty.get_submodule(name).weight_scale, linear.weight_scale), name
-    cache.path.write_bytes(cache.path.read_bytes()[:1000])  # a damaged file is made again, not believed
+    whole = file.read_bytes()
     again = models.build(opened.config, 2, torch.bfloat16)
     swap_linears(again)
-    assert not cache.load(again, CPU)
+    holes = whole[: len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096 :]
+    for damaged in (whole[:1000], holes):  # made again, not believed
+        file.write_bytes(damaged)
+        assert cache.load(again, CPU) is None
+    cache.save(fresh)
+    assert cache.files() == [file]
+    assert cache.load(again, CPU) == file
 
 
 def test_a_read_only_cache_is_a_warning(
@@ -277,8 +284,8 @@ def test_a_read_only_cache_is_a_warning(
 
     with open_checkpoint(checkpoints["pi05"], config="auto") as opened:
         cache = WeightCache(opened, "fp8")
-    cache.path.parent.mkdir(parents=True)
-    monkeypatch.setattr(weight_cache, "save_file", refused)
+    cache.folder.mkdir(parents=True)
+    monkeypatch.setattr(tensor_files, "save_file", refused)
     monkeypatch.setattr(Path, "unlink", refused)
     cache.save(torch.nn.Linear(2, 2))
     assert "quantised weights not kept" in caplog.text
@@ -287,19 +294,20 @@ def test_a_read_only_cache_is_a_warning(
 def test_what_killed_writers_left_is_removed(checkpoints: dict[str, Path]) -> None:
     with open_checkpoint(checkpoints["pi05"], config="auto") as opened:
         cache = WeightCache(opened, "fp8")
-    folder = cache.path.parent
+    folder = cache.folder
     folder.mkdir(parents=True)
     for name in (".KEY.safetensors.12.part", ".tmpAb12Cd", ".KEY.safetensors.13.part"):
         (folder / name).write_bytes(b"half")
         os.utime(folder / name, (0, 0) if "13" not in name else None)
     cache.save(torch.nn.Linear(2, 2))
-    assert {file.name for file in folder.iterdir()} == {cache.path.name, ".KEY.safetensors.13.part"}
+    (file,) = cache.files()
+    assert {each.name for each in folder.iterdir()} == {file.name, ".KEY.safetensors.13.part"}
 
 
 def test_cache_key_tells_contents_apart(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with open_checkpoint(checkpoints["pi05"], config="auto") as opened:
         config = opened.config
-        name = WeightCache(opened, "fp8").path.name
+        name = WeightCache(opened, "fp8").key
     key = cache_key("digest", config, "fp8", "1.0")
     wider = dataclasses.replace(config, vision=dataclasses.replace(config.vision, depth=3))
     for other in (
@@ -317,7 +325,7 @@ def test_cache_key_tells_contents_apart(checkpoints: dict[str, Path], tmp_path: 
     content[-1000] ^= 1
     file.write_bytes(content)
     with open_checkpoint(copy, config="auto") as opened:
-        assert WeightCache(opened, "fp8").path.name != name
+        assert WeightCache(opened, "fp8").key != name
 
 
 def test_scales_are_handed_on_aligned() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from flashrt_runtime import Policy, cache
 from flashrt_runtime.errors import CalibrationCorruptError, CalibrationError, CalibrationNotFoundError
-from flashrt_runtime.quantization import artifact, in_force, weights_file
+from flashrt_runtime.quantization import artifact, in_force, tensor_files
 from flashrt_runtime.quantization.weights_file import SUFFIX, WeightsFile
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_earlier_calibration(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(weights_file, "save_file", full)
+        patched.setattr(tensor_files, "save_file", full)
         with pytest.raises(OSError, match="no space"):
             policy.save_calibration()
     with monkeypatch.context() as patched:
