@@ -99,7 +99,7 @@ class Calibrations:
         def finish(done: Any) -> None:
             error = unloaded() if done.cancelled() else done.exception()
             # What kept the node from commanding before still does unless there are scales now.
-            pipeline.calibration = None if _calibrated(pipeline) else before
+            pipeline.calibration = None if calibrated(pipeline) else before
             self._finish(reply, error)
             job.ended.set()
             pipeline.wake()
@@ -243,7 +243,7 @@ class Calibrations:
     def before_activation(self, pipeline: Pipeline) -> None:
         """Without scales, nothing may be inferred until live observations have given them."""
         pipeline.calibration = None
-        if not _calibrated(pipeline):
+        if not calibrated(pipeline):
             pipeline.calibration = CalibrationJob("live", ACTIVATION_SAMPLES, for_activation=True)
 
     def after_activation(self, pipeline: Pipeline) -> None:
@@ -278,7 +278,7 @@ class Calibrations:
     def _failed(self, pipeline: Pipeline, job: CalibrationJob, error: Exception) -> None:
         if not pipeline.active:  # deactivated meanwhile: the next activation begins anew
             pipeline.calibration = None
-        elif _calibrated(pipeline):
+        elif calibrated(pipeline):
             # Only the file is missing: the robot need not wait for a disk.
             self._node.get_logger().error(f"the calibration could not be saved: {describe(error)}")
             pipeline.calibration = None
@@ -368,7 +368,7 @@ def _needs_scales(policy: PolicyLike | None) -> bool:
     return policy is not None and policy.precision == "fp8"
 
 
-def _calibrated(pipeline: Pipeline) -> bool:
+def calibrated(pipeline: Pipeline) -> bool:
     """Whether the policy has the scales it needs, or needs none."""
     policy: Any = pipeline.policy  # read once: it may be unloaded at any time
     return not _needs_scales(policy) or bool(policy.calibrated)

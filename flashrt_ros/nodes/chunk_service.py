@@ -29,6 +29,7 @@ from flashrt_ros.srv import GetActionChunk
 from flashrt_runtime.errors import DeviceLostError, OptionError, PromptError
 from flashrt_runtime.guidance import Guidance
 
+from .calibration import calibrated
 from .deferred import UNLOADED, DeferredService, Refused, Reply
 from .exotic_images import cv_bridge_decoder
 from .failures import describe
@@ -104,6 +105,12 @@ class ChunkService:
             raise Refused(Response.CODE_ACTIVE, text)
         if (job := pipeline.calibration) is not None:
             raise Refused(Response.CODE_BUSY, f"{job}: wait for it, or call ~/cancel_calibration")
+        if not calibrated(pipeline):  # the first observation would set them, and the robot be driven by them
+            raise Refused(
+                Response.CODE_NOT_CALIBRATED,
+                "the fp8 policy has no activation scales yet: call ~/calibrate, or activate the node, which "
+                "calibrates on live observations first",
+            )
         return pipeline
 
     # On the worker thread

@@ -139,6 +139,9 @@ def test_cancel_and_refuse(node, rig) -> None:
     node.start()
     assert node.calibrate(source="live").code == CODES.CODE_NOT_CONFIGURED
     assert node.change("configure")
+    chunk = rig.call(GetActionChunk, "/policy_node/get_action_chunk", timeout=5.0)
+    assert chunk.status == GetActionChunk.Response.CODE_NOT_CALIBRATED, "any picture would set the scales"
+    assert "~/calibrate" in chunk.message
     nothing = node.trigger("cancel_calibration")
     assert (nothing.success, nothing.message) == (False, "no calibration is running")
     request = rig.request(Calibrate, "/policy_node/calibrate", source="live", samples=8)
