@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from .checkpoints.base import Checkpoint
 from .checkpoints.tokenizer import resolve_tokenizer
-from .errors import CheckpointError, ObservationError, OptionError, PromptError
+from .errors import CheckpointError, ClosedError, ObservationError, OptionError, PromptError
 from .processing.images import fitted_size
 from .processing.prompt import PromptEncoder
 from .processing.state import StateTransform
@@ -69,6 +70,10 @@ class ObservationEncoder:
     def prompt(self) -> str | None:
         """The prompt in force, as given; None before the first."""
         return self._prompt
+
+    def release(self) -> None:
+        """Let go of the model; no observation may be encoded any more."""
+        self._draw_noise = _closed
 
     def set_prompt(self, prompt: str) -> None:
         """Check and take a prompt; see `Policy.set_prompt` for what it raises."""
@@ -149,7 +154,10 @@ class ObservationEncoder:
         names = self.spec.views
         if isinstance(images, Mapping):
             aliases = dict(zip(VIEW_ALIASES, names, strict=False))
-            by_name = {aliases.get(name, name): image for name, image in images.items()}
+            # a view's own name wins: "image" may be an alias of another view
+            by_name = {
+                name if name in names else aliases.get(name, name): image for name, image in images.items()
+            }
             if set(by_name) != set(names) or len(by_name) != len(images):
                 raise ObservationError(f"expected images for the views {list(names)}, got {list(images)}")
             absent = [name for name in names if by_name[name] is None]
@@ -161,6 +169,11 @@ class ObservationEncoder:
             names = tuple(name for name in names if name not in absent)
             ordered: list[NDArray[np.uint8] | None] = [by_name[name] for name in names]
         else:
+            if not isinstance(images, Iterable):
+                raise ObservationError(
+                    f"images: expected {len(names)} images in the order {list(names)}, or a dict of them by "
+                    f"name; got {type(images).__name__}"
+                )
             ordered = list(images)
             if len(ordered) != len(names):
                 raise ObservationError(
@@ -194,28 +207,65 @@ class ObservationEncoder:
                     f"this policy sees the robot's state: pass state= with {self.spec.state_dim} values"
                 )
             return None
-        values = np.asarray(state, dtype=np.float32)
+        values = real_array("state", state)
         if self._state is None:
             raise CheckpointError(
                 f"{self.spec.checkpoint}: no state statistics (norm_stats), so state= cannot be used"
             )
         if values.shape != (self.spec.state_dim,):
             raise ObservationError(f"state: expected shape ({self.spec.state_dim},), got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ObservationError(
-                f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
-            )
-        return self._state.normalize(values)
+        _refuse_non_finite("state", values)
+        normalized = self._state.normalize(values)
+        _refuse_non_finite("state, normalised by the checkpoint's statistics", normalized)
+        return normalized
 
     def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:
         if noise is not None:
             if seed is not None:
                 raise OptionError("noise= and seed= were both given: pass one")
-            expect_shape("noise", noise, self._noise_shape)
-            return torch.from_numpy(np.array(noise, dtype=np.float32))
+            values = real_array("noise", noise)
+            expect_shape("noise", values, self._noise_shape)
+            return torch.from_numpy(values.copy())
         # drawn on the host, so that a seed gives the same noise on every device
-        generator = self._noise if seed is None else torch.Generator().manual_seed(seed)
+        generator = self._noise if seed is None else torch.Generator().manual_seed(checked_seed(seed))
         return self._draw_noise(generator)
+
+
+def _closed(generator: torch.Generator) -> torch.Tensor:
+    raise ClosedError("this policy was closed: load it again with load_model")
+
+
+def checked_seed(seed: object) -> int:
+    """A seed as an int. Raises OptionError."""
+    try:
+        if isinstance(seed, bool | np.bool_):
+            raise TypeError
+        value = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise OptionError(f"seed: expected an integer, got {seed!r}") from error
+    if not 0 <= value < 1 << 64:
+        raise OptionError(f"seed: expected an integer from 0 to 2**64 - 1, got {value}")
+    return value
+
+
+def real_array(name: str, value: object) -> FloatArray:
+    """`value` as float32. Raises ObservationError for what holds no real numbers."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind in "biuf":
+            with np.errstate(over="ignore"):  # what becomes infinite is refused with its position
+                return array.astype(np.float32)
+        kind = str(array.dtype)
+    except ValueError:  # rows of different lengths
+        kind = "nested sequences of different lengths"
+    raise ObservationError(f"{name}: expected real numbers, got {kind}")
+
+
+def _refuse_non_finite(name: str, values: FloatArray) -> None:
+    if not np.isfinite(values).all():
+        raise ObservationError(
+            f"{name}: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
+        )
 
 
 def expect_shape(name: str, value: object, shape: tuple[int, ...]) -> None:

@@ -27,7 +27,8 @@ def match_views(
     """view -> camera, in the order of `views`.
 
     named: given by the user; else cameras that are called like the views, or image, wrist_image and
-    wrist_image_right for the first three. Nothing is guessed from the order: DatasetError says what to give.
+    wrist_image_right for the first three, unless another view is called so. Nothing is guessed from the
+    order: DatasetError says what to give.
     """
     cameras = list(cameras)
     if named:
@@ -41,7 +42,11 @@ def match_views(
     else:
         aliases = dict(zip(views, VIEW_ALIASES, strict=False))
         found = {view: view if view in cameras else aliases.get(view, "") for view in views}
-        found = {view: camera for view, camera in found.items() if camera in cameras}
+        found = {
+            view: camera
+            for view, camera in found.items()
+            if camera in cameras and (camera == view or camera not in views)
+        }
     missing = [view for view in views if view not in found]
     if missing:
         raise DatasetError(

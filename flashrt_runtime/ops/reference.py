@@ -180,6 +180,8 @@ def attention(
     folded = q.view(queries, kv_heads, group, head_dim).permute(1, 0, 2, 3)
     folded = folded.reshape(1, kv_heads, queries * group, head_dim)
     mask = None if key_mask is None else key_mask.view(1, 1, 1, -1)
+    if key_mask is not None:  # a slot that is not attended may hold what a broken chunk left: 0 * NaN is NaN
+        k, v = (torch.where(key_mask.view(-1, 1, 1), each, torch.zeros_like(each[:1])) for each in (k, v))
     out = F.scaled_dot_product_attention(
         folded, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), attn_mask=mask
     )

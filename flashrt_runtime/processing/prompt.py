@@ -84,11 +84,14 @@ class PromptEncoder:
         Raises PromptError, PromptTooLongError (the text is never cut off) or ObservationError.
         """
         text = self.text(prompt, normalized_state)
-        if not self.rules.state_in_prompt and self.rules.clean_underscores:
-            # openpi tokenises the newline on its own, LeRobot with the text before it.
-            ids = self.processor.encode(text[:-1]) + self.processor.encode("\n")
-        else:
-            ids = self.processor.encode(text)
+        try:
+            if not self.rules.state_in_prompt and self.rules.clean_underscores:
+                # openpi tokenises the newline on its own, LeRobot with the text before it.
+                ids = self.processor.encode(text[:-1]) + self.processor.encode("\n")
+            else:
+                ids = self.processor.encode(text)
+        except (RuntimeError, UnicodeError) as error:  # lone surrogates are no text
+            raise PromptError(f"prompt {prompt!r}: cannot be tokenised: {error}") from error
         bos = self.processor.bos_id()
         tokens = [bos, *ids, bos] if self.rules.end_with_bos else [bos, *ids]
         if len(tokens) > self.capacity:
