@@ -12,7 +12,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -228,10 +228,11 @@ class Engine:
     ) -> None:
         if self.begun is not images:
             self._start(images)
-        self.begun = None
+            self.begun = images
         extra = self.unguided if guide is None else guide.arrays()
         self.staging.write(self.image_tokens + len(tokens), tokens, state, noise, extra)
         self.staging.finish_images()
+        self.begun = None
         self.staging.upload()
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> None:
@@ -313,18 +314,30 @@ class Engine:
                     setattr(self, name, value)
                 raise
         self._follow_caller()
-        with torch.cuda.stream(self.stream):
-            self._upload(images, tokens, state, noise, guide)
+        with self._settled():
             bucket = self.bucket_of(len(tokens))
-            self.graphs[bucket].replay()
-            if self.repeats is not None:
-                self.repeats.run()
-            self.staging.actions.copy_(self.actions, non_blocking=True)
-            self.done.record(self.stream)
-        stepwise = self.repeats is not None and not self.whole  # which has waited for all but the last step
-        self._wait(0.0 if stepwise else self.graph_ms[bucket] / 1e3)
+            with torch.cuda.stream(self.stream):
+                self._upload(images, tokens, state, noise, guide)
+                self.graphs[bucket].replay()
+                if self.repeats is not None:
+                    self.repeats.run()
+                self.staging.actions.copy_(self.actions, non_blocking=True)
+                self.done.record(self.stream)
+            stepwise = self.repeats is not None and not self.whole  # has waited for all but the last step
+            self._wait(0.0 if stepwise else self.graph_ms[bucket] / 1e3)
         result: NDArray[np.generic] = self.staging.actions.numpy().copy()
         return result
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """An error or an interrupt leaves nothing under way that the next caller's buffers are read by."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
+                self._give_up_begun()
+                self.stream.synchronize()
+            raise
 
     def _wait(self, expected_s: float) -> None:
         """Sleep through most of a replay, then poll: waking up from a blocking wait takes longer."""

@@ -207,6 +207,34 @@ def test_what_was_begun_and_given_up_harms_nothing(path: Path, monkeypatch: pyte
     policy.close()
 
 
+@pytest.mark.parametrize("where", ["staging.write", "_wait"])
+def test_an_interrupt_leaves_nothing_under_way(
+    path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the upload and the answer: what runs right behind, on another stream, is undisturbed."""
+    policy = load(path, "bf16")
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert model is not None
+    want = policy.predict(images(0), "go", STATE, seed=0)
+    inputs = policy._encode(images(0), "go", STATE, seed=0)
+    eager = policy._eager(model, inputs).cpu().numpy()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    owner, _, name = where.rpartition(".")
+    with monkeypatch.context() as patched:
+        patched.setattr(getattr(engine, owner) if owner else engine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            policy.predict(images(1, ((1000, 900), (48, 64))), "go", STATE, seed=0)
+    assert engine.begun is None
+    assert engine.stream.query(), "something is still running"
+    assert np.array_equal(policy._eager(model, inputs).cpu().numpy(), eager)
+    assert np.array_equal(policy.predict(images(0), "go", STATE, seed=0), want)
+    policy.close()
+
+
 def test_any_thread_may_call(path: Path) -> None:
     policy = load(path, "bf16")
     want = [policy.predict(images(seed), "go", STATE, seed=seed) for seed in range(4)]
