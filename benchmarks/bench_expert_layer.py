@@ -1,7 +1,7 @@
 """One expert layer visit by our kernels in a CUDA graph: microseconds and weight bandwidth.
 
-Ten steps over `--layers` layers, so that the weights come from memory and not from L2; each kernel alone,
-the five in a chain, and the persistent kernel that runs all steps.
+Ten steps over `--layers` layers, so that the weights come from memory and not from L2; each kernel alone
+(parts: attention without clusters), the five in a chain, and the persistent kernel that runs all steps.
     python -m benchmarks.bench_expert_layer --rows 10 --prefix 560
     python -m benchmarks.bench_expert_layer --rows 10 50 --prefix 560 816 --persistent
 """
@@ -57,16 +57,26 @@ class Rig:
         self.q = torch.empty(rows, 8, 256, device="cuda", dtype=torch.bfloat16)
         self.attended = torch.empty(rows, 2048, device="cuda", dtype=self.dtype)
         self.hidden = torch.empty(rows, 4096, device="cuda", dtype=self.dtype)
+        wide = torch.float16 if self.fp8 else torch.bfloat16
+        self.normed = torch.empty(rows, 1024, device="cuda", dtype=wide)
+        self.scratch = expert.attention_scratch(rows, 8, capacity, self.h.device)
 
     def linear(self, name: str, layer: int) -> PackedLinear:
         """One product's weights, with scales where they are e4m3."""
         scale = self.scale if self.fp8 else None
         return PackedLinear(self.data[name][layer], *SHAPES[name], scale, scale)
 
+    def input(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What a product reads and norms: more rows than it can are normed by a kernel of its own."""
+        if self.rows <= expert.MAX_NORM_ROWS:
+            return self.h, self.norm
+        return expert.norm_rows(self.h, self.norm, 1e-6, self.normed), None
+
     def qkv(self, i: int) -> None:
         """Norm, projection, rotary embedding, cache write."""
+        x, norm = self.input()
         expert.skinny_gemm(
-            self.h, self.linear("qkv", i), Epilogue.ROPE, self.q, norm=self.norm, rope=self.rope,
+            x, self.linear("qkv", i), Epilogue.ROPE, self.q, norm=norm, rope=self.rope,
             prefix_length=self.length, k_cache=self.k[i], v_cache=self.v[i], heads=8, kv_heads=1,
             head_dim=256,
         )  # fmt: skip
@@ -76,14 +86,21 @@ class Rig:
         scale = self.scale if self.fp8 else None
         expert.expert_attention(self.q, self.k[i], self.v[i], self.length, self.attended, scale)
 
+    def parts(self, i: int) -> None:
+        """The same without clusters."""
+        scale = self.scale if self.fp8 else None
+        k, v = self.k[i], self.v[i]
+        expert.expert_attention(self.q, k, v, self.length, self.attended, scale, self.scratch)
+
     def out(self, i: int) -> None:
         """Projection and gated residual."""
         expert.skinny_gemm(self.attended, self.linear("out", i), Epilogue.RESIDUAL, self.h, gate=self.gate)
 
     def gate_up(self, i: int) -> None:
         """Norm, projection, GeGLU."""
+        x, norm = self.input()
         expert.skinny_gemm(
-            self.h, self.linear("gate_up", i), Epilogue.GEGLU, self.hidden, norm=self.norm,
+            x, self.linear("gate_up", i), Epilogue.GEGLU, self.hidden, norm=norm,
             out_scale=self.scale if self.fp8 else None,
         )  # fmt: skip
 
@@ -130,6 +147,7 @@ def compare(rig: Rig) -> None:
     for name, part in parts.items():
         n, k = SHAPES.get(name, (0, 0))
         report(rig, name, lambda part=part: chain([part]), n * k)  # type: ignore[misc]
+    report(rig, "parts", lambda: chain([rig.parts]), 0)
     report(rig, "chain", lambda: chain(list(parts.values())), WEIGHTS)
     report(rig, "persistent", rig.persistent(), WEIGHTS)
 

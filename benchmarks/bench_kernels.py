@@ -100,6 +100,12 @@ def elementwise() -> Iterator[Case]:
         a, b, w = randn(TOKENS, WIDTH), randn(TOKENS, WIDTH), torch.randn(WIDTH, device="cuda")
         return lambda: native.add_rms_norm(a, b, w, 1e-6)
 
+    def ada() -> Callable[[], object]:
+        a, b, s = randn(50, 1024), randn(50, 1024), scale()
+        styles = torch.randn(2, 3, 1024, device="cuda")
+        return lambda: ops.gated_add_ada_rms_norm(a, b, styles[0, 2], styles[1], 1e-6, s)
+
+    yield Case("row_norm: gated add, adaRMS, e4m3", "50 x 1024", 7 * 50 * 1024 + 12 * 1024, ada)
     yield Case("row_norm: add, RMSNorm, e4m3", f"{TOKENS} x {WIDTH}", 7 * x, rms)
     yield Case("row_norm: add, LayerNorm, e4m3", f"{PATCHES} x {VISION}", 7 * v, layer)
     yield Case("add_rms_norm: bf16", f"{TOKENS} x {WIDTH}", 8 * x, own_norm)
@@ -212,7 +218,11 @@ def whole_expert() -> Iterator[Case]:
             x, out, hidden=hidden, norm=norm, eps=1e-6, out=(w_out, b_out), dt=-0.1, project=(w_in, b_in)
         )
 
-    yield Case("expert_attention, e4m3", f"10 x 8 heads, {TOKENS} keys", 4 * TOKENS * 256, attention, 18)
+    def parts() -> Callable[[], object]:
+        return over_layers(rig(10, True).parts)
+
+    for name, make in (("expert_attention", attention), ("expert_attention without clusters", parts)):
+        yield Case(f"{name}, e4m3", f"10 x 8 heads, {TOKENS} keys", 4 * TOKENS * 256, make, 18)
     yield Case("action_step", "10 x 32 x 1024", 2 * 4 * 32 * 1024, step)
     for rows in (10, 50):
         for fp8 in (True, False):

@@ -1,9 +1,12 @@
 // The seam between two denoise steps, one block a row of the chunk, all float32:
 //   v = norm(hidden) W_out^T + b_out;   x += dt * v;   next = W_in x + b_in   (pi0: silu of it)
-// Either half may be left out: the first step has no hidden, the last no next.
+// Either half may be left out: the first step has no hidden, the last no next. With a guide v is corrected first, as
+// guide_velocity.cu does it.
 //
-// Bytes moved: 2 * 128 KB of weights (32 x 1024 float32 each way), read by every row from L2; 10 rows are 2.6 MB of L2
-// reads, about 2 us with the launch. The floor is the launch.
+// Bytes moved: 2 * 128 KB of weights (32 x 1024 float32 each way), read by every row from L2, into which the blocks
+// call them together before they wait for the kernel in front; 10 rows are 2.6 MB of L2 reads, about 2 us with the
+// launch. The floor is the launch.
+#include "dependent_launch.h"
 #include "expert.h"
 #include "hopper.cuh"
 #include "vector.cuh"
@@ -11,15 +14,23 @@
 namespace flashrt {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxWidth = 2048;
 constexpr int kMaxActionDim = 64;
+constexpr int kWarpActions = kMaxActionDim / kWarps;
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
+}
+
+// Calls this block's share of a weight into L2.
+__device__ __forceinline__ void prefetch_share(const float* weight, int floats) {
+  constexpr int kLine = 32;
+  for (int line = blockIdx.x * kThreads + threadIdx.x; line * kLine < floats; line += gridDim.x * kThreads)
+    prefetch_l2(weight + line * kLine);
 }
 
 __device__ void project_out(const ActionStep& p, int row, float* normed, float* x, float* scratch) {
@@ -37,18 +48,29 @@ __device__ void project_out(const ActionStep& p, int row, float* normed, float* 
   }
   __syncthreads();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int action = warp; action < p.action_dim; action += kWarps) {
-    const float4* weight = reinterpret_cast<const float4*>(p.out_weight + int64_t(action) * p.width);
-    float sum = 0.0f;
-    for (int i = lane; i < p.width / 4; i += kWarpSize) {
-      const float4 w = weight[i];
-      const float4 n = reinterpret_cast<const float4*>(normed)[i];
-      sum += w.x * n.x + w.y * n.y + w.z * n.z + w.w * n.w;
+  float sums[kWarpActions] = {};  // of all its actions at once: their loads do not wait for each other
+#pragma unroll 4
+  for (int i = lane; i < p.width / 4; i += kWarpSize) {
+    const float4 n = reinterpret_cast<const float4*>(normed)[i];
+#pragma unroll
+    for (int a = 0; a < kWarpActions; ++a) {
+      const int action = warp + a * kWarps;
+      if (action >= p.action_dim) break;
+      const float4 w = reinterpret_cast<const float4*>(p.out_weight + int64_t(action) * p.width)[i];
+      sums[a] += w.x * n.x + w.y * n.y + w.z * n.z + w.w * n.w;
     }
-    sum = warp_sum(sum);
-    if (lane == 0) {
+  }
+#pragma unroll
+  for (int a = 0; a < kWarpActions; ++a) {
+    const int action = warp + a * kWarps;
+    const float sum = warp_sum(sums[a]);
+    if (lane == 0 && action < p.action_dim) {
       const int64_t index = int64_t(row) * p.action_dim + action;
-      x[action] = p.x[index] + p.dt * (sum + p.out_bias[action]);
+      float velocity = sum + p.out_bias[action];
+      const float weight = p.guide_weight != nullptr ? p.guide_weight[row] : 0.0f;
+      if (weight != 0.0f)
+        velocity -= *p.guide_gain * ((p.guide_target[index] - (p.x[index] - p.time * velocity)) * weight);
+      x[action] = p.x[index] + p.dt * velocity;
       p.x[index] = x[action];
     }
   }
@@ -59,6 +81,8 @@ __global__ void __launch_bounds__(kThreads) action_step_kernel(const ActionStep 
   __shared__ __align__(16) float x[kMaxActionDim];
   __shared__ float scratch[kMaxWarpsPerBlock];
   const int row = blockIdx.x;
+  if (p.hidden != nullptr) prefetch_share(p.out_weight, p.action_dim * p.width);
+  if (p.in_weight != nullptr) prefetch_share(p.in_weight, p.action_dim * p.width);
   dependency_wait();
   dependency_release();
   if (p.hidden != nullptr) {
@@ -72,6 +96,7 @@ __global__ void __launch_bounds__(kThreads) action_step_kernel(const ActionStep 
   for (int i = threadIdx.x; i < p.width; i += kThreads) {
     const float4* weight = reinterpret_cast<const float4*>(p.in_weight + int64_t(i) * p.action_dim);
     float sum = p.in_bias[i];
+#pragma unroll 8
     for (int j = 0; j < p.action_dim / 4; ++j) {
       const float4 w = weight[j];
       const float4 a = reinterpret_cast<const float4*>(x)[j];
@@ -88,20 +113,7 @@ cudaError_t action_step(const ActionStep& p, cudaStream_t stream) {
   if (p.rows < 1 || p.width < 1 || p.width > kMaxWidth || p.width % 4 != 0 || p.action_dim < 1 ||
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
     return cudaErrorInvalidValue;
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.rows);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, action_step_kernel, p);
+  return launch_dependent(action_step_kernel, dim3(p.rows), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace flashrt

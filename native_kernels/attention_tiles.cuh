@@ -1,5 +1,5 @@
-// Pieces of the expert's attention shared by the kernel of one layer and the persistent one: several
-// blocks a head, each with its share of the keys in shared memory, partial results sent to the block that merges them.
+// Pieces of the expert's attention, with clusters and without: several blocks a head, each with its share of the keys
+// in shared memory, partial results sent to the block that merges them.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -53,9 +53,11 @@ __host__ __device__ constexpr int inbox_floats(int splits, int padded_rows) {
 // The keys [first, first + keys) of block `split`, of which the first `prefix_keys` belong to the prefix.
 struct Share {
   int first, keys, padded_keys, prefix_keys;
+  int active;  // blocks that have keys, the first ones
 
   __device__ Share(int split, int splits, int prefix, int rows) {
     const int total = prefix + rows, share = round_up((total + splits - 1) / splits, 16);
+    active = (total + share - 1) / share;
     first = split * share;
     keys = max(0, min(share, total - first));
     padded_keys = round_up(keys, 16);
@@ -232,6 +234,22 @@ __device__ __forceinline__ float4 load_volatile(const float4* address) {
   return value;
 }
 
+// Four columns of a row: sums of weighted values over the sum of the weights.
+__device__ __forceinline__ void store_four(void* out, int64_t index, const float (&value)[4], float total, bool fp8_out,
+                                           float inverse_scale) {
+  Vector<__nv_bfloat16, 4> rounded;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rounded.element[i] = from_float<__nv_bfloat16>(value[i] / total);
+  if (fp8_out) {
+    Vector<uint8_t, 4> packed;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) packed.element[i] = to_e4m3(to_float(rounded.element[i]) * inverse_scale);
+    *reinterpret_cast<Vector<uint8_t, 4>*>(static_cast<uint8_t*>(out) + index) = packed;
+  } else {
+    *reinterpret_cast<Vector<__nv_bfloat16, 4>*>(static_cast<__nv_bfloat16*>(out) + index) = rounded;
+  }
+}
+
 // Merge the partial results that lie in this block's inbox and write its columns, rows `out_row_elements` apart.
 template <int Splits, int RowTiles>
 __device__ void merge(const float* inbox, int rows, void* out, int64_t out_row_elements, bool fp8_out,
@@ -260,25 +278,70 @@ __device__ void merge(const float* inbox, int rows, void* out, int64_t out_row_e
       value[2] += weight * parts[s].z;
       value[3] += weight * parts[s].w;
     }
-    const int64_t index = row * out_row_elements + column;
-    Vector<__nv_bfloat16, 4> rounded;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rounded.element[i] = from_float<__nv_bfloat16>(value[i] / total);
-    if (fp8_out) {
-      Vector<uint8_t, 4> packed;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) packed.element[i] = to_e4m3(to_float(rounded.element[i]) * inverse_scale);
-      *reinterpret_cast<Vector<uint8_t, 4>*>(static_cast<uint8_t*>(out) + index) = packed;
-    } else {
-      *reinterpret_cast<Vector<__nv_bfloat16, 4>*>(static_cast<__nv_bfloat16*>(out) + index) = rounded;
-    }
+    store_four(out, row * out_row_elements + column, value, total, fp8_out, inverse_scale);
   }
 }
 
-// Scores, softmax and P V of the operands in shared memory, the exchange, and this block's columns of the result.
+// Where a block without a cluster leaves its partial results: all columns of its tile, in memory.
+struct OwnInbox {
+  static constexpr int rank = 0;
+  float* own;
+  __device__ float* inbox(int) const { return own; }
+};
+
+// Merge a tile's partial results, `parts` inboxes behind each other in memory, in the order of their keys; `weight`:
+// shared memory for parts * 16 floats. From L2 throughout: other blocks wrote them a moment ago.
+__device__ inline void merge_parts(const float* inboxes, int parts, int rows, float* weight, void* out, bool fp8_out,
+                                   float inverse_scale) {
+  constexpr int Rows = 16, Floats = inbox_floats(1, Rows), Threads = kHeadDim / 4, Each = Rows * Threads / kThreads;
+  constexpr int Stride = kThreads / Threads;  // from one of a thread's rows to the next
+  __shared__ float totals[Rows];
+  // 16 lanes a row, a part each: more parts than lanes are taken in turns
+  const int lane = threadIdx.x % Rows, own = threadIdx.x / Rows;
+  const auto stat_of = [&](int part) {
+    return __ldcg(reinterpret_cast<const float2*>(inboxes + int64_t(part) * Floats + Rows * kHeadDim) + own);
+  };
+  float maximum = -INFINITY, total = 0.0f;
+  for (int part = lane; part < parts; part += Rows) maximum = fmaxf(maximum, stat_of(part).x);
+#pragma unroll
+  for (int offset = Rows / 2; offset > 0; offset /= 2)
+    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+  for (int part = lane; part < parts; part += Rows) {
+    const float2 stat = stat_of(part);
+    weight[part * Rows + own] = __expf(stat.x - maximum);
+    total += weight[part * Rows + own] * stat.y;
+  }
+#pragma unroll
+  for (int offset = Rows / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+  if (lane == 0) totals[own] = total;
+  __syncthreads();
+  const int column = threadIdx.x % Threads * 4, first = threadIdx.x / Threads;
+  float value[Each][4] = {};
+#pragma unroll 4
+  for (int part = 0; part < parts; ++part) {
+    const float* from = inboxes + int64_t(part) * Floats + column;
+#pragma unroll
+    for (int i = 0; i < Each; ++i) {
+      const int row = first + i * Stride;
+      const float4 its = __ldcg(reinterpret_cast<const float4*>(from + row * kHeadDim));
+      const float factor = weight[part * Rows + row];
+      value[i][0] += factor * its.x;
+      value[i][1] += factor * its.y;
+      value[i][2] += factor * its.z;
+      value[i][3] += factor * its.w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Each; ++i) {
+    const int row = first + i * Stride;
+    if (row < rows) store_four(out, int64_t(row) * kHeadDim + column, value[i], totals[row], fp8_out, inverse_scale);
+  }
+}
+
+// Scores, softmax and P V of the operands in shared memory, sent where the exchange says.
 template <int Splits, int RowTiles, typename Exchange>
-__device__ void attend(unsigned char* shared, const Layout& layout, const Share& share, Exchange& exchange, int rows,
-                       void* out, int64_t out_row_elements, bool fp8_out, float inverse_scale) {
+__device__ void attend(unsigned char* shared, const Layout& layout, const Share& share, const Exchange& exchange,
+                       int rows) {
   constexpr int PaddedRows = 16 * RowTiles;
   float* score = reinterpret_cast<float*>(shared + layout.score);
   __nv_bfloat16* probability = reinterpret_cast<__nv_bfloat16*>(shared + layout.probability);
@@ -289,8 +352,6 @@ __device__ void attend(unsigned char* shared, const Layout& layout, const Share&
   team_barrier();
   send_values<Splits, RowTiles>(shared + layout.probability, shared + layout.v, exchange, share.padded_keys,
                                 layout.probability_stride() * 2);
-  exchange.sync();
-  merge<Splits, RowTiles>(exchange.inbox(exchange.rank), rows, out, out_row_elements, fp8_out, inverse_scale);
 }
 
 }  // namespace attention

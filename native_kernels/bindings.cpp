@@ -22,13 +22,14 @@ void add_rms_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t o
         "add_rms_norm");
 }
 
-void skinny_gemm(bool fp8, int epilogue, int rows, int n, int k, uintptr_t x, uintptr_t weights, uintptr_t norm_scale,
-                 uintptr_t norm_shift, float eps, uintptr_t x_scale, uintptr_t w_scale, uintptr_t out_scale,
-                 uintptr_t bias, uintptr_t gate, uintptr_t out, uintptr_t rope_cos, uintptr_t rope_sin,
-                 uintptr_t prefix_length, uintptr_t k_cache, uintptr_t v_cache, int heads, int kv_heads, int head_dim,
-                 uintptr_t stream) {
+void skinny_gemm(bool fp8, bool wide, int epilogue, int rows, int n, int k, uintptr_t x, uintptr_t weights,
+                 uintptr_t norm_scale, uintptr_t norm_shift, float eps, uintptr_t x_scale, uintptr_t w_scale,
+                 uintptr_t out_scale, uintptr_t bias, uintptr_t gate, uintptr_t out, uintptr_t rope_cos,
+                 uintptr_t rope_sin, uintptr_t prefix_length, uintptr_t k_cache, uintptr_t v_cache, int heads,
+                 int kv_heads, int head_dim, uintptr_t stream) {
   flashrt::SkinnyGemm problem = {};
   problem.fp8 = fp8;
+  problem.wide = wide;
   problem.epilogue = static_cast<flashrt::SkinnyEpilogue>(epilogue);
   problem.rows = rows;
   problem.n = n;
@@ -57,7 +58,7 @@ void skinny_gemm(bool fp8, int epilogue, int rows, int n, int k, uintptr_t x, ui
 
 void expert_attention(bool fp8_out, int rows, int heads, int kv_heads, uintptr_t q, uintptr_t k_cache,
                       uintptr_t v_cache, uintptr_t prefix_length, int capacity, uintptr_t out_scale, uintptr_t out,
-                      uintptr_t stream) {
+                      uintptr_t scratch, uintptr_t stream) {
   flashrt::ExpertAttention problem = {};
   problem.fp8_out = fp8_out;
   problem.rows = rows;
@@ -70,11 +71,13 @@ void expert_attention(bool fp8_out, int rows, int heads, int kv_heads, uintptr_t
   problem.capacity = capacity;
   problem.out_scale = pointer<float>(out_scale);
   problem.out = pointer(out);
+  problem.scratch = pointer(scratch);
   check(flashrt::expert_attention(problem, reinterpret_cast<cudaStream_t>(stream)), "expert_attention");
 }
 
 void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_t norm_scale, uintptr_t norm_shift,
-                 float eps, uintptr_t out_weight, uintptr_t out_bias, float dt, uintptr_t x, uintptr_t in_weight,
+                 float eps, uintptr_t out_weight, uintptr_t out_bias, float dt, uintptr_t guide_gain,
+                 uintptr_t guide_weight, uintptr_t guide_target, float time, uintptr_t x, uintptr_t in_weight,
                  uintptr_t in_bias, bool silu, uintptr_t next, uintptr_t stream) {
   flashrt::ActionStep problem = {};
   problem.rows = rows;
@@ -87,6 +90,10 @@ void action_step(int rows, int width, int action_dim, uintptr_t hidden, uintptr_
   problem.out_weight = pointer<float>(out_weight);
   problem.out_bias = pointer<float>(out_bias);
   problem.dt = dt;
+  problem.guide_gain = pointer<float>(guide_gain);
+  problem.guide_weight = pointer<float>(guide_weight);
+  problem.guide_target = pointer<float>(guide_target);
+  problem.time = time;
   problem.x = pointer<float>(x);
   problem.in_weight = pointer<float>(in_weight);
   problem.in_bias = pointer<float>(in_bias);
@@ -158,24 +165,34 @@ void expert_steps(bool fp8, bool fill, int rows, int layers, int steps, int acti
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CUDA kernels of flashrt_runtime; use flashrt_runtime.ops.native";
   module.attr("interface_version") = flashrt::kInterfaceVersion;
+#ifdef FLASHRT_AS_SMALL_GPU
+  module.attr("as_small_gpu") = true;
+#else
+  module.attr("as_small_gpu") = false;
+#endif
   bind_prefix(module);
   bind_upload(module);
   module.def("check_device", [] { check(flashrt::device_supported(), "native kernels"); });
   module.def("add_rms_norm", &add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("out"),
              py::arg("residual_out"), py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("dtype"),
              py::arg("weight_dtype"), py::arg("stream"));
-  module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("epilogue"), py::arg("rows"), py::arg("n"),
-             py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"),
+  module.def("skinny_gemm", &skinny_gemm, py::arg("fp8"), py::arg("wide"), py::arg("epilogue"), py::arg("rows"),
+             py::arg("n"), py::arg("k"), py::arg("x"), py::arg("weights"), py::arg("norm_scale"), py::arg("norm_shift"),
              py::arg("eps"), py::arg("x_scale"), py::arg("w_scale"), py::arg("out_scale"), py::arg("bias"),
              py::arg("gate"), py::arg("out"), py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"),
              py::arg("k_cache"), py::arg("v_cache"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
              py::arg("stream"));
   module.def("expert_attention", &expert_attention, py::arg("fp8_out"), py::arg("rows"), py::arg("heads"),
              py::arg("kv_heads"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("prefix_length"),
-             py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("stream"));
+             py::arg("capacity"), py::arg("out_scale"), py::arg("out"), py::arg("scratch"), py::arg("stream"));
+  module.def("expert_attention_bytes", &flashrt::expert_attention_bytes, py::arg("rows"), py::arg("heads"),
+             py::arg("capacity"));
+  module.def("expert_attention_in_clusters", &flashrt::expert_attention_in_clusters, py::arg("rows"),
+             py::arg("capacity"));
   module.def("action_step", &action_step, py::arg("rows"), py::arg("width"), py::arg("action_dim"), py::arg("hidden"),
              py::arg("norm_scale"), py::arg("norm_shift"), py::arg("eps"), py::arg("out_weight"), py::arg("out_bias"),
-             py::arg("dt"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"),
+             py::arg("dt"), py::arg("guide_gain"), py::arg("guide_weight"), py::arg("guide_target"), py::arg("time"),
+             py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("silu"), py::arg("next"),
              py::arg("stream"));
   module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"), py::arg("weight"),
              py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"), py::arg("stream"));

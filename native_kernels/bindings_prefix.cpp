@@ -12,11 +12,12 @@ cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>
 
 flashrt::DType dtype_of(int code) { return static_cast<flashrt::DType>(code); }
 
-void row_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t scale, uintptr_t out,
-              uintptr_t total, int64_t rows, int64_t width, float eps, int dtype, uintptr_t stream) {
-  check(flashrt::row_norm(pointer(x), pointer(residual), pointer<float>(weight), pointer<float>(bias),
-                          pointer<float>(scale), pointer(out), pointer(total), rows, width, eps, dtype_of(dtype),
-                          stream_of(stream)),
+void row_norm(int kind, uintptr_t x, uintptr_t residual, uintptr_t gate, uintptr_t weight, uintptr_t bias,
+              uintptr_t scale, uintptr_t out, uintptr_t total, int64_t style_stride, int64_t rows, int64_t width,
+              float eps, int dtype, bool half, uintptr_t stream) {
+  check(flashrt::row_norm(static_cast<flashrt::RowNorm>(kind), pointer(x), pointer(residual), pointer<float>(gate),
+                          pointer<float>(weight), pointer<float>(bias), pointer<float>(scale), pointer(out),
+                          pointer(total), style_stride, rows, width, eps, dtype_of(dtype), half, stream_of(stream)),
         "row_norm");
 }
 

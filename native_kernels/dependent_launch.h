@@ -5,13 +5,14 @@
 
 #include <cstddef>
 
+#include "device_limits.h"
+
 namespace flashrt {
 
 // Programmatic dependent launch needs compute capability 9.0.
 inline bool dependent_launch_supported() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  DeviceLimits limits = {};
+  return device_limits(&limits) == cudaSuccess && limits.capability >= 90;
 }
 
 // In clusters of `cluster` blocks, which need it too.

@@ -8,15 +8,16 @@
 namespace flashrt {
 
 // skinny_gemm.cu
-constexpr int kSkinnyMaxRows = 64;
+constexpr int kSkinnyMaxRows = 64, kSkinnyMaxNormRows = 16;
 
 enum class SkinnyEpilogue : int { kStore = 0, kResidual = 1, kGeglu = 2, kRope = 3 };
 
 struct SkinnyGemm {
-  bool fp8;  // weights (and plain activations) e4m3, else bf16
+  bool fp8;   // weights (and plain activations) e4m3, else bf16
+  bool wide;  // kGeglu, kRope, fp8, without norm: activations fp16
   SkinnyEpilogue epilogue;
   int rows, n, k;           // activations (rows, k), weights (n, k)
-  const void* x;            // bf16 when norm_scale is set, else the weights' type
+  const void* x;            // bf16 when norm_scale is set (up to 16 rows), else the weights' type, or fp16 (`wide`)
   const void* weights;      // packed tiles
   const float* norm_scale;  // (k): x * rsqrt(mean(x^2) + eps) * (1 + norm_scale) + norm_shift; null: no norm
   const float* norm_shift;  // (k) or null
@@ -48,8 +49,15 @@ struct ExpertAttention {
   int capacity;              // slots of the cache: an upper bound of the keys
   const float* out_scale;    // fp8_out: scale of the output
   void* out;                 // bf16 or e4m3 (rows, heads * 256)
+  void* scratch;  // expert_attention_bytes, zero at first, left for the next call: without clusters; or null: with them
 };
 
+int64_t expert_attention_bytes(int rows, int heads, int capacity);
+
+// Whether the current device has clusters, and room for the keys of so many slots in a block's shared memory.
+bool expert_attention_in_clusters(int rows, int capacity);
+
+// Without scratch cudaErrorNotSupported where the device has no clusters, or no room for the keys of its eighth.
 cudaError_t expert_attention(const ExpertAttention& problem, cudaStream_t stream);
 
 // action_step.cu
@@ -62,11 +70,15 @@ struct ActionStep {
   const float* out_weight;  // float32 (action_dim, width)
   const float* out_bias;
   float dt;
-  float* x;                // float32 (rows, action_dim), updated in place
-  const float* in_weight;  // float32 (width, action_dim) or null: no input half
-  const float* in_bias;    // float32 (width)
-  bool silu;               // pi0: silu after the input projection
-  void* next;              // bf16 (rows, width)
+  const float* guide_gain;    // one float, on the device
+  const float* guide_weight;  // (rows), or null for no guide
+  const float* guide_target;  // (rows, action_dim)
+  float time;                 // of the flow, for the guide
+  float* x;                   // float32 (rows, action_dim), updated in place
+  const float* in_weight;     // float32 (width, action_dim) or null: no input half
+  const float* in_bias;       // float32 (width)
+  bool silu;                  // pi0: silu after the input projection
+  void* next;                 // bf16 (rows, width)
 };
 
 cudaError_t action_step(const ActionStep& problem, cudaStream_t stream);

@@ -12,9 +12,14 @@ namespace flashrt {
 
 enum class Activation : int { kIdentity = 0, kGelu = 1, kGeglu = 2 };
 
-// row_norm.cu; residual and total are null together, bias null for RMSNorm.
-cudaError_t row_norm(const void* x, const void* residual, const float* weight, const float* bias, const float* scale,
-                     void* out, void* total, int64_t rows, int64_t width, float eps, DType dtype, cudaStream_t stream);
+enum class RowNorm : int { kRms = 0, kLayer = 1, kAda = 2 };
+
+// row_norm.cu; residual and total are null together, bias is null for kRms; gate goes with the residual of kAda, whose
+// style_stride is the floats from one row's gate, weight and bias to the next one's, 0 where all rows have the same;
+// half: bf16 x, fp16 out.
+cudaError_t row_norm(RowNorm kind, const void* x, const void* residual, const float* gate, const float* weight,
+                     const float* bias, const float* scale, void* out, void* total, int64_t style_stride, int64_t rows,
+                     int64_t width, float eps, DType dtype, bool half, cudaStream_t stream);
 
 // activation.cu
 cudaError_t activation(Activation kind, const void* x, void* out, const float* scale, int64_t rows, int64_t width,

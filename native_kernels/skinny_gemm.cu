@@ -1,6 +1,7 @@
 // y = norm(x) W^T for few rows (1-64), with everything around the product fused: the action expert's four GEMMs, and
-// with x quantised beforehand (kPlain, up to 16 rows) those of a language model that decodes one token.
-//   prologue  kPlain: x is already in the weights' type        kNorm: RMSNorm / adaRMS of bf16 rows, then quantised
+// with x quantised beforehand those of a language model that decodes one token.
+//   input     kPlain: x is already in the weights' type        kWide: fp16 beside e4m3 weights
+//             kNorm: bf16, RMSNorm / adaRMS by every block, up to 16 rows; more are normed once, by row_norm.cu
 //   epilogue  kStore: bf16 (+ bias)        kResidual: out += gate * y, in place on the bf16 residual
 //             kGeglu: gelu(gate) * up, quantised            kRope: rotary q and k; k, v into the cache, q to `out`
 // Weights are fp8 e4m3 with one scale, or bf16; packed by ops/expert.py into tiles of 8 features x 64 bytes of k, so
@@ -15,6 +16,7 @@
 // cores see the activations as A (16 rows) and 8 features as B; the warps of a block split k and add up in shared
 // memory in a fixed order, so results are bit-identical from run to run. A product too large for that streams its
 // weights from memory instead.
+#include "device_limits.h"
 #include "skinny_epilogue.cuh"
 #include "skinny_product.cuh"
 
@@ -25,11 +27,12 @@ using namespace skinny;
 
 constexpr int kStreamedBlocks = 2;  // a multiprocessor, of a product whose weights do not fit on the chip
 
-template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E, bool Streamed>
+template <bool Fp8, int RowTiles, Input I, SkinnyEpilogue E, bool Streamed>
 __global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1)
     skinny_gemm_kernel(const SkinnyGemm p, const Layout layout) {
   constexpr int Tiles = E == SkinnyEpilogue::kGeglu || E == SkinnyEpilogue::kRope ? 2 : 1;
   constexpr int PaddedRows = 16 * RowTiles;
+  constexpr bool Norm = I == Input::kNorm;
   extern __shared__ __align__(128) unsigned char shared[];
   unsigned char* weights = shared;
   unsigned char* x_shared = shared + layout.x_offset;
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1)
     const Element e(p, Rope, first_unit + index / UnitElements, index % UnitElements);
     if (index < units * UnitElements && e.m < p.rows) load_constant<E>(p, e, ahead[i]);
   }
-  const float scale = Fp8 ? (Norm ? 1.0f : *p.x_scale) * *p.w_scale : 1.0f;
+  const float scale = Fp8 ? (I == Input::kPlain ? *p.x_scale : 1.0f) * *p.w_scale : 1.0f;
   const float inverse_out_scale = Fp8 && E == SkinnyEpilogue::kGeglu ? 1.0f / *p.out_scale : 1.0f;
   [[maybe_unused]] NormStyle style;
   if constexpr (Norm) {
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1)
     accumulate_streamed<Fp8, RowTiles, Tiles>(p, layout, tile, begin, end, accumulator);
   } else if (unit < units) {
     const unsigned char* tile = weights + unit * unit_bytes + lane * 16;
-    accumulate<Fp8, RowTiles, Tiles, Norm>(p, layout, x_shared, tile, barriers + unit, begin, end, accumulator);
+    accumulate<Fp8, RowTiles, Tiles, I>(p, layout, x_shared, tile, barriers + unit, begin, end, accumulator);
   }
 
   float* own = sums + warp * Tiles * UnitElements;
@@ -141,22 +144,6 @@ __global__ void __launch_bounds__(kThreads, Streamed ? kStreamedBlocks : 1)
   }
 }
 
-struct DeviceLimits {
-  int multiprocessors, shared_bytes, major, minor;
-};
-
-cudaError_t device_limits(DeviceLimits* limits) {
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limits->major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limits->minor, cudaDevAttrComputeCapabilityMinor, device);
-  return status;
-}
-
 // Shared memory of a block that takes `units_per_block` units; fills the layout's offsets.
 int plan(Layout* layout, int units_per_block, int tiles, int padded_rows, bool norm) {
   layout->units_per_block = units_per_block;
@@ -167,9 +154,9 @@ int plan(Layout* layout, int units_per_block, int tiles, int padded_rows, bool n
   return layout->barrier_offset + units_per_block * static_cast<int>(sizeof(uint64_t));
 }
 
-template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E, bool Streamed>
+template <bool Fp8, int RowTiles, Input I, SkinnyEpilogue E, bool Streamed>
 cudaError_t launch_planned(const SkinnyGemm& p, const Layout& layout, int bytes, bool dependent, cudaStream_t stream) {
-  auto kernel = skinny_gemm_kernel<Fp8, RowTiles, Norm, E, Streamed>;
+  auto kernel = skinny_gemm_kernel<Fp8, RowTiles, I, E, Streamed>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attribute = {};
@@ -185,13 +172,13 @@ cudaError_t launch_planned(const SkinnyGemm& p, const Layout& layout, int bytes,
   return cudaLaunchKernelEx(&config, kernel, p, layout);
 }
 
-template <bool Fp8, int RowTiles, bool Norm, SkinnyEpilogue E>
+template <bool Fp8, int RowTiles, Input I, SkinnyEpilogue E>
 cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
   constexpr int Tiles = E == SkinnyEpilogue::kGeglu || E == SkinnyEpilogue::kRope ? 2 : 1;
-  DeviceLimits limits;
+  DeviceLimits limits = {};
   cudaError_t status = device_limits(&limits);
   if (status != cudaSuccess) return status;
-  if (Fp8 && limits.major * 10 + limits.minor < 89) return cudaErrorNotSupported;
+  if (Fp8 && limits.capability < 89) return cudaErrorNotSupported;
   Layout layout = {};
   layout.k_bytes = p.k * (Fp8 ? 1 : 2);
   layout.x_stride = p.k * 2 + (Fp8 ? kRowPadFp16 : kRowPadBf16);
@@ -200,9 +187,10 @@ cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
   int units_per_block = 1;
   while (units_per_block < kWarps && (layout.units + units_per_block - 1) / units_per_block > limits.multiprocessors)
     units_per_block *= 2;
+  constexpr bool Norm = I == Input::kNorm;
   int bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
-  const bool dependent = limits.major >= 9;
-  if constexpr (RowTiles == 1 && !Norm) {
+  const bool dependent = limits.capability >= 90;
+  if constexpr (RowTiles == 1 && I == Input::kPlain) {
     if (bytes > limits.shared_bytes) {
       const int resident = kStreamedBlocks * limits.multiprocessors;
       for (units_per_block = 1; units_per_block < kWarps; units_per_block *= 2)
@@ -210,7 +198,7 @@ cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
       layout.units_per_block = units_per_block;
       layout.x_offset = layout.sum_offset = 0;
       layout.barrier_offset = kWarps * Tiles * 16 * kTileFeatures * static_cast<int>(sizeof(float));
-      return launch_planned<Fp8, RowTiles, Norm, E, true>(p, layout, layout.barrier_offset, dependent, stream);
+      return launch_planned<Fp8, RowTiles, I, E, true>(p, layout, layout.barrier_offset, dependent, stream);
     }
   }
   while (bytes > limits.shared_bytes && units_per_block > 1) {
@@ -218,31 +206,34 @@ cudaError_t launch(const SkinnyGemm& p, cudaStream_t stream) {
     bytes = plan(&layout, units_per_block, Tiles, 16 * RowTiles, Norm);
   }
   if (bytes > limits.shared_bytes) return cudaErrorInvalidValue;
-  return launch_planned<Fp8, RowTiles, Norm, E, false>(p, layout, bytes, dependent, stream);
+  return launch_planned<Fp8, RowTiles, I, E, false>(p, layout, bytes, dependent, stream);
 }
 
-template <bool Fp8, bool Norm, SkinnyEpilogue E>
+template <bool Fp8, Input I, SkinnyEpilogue E>
 cudaError_t launch_rows(const SkinnyGemm& p, cudaStream_t stream) {
-  if (p.rows <= 16) return launch<Fp8, 1, Norm, E>(p, stream);
-  if (p.rows <= 32) return launch<Fp8, 2, Norm, E>(p, stream);
-  return launch<Fp8, 4, Norm, E>(p, stream);
+  if (p.rows <= 16) return launch<Fp8, 1, I, E>(p, stream);
+  if (p.rows <= 32) return launch<Fp8, 2, I, E>(p, stream);
+  return launch<Fp8, 4, I, E>(p, stream);
 }
 
+// Behind a norm: by the kernel itself, or before.
 template <bool Fp8, SkinnyEpilogue E>
 cudaError_t launch_normed(const SkinnyGemm& p, cudaStream_t stream) {
-  if (p.norm_scale != nullptr) return launch_rows<Fp8, true, E>(p, stream);
-  return p.rows <= 16 ? launch<Fp8, 1, false, E>(p, stream) : cudaErrorInvalidValue;
+  if (p.norm_scale != nullptr)
+    return p.rows <= kSkinnyMaxNormRows ? launch<Fp8, 1, Input::kNorm, E>(p, stream) : cudaErrorInvalidValue;
+  if constexpr (Fp8)
+    if (p.wide) return launch_rows<Fp8, Input::kWide, E>(p, stream);
+  return launch_rows<Fp8, Input::kPlain, E>(p, stream);
 }
 
 template <bool Fp8>
 cudaError_t launch_fused(const SkinnyGemm& p, cudaStream_t stream) {
-  const bool norm = p.norm_scale != nullptr;
+  const bool plain = p.norm_scale == nullptr && !p.wide;
   switch (p.epilogue) {
     case SkinnyEpilogue::kStore:
-      return norm ? launch_rows<Fp8, true, SkinnyEpilogue::kStore>(p, stream)
-                  : launch_rows<Fp8, false, SkinnyEpilogue::kStore>(p, stream);
+      return plain ? launch_rows<Fp8, Input::kPlain, SkinnyEpilogue::kStore>(p, stream) : cudaErrorInvalidValue;
     case SkinnyEpilogue::kResidual:
-      return norm ? cudaErrorInvalidValue : launch_rows<Fp8, false, SkinnyEpilogue::kResidual>(p, stream);
+      return plain ? launch_rows<Fp8, Input::kPlain, SkinnyEpilogue::kResidual>(p, stream) : cudaErrorInvalidValue;
     case SkinnyEpilogue::kGeglu:
       return launch_normed<Fp8, SkinnyEpilogue::kGeglu>(p, stream);
     case SkinnyEpilogue::kRope:
@@ -260,6 +251,7 @@ cudaError_t skinny_gemm(const SkinnyGemm& p, cudaStream_t stream) {
   if (p.rows < 1 || p.rows > kSkinnyMaxRows || p.k * element_bytes % kBlockBytes != 0 || p.n < 1 ||
       p.n % (pairs ? 2 * kTileFeatures : kTileFeatures) != 0)
     return cudaErrorInvalidValue;
+  if (p.wide && (norm || !p.fp8)) return cudaErrorInvalidValue;
   if (norm && (p.k > kMaxNormWidth || p.k % (kWarpSize * 8) != 0)) return cudaErrorInvalidValue;
   if (p.epilogue == SkinnyEpilogue::kRope && p.head_dim % (2 * kTileFeatures) != 0) return cudaErrorInvalidValue;
   if (!aligned_to_16_bytes(p.x) || !aligned_to_16_bytes(p.weights)) return cudaErrorInvalidValue;

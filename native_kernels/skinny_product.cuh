@@ -13,25 +13,35 @@ __device__ __forceinline__ uint4 global_row(const SkinnyGemm& p, int row, int by
 }
 
 // This warp's k blocks [begin, end) of one unit: x from shared memory when it was normed here, else from L2.
-template <bool Fp8, int RowTiles, int Tiles, bool Norm>
+template <bool Fp8, int RowTiles, int Tiles, Input I>
 __device__ __forceinline__ void accumulate(const SkinnyGemm& p, const Layout& layout, const unsigned char* x_shared,
                                            const unsigned char* tile, [[maybe_unused]] uint64_t* barrier, int begin,
                                            int end, float (&accumulator)[RowTiles][Tiles][4]) {
   const int lane = threadIdx.x % kWarpSize, row = lane / 4, byte_in_block = lane % 4 * 16;
   const int k_blocks = layout.k_bytes / kBlockBytes;
+  constexpr bool Norm = I == Input::kNorm;
   if constexpr (Norm) barrier_wait(barrier, 0);
 #pragma unroll 8
   for (int block = begin; block < end; ++block) {
     const int byte = block * kBlockBytes + byte_in_block;
-    if constexpr (Norm && Fp8) {
+    if constexpr (Fp8 && I != Input::kPlain) {
       uint4 low[RowTiles][2], high[RowTiles][2];
 #pragma unroll
       for (int r = 0; r < RowTiles; ++r) {
+        if constexpr (!Norm) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            low[r][half] = global_row(p, r * 16 + row, byte * 2 + half * 16, layout.k_bytes * 2);
+            high[r][half] = global_row(p, r * 16 + row + 8, byte * 2 + half * 16, layout.k_bytes * 2);
+          }
+          continue;
+        }
         const uint4* rows = reinterpret_cast<const uint4*>(x_shared + (r * 16 + row) * layout.x_stride + byte * 2);
         const uint4* eighth =
             reinterpret_cast<const uint4*>(x_shared + (r * 16 + row + 8) * layout.x_stride + byte * 2);
         low[r][0] = rows[0], low[r][1] = rows[1], high[r][0] = eighth[0], high[r][1] = eighth[1];
       }
+      if constexpr (!Norm) barrier_wait(barrier, 0);
 #pragma unroll
       for (int t = 0; t < Tiles; ++t) {
         const uint4 packed = *reinterpret_cast<const uint4*>(tile + (t * k_blocks + block) * kTileBytes);

@@ -7,6 +7,8 @@
 namespace flashrt {
 namespace skinny {
 
+enum class Input { kPlain, kNorm, kWide };  // see skinny_gemm.cu
+
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxNormWidth = 1024;

@@ -103,8 +103,8 @@ class GemmaStack(nn.Module):
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, GemmaLayer)
             before, after = styles[2 * index], styles[2 * index + 1]
-            normed, x = ada_rms_norm(x, branch, gate, before)
+            normed, x = ada_rms_norm(x, branch, gate, before, layer.qkv.input_scale)
             branch = layer.attend(normed, rope, cache, index, window)
-            normed, x = ada_rms_norm(x, branch, before[2], after)
+            normed, x = ada_rms_norm(x, branch, before[2], after, layer.gate_up.input_scale)
             branch, gate = layer.mlp(normed), after[2]
         return ada_rms_norm(x, branch, gate, styles[-1])[0]

@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
 
 
 def ada_rms_norm(
-    residual: Tensor, branch: Tensor | None, gate: Tensor | None, style: Tensor
+    residual: Tensor, branch: Tensor | None, gate: Tensor | None, style: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Adaptive RMSNorm with a gated residual add (pi0.5's conditioning on the flow time).
 
@@ -62,5 +62,5 @@ def ada_rms_norm(
     (then the gate is too). Returns (normed, residual).
     """
     if branch is None or gate is None:
-        return ops.ada_rms_norm(residual, style, EPS), residual
-    return ops.gated_add_ada_rms_norm(branch, residual, gate, style, EPS)
+        return ops.ada_rms_norm(residual, style, EPS, scale), residual
+    return ops.gated_add_ada_rms_norm(branch, residual, gate, style, EPS, scale)

@@ -16,11 +16,9 @@ from . import guide, native, prefix, products, reference, variants
 from .reference import (
     E4M3,
     E4M3_MAX,
-    ada_rms_norm,
     apply_rope,
     assign,
     euler_step,
-    gated_add_ada_rms_norm,
     patchify,
     weight_only_linear,
 )
@@ -132,6 +130,22 @@ def add_rms_norm(
     if _native(x):
         return prefix.norm(x, residual, weight, None, eps, scale)
     return reference.add_rms_norm(x, residual, weight, eps, scale)
+
+
+def ada_rms_norm(x: Tensor, style: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """Adaptive RMSNorm; see `reference.ada_rms_norm`."""
+    if _native(x):
+        return prefix.ada_norm(x, None, None, style, eps, scale)[0]
+    return reference.ada_rms_norm(x, style, eps, scale)
+
+
+def gated_add_ada_rms_norm(
+    x: Tensor, residual: Tensor, gate: Tensor, style: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gated residual add, then adaptive RMSNorm; see `reference.gated_add_ada_rms_norm`."""
+    if _native(x):
+        return prefix.ada_norm(x, residual, gate, style, eps, scale)
+    return reference.gated_add_ada_rms_norm(x, residual, gate, style, eps, scale)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The expert's fused kernels: products of few rows with their norm, rotary embedding, GeGLU or residual.
 
-Weights are packed once at load; native_kernels/skinny_gemm.cu says why so. Everything here enqueues work on
-the current stream and neither allocates nor synchronises.
+Weights are packed once at load; native_kernels/skinny_gemm.cu says why so. But for `attention_scratch`
+everything here enqueues work on the current stream and neither allocates nor synchronises.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import native
+from .prefix import ADA, RMS
 
 MAX_ROWS = 64
+MAX_NORM_ROWS = 16  # a product that norms its rows itself
 TILE_FEATURES = 8
 BLOCK_BYTES = 64
 E4M3_MAX = 448.0
@@ -101,13 +103,15 @@ def skinny_gemm(
 ) -> Tensor:
     """out = epilogue(norm(x) @ weight^T) for x: (rows <= 64, k); see native_kernels/expert.h for every field.
 
-    norm: (scale, shift) float32 (k,), applied as x_hat * (1 + scale) + shift on bf16 rows; without it x has
-    the weights' type (GEGLU and ROPE: up to 16 rows). Returns `out`.
+    norm: (scale, shift) float32 (k,), applied as x_hat * (1 + scale) + shift on up to 16 bf16 rows; without
+    it x has the weights' type, or (GEGLU and ROPE) is fp16 beside e4m3 ones, as `norm_rows` leaves it.
+    Returns `out`.
     """
     native.launch(
         "skinny_gemm",
         x.device,
         linear.fp8,
+        linear.fp8 and x.dtype == torch.float16,
         int(epilogue),
         x.shape[0],
         linear.n,
@@ -135,6 +139,36 @@ def skinny_gemm(
     return out
 
 
+def norm_rows(x: Tensor, norm: tuple[Tensor, Tensor | None], eps: float, out: Tensor) -> Tensor:
+    """x_hat * (1 + scale) + shift of x: (rows, width) bf16, for products of more rows than they norm.
+
+    norm: (scale, shift) float32 (width,); out: bf16, or the same rounded to bf16 as fp16. Returns `out`.
+    """
+    if x.dtype != torch.bfloat16 or out.dtype not in (torch.bfloat16, torch.float16) or out.shape != x.shape:
+        raise ValueError(f"norm_rows: expected bf16 and the same in bf16 or fp16, got {x.dtype}, {out.dtype}")
+    scale, shift = norm
+    native.launch(
+        "row_norm",
+        x.device,
+        RMS if shift is None else ADA,
+        x,
+        None,
+        None,
+        scale,
+        shift,
+        None,
+        out,
+        None,
+        0,
+        x.shape[0],
+        x.shape[1],
+        eps,
+        native.DTYPE_CODES[x.dtype],
+        out.dtype == torch.float16,
+    )
+    return out
+
+
 def expert_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -142,11 +176,13 @@ def expert_attention(
     prefix_length: Tensor,
     out: Tensor,
     out_scale: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Attention of q: (rows, heads, 256) bf16 over cache slots [0, prefix_length + rows).
 
     k_cache, v_cache: (slots, kv_heads, 256) bf16; prefix_length: int32 scalar on the device;
-    out: (rows, heads * 256) bf16, or e4m3 with `out_scale`. Returns `out`.
+    out: (rows, heads * 256) bf16, or e4m3 with `out_scale`. scratch: None, in clusters of blocks, for compute
+    capability 9.0 and enough shared memory; or `attention_scratch`, without them, one kv head. Returns `out`.
     """
     native.launch(
         "expert_attention",
@@ -162,8 +198,28 @@ def expert_attention(
         k_cache.shape[0],
         out_scale,
         out,
+        scratch,
     )
     return out
+
+
+def attention_scratch(rows: int, heads: int, slots: int, device: torch.device) -> Tensor:
+    """For `expert_attention` without clusters, of up to so many rows and slots, one call behind the other."""
+    size = native.load().expert_attention_bytes(rows, heads, slots)
+    return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True)
+class StepGuide:
+    """What `action_step` corrects a velocity by, as `reference.guide_velocity` does; all on the device.
+
+    target: (rows, action_dim); weight: (rows,); gain: scalar; float32. time: of the flow.
+    """
+
+    target: Tensor
+    weight: Tensor
+    gain: Tensor
+    time: float
 
 
 def action_step(
@@ -177,12 +233,13 @@ def action_step(
     dt: float,
     project: tuple[Tensor, Tensor] | None,
     silu: bool = False,
+    guide: StepGuide | None = None,
 ) -> None:
     """x += dt * (norm(hidden) @ out), then following = x @ project; either half may be left out.
 
     x: (rows, action_dim) float32, in place; following, hidden: (rows, width) bf16; out, project: (weight,
-    bias)
-    float32 of shapes (action_dim, width) and (width, action_dim); silu is applied to `following` (pi0).
+    bias) float32 of shapes (action_dim, width) and (width, action_dim); silu is applied to `following` (pi0);
+    guide: corrects the velocity first.
     """
     native.launch(
         "action_step",
@@ -197,6 +254,10 @@ def action_step(
         out[0],
         out[1],
         dt,
+        None if guide is None else guide.gain,
+        None if guide is None else guide.weight,
+        None if guide is None else guide.target,
+        0.0 if guide is None else guide.time,
         x,
         project[0] if project else None,
         project[1] if project else None,

@@ -23,7 +23,8 @@ MODULE = "flashrt_runtime._native"
 # Directory of a `_native` module to use instead of the installed one.
 DIRECTORY_VARIABLE = "FLASHRT_NATIVE_DIR"
 # kInterfaceVersion of native_kernels/flashrt_native.h.
-INTERFACE_VERSION = 6
+INTERFACE_VERSION = 7
+SMALL_CAPABILITY = (8, 9)
 BUILD_COMMANDS = "colcon build (make kernels in a source checkout)"
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -49,6 +50,13 @@ def unavailable_reason() -> str | None:
         capability = "{}.{}".format(*torch.cuda.get_device_capability())
         return f"{error} ({module.__file__} on compute capability {capability}): build it on this machine"
     return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability by which kernels are chosen: the GPU's; 8.9 in a build for tests of small ones."""
+    if available() and load().as_small_gpu:
+        return SMALL_CAPABILITY
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from .native import DTYPE_CODES
 from .reference import E4M3
 
 IDENTITY, GELU, GEGLU = range(3)
+RMS, LAYER, ADA = range(3)
 ATTENTION_DIM = 256
 VISION_DIM, VISION_TOKENS = 72, 256
 
@@ -26,14 +27,52 @@ def norm(
     width = x.shape[-1]
     if weight.shape != (width,) or (bias is not None and bias.shape != (width,)):
         raise ValueError(f"norm: weight and bias must be ({width},), got {tuple(weight.shape)}")
+    return _row_norm(RMS if bias is None else LAYER, x, residual, None, weight, bias, 0, eps, scale)
+
+
+def ada_norm(
+    x: Tensor, residual: Tensor | None, gate: Tensor | None, style: Tensor, eps: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Adaptive RMSNorm of x or of residual + gate * x. Returns (normed, x or residual + gate * x).
+
+    style: (3, width) or (3, *x.shape) float32 rows scale, shift, gate; gate: a row of such a style, given
+    with the residual. Raises ValueError for anything else.
+    """
+    factor, shift = style[0], style[1]
+    _check("ada_norm", x, scale=scale, style=factor, shift=shift, gate=gate)
+    rows = factor.shape
+    fits = len(style) == 3 and rows in (x.shape[-1:], x.shape) and (gate is None or gate.shape == rows)
+    if not fits or (gate is None) != (residual is None):
+        raise ValueError(
+            f"ada_norm: for x {tuple(x.shape)} expected a style of 3 rows, ({x.shape[-1]},) or as x, and "
+            f"with the residual a gate like a row; got {tuple(style.shape)} and "
+            f"{None if gate is None else tuple(gate.shape)}"
+        )
+    stride = x.shape[-1] if rows == x.shape and x.ndim > 1 else 0
+    return _row_norm(ADA, x, residual, gate, factor, shift, stride, eps, scale)
+
+
+def _row_norm(
+    kind: int,
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    eps: float,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"norm: residual must be {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)}")
     residual = None if residual is None else residual.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype if scale is None else E4M3, device=x.device)
     total = x if residual is None else torch.empty_like(x)
+    width = x.shape[-1]
     native.launch(
-        "row_norm", x.device, x, residual, weight, bias, scale, out, None if residual is None else total,
-        x.numel() // width, width, eps, DTYPE_CODES[x.dtype],
+        "row_norm", x.device, kind, x, residual, gate, weight, bias, scale, out,
+        None if residual is None else total, stride, x.numel() // width, width, eps, DTYPE_CODES[x.dtype],
+        False,
     )
     return out, total
 
@@ -100,7 +139,7 @@ def attention_supported(q: Tensor, k: Tensor) -> bool:
         q.dtype == k.dtype == torch.bfloat16
         and q.shape[2] == ATTENTION_DIM
         and k.shape[1] == 1
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and native.capability(q.device) == (9, 0)
     )
 
 
@@ -119,7 +158,7 @@ def vision_attention_supported(qkv: Tensor, num_heads: int) -> bool:
     return (
         qkv.dtype == torch.bfloat16
         and qkv.shape[1:] == (VISION_TOKENS, 3 * num_heads * VISION_DIM)
-        and torch.cuda.get_device_capability(qkv.device) == (9, 0)
+        and native.capability(qkv.device) == (9, 0)
     )
 
 

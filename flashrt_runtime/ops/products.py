@@ -101,8 +101,8 @@ def linear_geglu(
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     """Of a Hopper GPU; 0 of another one."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count if native.capability(device) == (9, 0) else 0
 
 
 def _bias_served(bias: Tensor | None, weight: Tensor) -> bool:

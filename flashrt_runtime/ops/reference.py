@@ -67,26 +67,27 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, scale), total
 
 
-def ada_rms_norm(x: Tensor, style: Tensor, eps: float) -> Tensor:
+def ada_rms_norm(x: Tensor, style: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
     """RMSNorm whose scale and shift come from the conditioning: norm(x) * (1 + scale) + shift.
 
-    x: (..., width); style: (3, width) float32 rows scale, shift, gate (the gate is the next residual's).
+    x: (tokens, width); style: (3, width) float32 rows scale, shift, gate (the gate is the next residual's),
+    or (3, tokens, width), one for each token.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + style[0]) + style[1]).to(x.dtype)
+    return store(normed * (1.0 + style[0]) + style[1], x.dtype, scale)
 
 
 def gated_add_ada_rms_norm(
-    x: Tensor, residual: Tensor, gate: Tensor, style: Tensor, eps: float
+    x: Tensor, residual: Tensor, gate: Tensor, style: Tensor, eps: float, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gated residual add, then adaptive RMSNorm.
 
-    x, residual: (..., width); gate: (width,) of the branch that made x; style: (3, width) of this norm.
+    x, residual: (tokens, width); gate: of the branch that made x, as a row of its style; style: of this norm.
     Returns (ada_rms_norm(total), total) with total = residual + gate * x.
     """
     total = (residual.float() + gate * x.float()).to(residual.dtype)
-    return ada_rms_norm(total, style, eps), total
+    return ada_rms_norm(total, style, eps, scale), total
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:

@@ -148,26 +148,26 @@ def _(patch):
 
 @fault("adaRMS epsilon 1e-5", "pi05")
 def _(patch):
-    operation(patch, "ada_rms_norm", lambda norm, x, style, eps: norm(x, style, 1e-5))
+    operation(patch, "ada_rms_norm", lambda norm, x, style, eps, *rest: norm(x, style, 1e-5, *rest))
 
 
 @fault("adaRMS scale and shift swapped", "pi05")
 def _(patch):
-    operation(patch, "ada_rms_norm", lambda norm, x, style, eps: norm(x, style[[1, 0, 2]], eps))
+    operation(patch, "ada_rms_norm", lambda norm, x, style, *rest: norm(x, style[[1, 0, 2]], *rest))
 
 
 @fault("adaRMS gate ignored", "pi05")
 def _(patch):
-    def ungated(original, x, residual, gate, style, eps):
-        return original(x, residual, torch.ones_like(gate), style, eps)
+    def ungated(original, x, residual, gate, *rest):
+        return original(x, residual, torch.ones_like(gate), *rest)
 
     operation(patch, "gated_add_ada_rms_norm", ungated)
 
 
 @fault("adaRMS gate of the following norm", "pi05")
 def _(patch):
-    def misplaced(original, x, residual, gate, style, eps):
-        return original(x, residual, style[2], style, eps)
+    def misplaced(original, x, residual, gate, style, *rest):
+        return original(x, residual, style[2], style, *rest)
 
     operation(patch, "gated_add_ada_rms_norm", misplaced)
 

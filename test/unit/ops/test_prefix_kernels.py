@@ -64,6 +64,19 @@ class TestNorm:
         check(got, want)
         check(prefix.norm(x, None, weight, None, EPS, scale)[0], reference.rms_norm(x, weight, EPS, scale))
 
+    @pytest.mark.parametrize("each", [False, True])
+    def test_ada(self, rows: int, width: int, dtype: torch.dtype, quantised: bool, each: bool) -> None:
+        """One style, or one for each row."""
+        x, residual = torch.randn(2, rows, width, device="cuda").to(dtype)
+        before, style = torch.randn(2, 3, *((rows,) if each else ()), width, device="cuda") * 0.5
+        plain = reference.gated_add_ada_rms_norm(x, residual, before[2], style, EPS)[0]
+        scale = scale_for(plain, 0.5) if quantised else None
+        want, want_total = reference.gated_add_ada_rms_norm(x, residual, before[2], style, EPS, scale)
+        got, total = ops.gated_add_ada_rms_norm(x, residual, before[2], style, EPS, scale)
+        assert torch.equal(total, want_total)
+        check(got, want)
+        check(ops.ada_rms_norm(x, style, EPS, scale), reference.ada_rms_norm(x, style, EPS, scale))
+
     def test_layer(self, rows: int, width: int, dtype: torch.dtype, quantised: bool) -> None:
         x, residual = torch.randn(2, rows, width, device="cuda").to(dtype) + 3  # a mean to take away
         weight, bias = torch.randn(2, width, device="cuda")
@@ -77,6 +90,17 @@ class TestNorm:
             prefix.norm(x, None, weight, bias, EPS, scale)[0],
             reference.layer_norm(x, weight, bias, EPS, scale),
         )
+
+
+def test_ada_norm_refuses_what_does_not_fit() -> None:
+    x, style = torch.randn(4, 64, device="cuda"), torch.randn(3, 64, device="cuda")
+    for broken in (style[:2], style[:, :60].contiguous(), torch.randn(3, 5, 64, device="cuda")):
+        with pytest.raises(ValueError, match="expected a style of 3 rows"):
+            prefix.ada_norm(x, None, None, broken, EPS, None)
+    with pytest.raises(ValueError, match="expected a style of 3 rows"):
+        prefix.ada_norm(x, x, None, style, EPS, None)  # a residual without its gate
+    with pytest.raises(ValueError, match="contiguous float32"):
+        prefix.ada_norm(x, None, None, style.half(), EPS, None)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
