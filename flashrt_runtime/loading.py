@@ -15,7 +15,8 @@ import torch
 from . import device_loss, models
 from .checkpoints import Checkpoint, open_checkpoint
 from .checkpoints.tokenizer import resolve_tokenizer
-from .engine import Engine, fused_decode, fused_expert
+from .engine import Engine, expert_ways, fused_decode
+from .engine.expert_ways import ExpertWay, check_way
 from .errors import (
     CalibrationNotFoundError,
     CheckpointError,
@@ -67,6 +68,7 @@ def load_model(
     rtc: str = "off",
     decode_cuda_graph: bool = False,
     decode_graph_steps: int = 80,
+    expert: str = "auto",
     embodiment_tag: str | None = None,
     action_horizon: int | None = None,
     asset_id: str | None = None,
@@ -92,6 +94,9 @@ def load_model(
 
     rtc: real-time chunking, "off", "guided" (predict(rtc=...) pulls a chunk towards what is being played), or
     "trained", for checkpoints that declare rtc_training_max_delay; see docs/rtc.md.
+
+    expert: how pi0's and pi05's denoise steps run on a GPU: "fused" (one persistent kernel), "chain" (five
+    kernels a layer), "loop" (the model's own operations); "auto": the first that serves, which the log says.
 
     What a checkpoint may leave open: action_horizon (actions per chunk), asset_id (which assets/<id> holds
     the statistics), delta_actions (per action dimension, whether the model gives offsets to the state;
@@ -135,6 +140,7 @@ def load_model(
     if scales is not None and recalibrate:
         raise OptionError(f"calibration={str(scales)!r} and recalibrate=True contradict each other: drop one")
     check_range("decode_graph_steps", decode_graph_steps, 1, MAX_TOKENS)
+    way = check_way(expert)
     settings = Settings(
         num_views,
         num_steps,
@@ -146,6 +152,7 @@ def load_model(
         decode_cuda_graph,
         decode_graph_steps,
         rtc,
+        way,
     )
     opened = open_checkpoint(
         checkpoint,
@@ -173,6 +180,7 @@ class Settings:
     decode_cuda_graph: bool = False
     decode_graph_steps: int = 80
     rtc: str = "off"
+    expert: ExpertWay = "auto"
 
 
 def _load(opened: Checkpoint, target: Target, settings: Settings) -> Policy:
@@ -224,7 +232,7 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     engine = None
     if target.device.type == "cuda" and (isinstance(model, FlowPolicy) or tokens is not None):
         if isinstance(model, FlowPolicy):
-            fused_expert.attach(model, target.device)
+            expert_ways.attach(model, target.device, settings.expert)
         elif isinstance(model, Pi0Fast):
             fused_decode.attach(model, target.device)
         whole = settings.decode_cuda_graph

@@ -15,8 +15,13 @@ from ..checkpoints import Checkpoint, FeatureStats, open_checkpoint, resolve_tok
 from ..checkpoints.architecture import parameter_count
 from ..checkpoints.open_facts import given
 from ..command_options import ActionHorizon, AssetId, DeltaActions, Rules
+from ..config import PolicyConfig
 from ..errors import TokenizerNotFoundError
 from .console import ERRORS, OUTPUT, print_json, progress
+
+SECTIONS = (
+    "checkpoint", "interface", "dimensions", "rules", "normalisation", "this machine", "calibration"
+)  # fmt: skip
 
 
 def info_command(
@@ -101,6 +106,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "model action width": config.action_dim,
         },
         "rules": asdict(checkpoint.rules),
+        "this machine": this_machine(config),
         "normalisation": {
             "statistics": str(checkpoint.norm_stats_file) if checkpoint.norm_stats_file else None,
             "state": _stats(stats.state) if stats else None,
@@ -108,6 +114,20 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "notes": list(checkpoint.notes),
     }
+
+
+def this_machine(config: PolicyConfig) -> dict[str, str | None]:
+    """What would run such a policy here, by default."""
+    import torch
+
+    from ..engine.expert_ways import choose
+    from ..engine.gpu import Gpu
+    from ..options import PRECISIONS, default_precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu, precision = Gpu.of(device), default_precision(device)
+    expert = None if config.policy == "pi0fast" else str(choose(config, PRECISIONS[precision], gpu))
+    return {"gpu": gpu.name if gpu else None, "precision": precision, "action expert": expert}
 
 
 def _tokenizer(checkpoint: Checkpoint) -> str:
@@ -136,7 +156,7 @@ def _processor(checkpoint: Checkpoint) -> str:
 
 def _tables(content: dict[str, Any]) -> list[tuple[str, Table]]:
     tables: list[tuple[str, Table]] = []
-    for title in ("checkpoint", "interface", "dimensions", "rules", "normalisation", "calibration"):
+    for title in SECTIONS:
         if title not in content:
             continue
         table = Table(show_header=False, box=None, pad_edge=False)

@@ -1,14 +1,13 @@
 """One token through pi0-FAST's language model by the skinny kernels, in place of the model's own layers.
 
 The model stays the definition: this holds packed copies of its weights (2 GB in fp8) and gives the same
-hidden states, by test. It serves Gemma-2B in fp8 on GPUs with thread-block clusters; elsewhere the model's
-layers run.
+hidden states, by test. It serves Gemma-2B in fp8 on GPUs that have it; elsewhere the model's layers run.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,21 +17,22 @@ from ..layers.gemma import GemmaLayer
 from ..layers.norms import EPS
 from ..models import Pi0Fast
 from ..ops import E4M3, expert, native, rms_norm
-from ..ops.expert import Epilogue, PackedLinear
+from ..ops.expert import Epilogue
 from ..quantization.fp8 import Fp8Linear
 from .fused_expert import GRID_REFUSALS
+from .packed_layer import PackedLayer
 
 logger = logging.getLogger(__name__)
 
-CAPABILITY = (9, 0)
+CAPABILITY = (8, 9)
 
 
 def refusal(model: Pi0Fast, device: torch.device) -> str | None:
     """Why the kernels cannot serve this model on this device, in one line; None when they can."""
     if device.type != "cuda":
         return "they need a GPU"
-    if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return "they need compute capability 9.0 or newer"
+    if native.capability(device) < CAPABILITY:
+        return "they need compute capability 8.9 or newer"
     if not native.available():
         return f"no native kernels: {native.unavailable_reason()}"
     if replace(model.config.prefix, depth=GEMMA_2B.depth) != GEMMA_2B:
@@ -40,29 +40,6 @@ def refusal(model: Pi0Fast, device: torch.device) -> str | None:
     if not isinstance(model.paligemma.stack.layers[0].qkv, Fp8Linear):
         return "they serve fp8 only"
     return None
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """A layer's products, packed, and its norms' weights."""
-
-    layer: GemmaLayer
-    qkv: PackedLinear
-    out: PackedLinear
-    gate_up: PackedLinear
-    down: PackedLinear
-
-    @classmethod
-    def of(cls, layer: GemmaLayer, heads: int, head_dim: int, mlp_dim: int) -> PackedLayer:
-        """Copies of `layer`'s fp8 weights in the kernels' order; scales are shared with it."""
-        rope, geglu = expert.rope_order(heads, head_dim), expert.geglu_order(mlp_dim)
-        qkv, gate_up = _packed(layer.qkv, rope), _packed(layer.gate_up, geglu)
-        return cls(layer, qkv, _packed(layer.out), gate_up, _packed(layer.down))
-
-    def repack(self, like: PackedLayer) -> None:
-        """The copies made anew, `like`, where the old ones lie."""
-        for name in ("qkv", "out", "gate_up", "down"):
-            getattr(self, name).data.copy_(getattr(like, name).data)
 
 
 class FusedDecode:
@@ -81,12 +58,16 @@ class FusedDecode:
         self.linears = [
             linear
             for layer in self.layers
-            for linear in (layer.layer.qkv, layer.layer.out, layer.layer.gate_up, layer.layer.down)
+            for linear in layer.linears
             if isinstance(linear, Fp8Linear)
         ]
         # slots beyond are the model-space entry's; the attention kernel holds its share of them all
         self.slots = model.prefix_capacity + model.max_tokens
         inner = prefix.num_heads * prefix.head_dim
+        clusters = native.load().expert_attention_in_clusters(1, self.slots)
+        self.scratch = (
+            None if clusters else expert.attention_scratch(1, prefix.num_heads, self.slots, device)
+        )
         self.q = torch.empty(1, prefix.num_heads, prefix.head_dim, dtype=torch.bfloat16, device=device)
         self.attended = torch.empty(1, inner, dtype=E4M3, device=device)
         self.activated = torch.empty(1, prefix.mlp_dim, dtype=E4M3, device=device)
@@ -120,7 +101,8 @@ class FusedDecode:
                 kv_heads=prefix.num_kv_heads,
                 head_dim=prefix.head_dim,
             )
-            expert.expert_attention(self.q, k, v, model.slot, self.attended, packed.out.input_scale)
+            scale = packed.out.input_scale
+            expert.expert_attention(self.q, k, v, model.slot, self.attended, scale, self.scratch)
             expert.skinny_gemm(self.attended, packed.out, Epilogue.RESIDUAL, x)
             expert.skinny_gemm(
                 layer.post_norm(x, None, packed.gate_up.input_scale)[0],
@@ -150,11 +132,3 @@ def attach(model: Pi0Fast, device: torch.device) -> None:
             model.fused = fused
     if reason is not None:
         logger.warning("decoding by the model's own, slower layers: for the skinny kernels, %s", reason)
-
-
-def _packed(linear: torch.nn.Module, order: Tensor | None = None) -> PackedLinear:
-    assert isinstance(linear, Fp8Linear)
-    data = expert.pack_tiles(linear.weight, None if order is None else order.to(linear.weight.device))
-    return PackedLinear(
-        data, linear.out_features, linear.in_features, linear.weight_scale, linear.activation_scale
-    )

@@ -2,53 +2,56 @@
 
 The model stays the definition: this holds packed copies of its expert's weights and gives the same actions,
 by test. It serves the published 300M expert in bf16 and fp8, chunks of up to 64 actions, on GPUs that can
-hold the kernel's whole grid; elsewhere the model's loop runs.
+hold the kernel's whole grid; elsewhere see `expert_ways`.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import GEMMA_300M
+from ..config import GEMMA_300M, PolicyConfig
 from ..layers.gemma import GemmaLayer
 from ..layers.linear import Linear
 from ..layers.norms import EPS
 from ..models import FlowPolicy, Pi0, Pi05
 from ..models.flow import Guide
 from ..ops import expert_steps as steps_op
-from ..ops import native
 from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
-from ..quantization.fp8 import Fp8Linear, fp8_linears
-
-logger = logging.getLogger(__name__)
+from ..quantization.fp8 import Fp8Linear, scales_in_force
+from .conditioning import Conditioning
+from .gpu import Gpu
 
 MAX_ACTIONS = steps_op.MAX_ROWS
 CAPABILITY = (9, 0)
+SHARED_BYTES = 128 << 10  # of a multiprocessor, at the least; how much for which keys, the launcher knows
 # the whole grid does not fit this device at once
 GRID_REFUSALS = ("cudaErrorNotSupported", "cudaErrorCooperativeLaunchTooLarge")
 
 
-def refusal(model: FlowPolicy, device: torch.device) -> str | None:
-    """Why the kernel cannot serve this model on this device, in one line; None when it can."""
-    config = model.config
-    if device.type != "cuda":
+def refusal(config: PolicyConfig, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
+    """Why the kernel cannot serve such a model on this GPU, in one line; None when it can, as far as is known
+    before its launch.
+    """
+    if gpu is None:
         return "it needs a GPU"
-    if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return "it needs compute capability 9.0 or newer"
-    if not native.available():
-        return f"no native kernels: {native.unavailable_reason()}"
-    if not isinstance(model, Pi0 | Pi05):
+    if gpu.capability < CAPABILITY:
+        return f"it needs compute capability 9.0 or newer, not {gpu.capability[0]}.{gpu.capability[1]}"
+    if gpu.multiprocessors < steps_op.BLOCKS:
+        return f"it needs {steps_op.BLOCKS} multiprocessors, not {gpu.multiprocessors}"
+    if gpu.shared_bytes < SHARED_BYTES:
+        need, found = SHARED_BYTES >> 10, gpu.shared_bytes >> 10
+        return f"it needs {need} KB of shared memory a multiprocessor, not {found}"
+    if gpu.no_kernels is not None:
+        return f"no native kernels: {gpu.no_kernels}"
+    if config.policy not in ("pi0", "pi05"):
         return f"it serves pi0 and pi05, not {config.policy}"
     if replace(config.expert, depth=GEMMA_300M.depth) != GEMMA_300M:
         return "it serves the published expert's widths only"
-    if model.dtype != torch.bfloat16:
-        return f"it computes in bfloat16, not {model.dtype}"
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, not {dtype}"
     if config.horizon > MAX_ACTIONS:
         return f"it serves chunks of up to {MAX_ACTIONS} actions, not {config.horizon}"
     return None
@@ -74,9 +77,14 @@ class FusedExpert:
             ]
             weight_scale = torch.stack([torch.stack(row) for row in scales]).float().contiguous()
             input_scale = self._share_input_scales(len(layers), device)
+        conditioning = Conditioning.of(model)
+        mix, norms = conditioning.mix, conditioning.norms
         self.weights = ExpertWeights(
             packed,
-            **_conditioning(model, layers, self.linears),
+            norms,
+            _shift_products(norms, self.linears) if conditioning.adaptive else None,
+            conditioning.project_in,
+            mix=None if mix is None else (steps_op.pack_mix(mix[0]), mix[1]),
             project_out=(model.action_out.weight.contiguous(), model.action_out.bias),
             weight_scale=weight_scale,
             input_scale=input_scale,
@@ -106,11 +114,7 @@ class FusedExpert:
 
     def ready(self) -> bool:
         """Whether activation scales are in force; until then, and while observing, the model's loop runs."""
-        if not self.fp8:
-            return True
-        observing = any(_fp8(linear).observing for linears in self.linears.values() for linear in linears)
-        scaled = (linear for name in ("out", "down") for linear in self.linears[name])
-        return not observing and all(linear.input_scale is not None for linear in scaled)
+        return scales_in_force(linear for linears in self.linears.values() for linear in linears)
 
     def integrate(self, x: Tensor, guide: Guide | None = None) -> None:
         """`FlowPolicy.integrate` for x: (horizon, action_dim) float32, in place; see `ExpertKernel`."""
@@ -154,51 +158,22 @@ class FusedExpert:
         )
 
 
-def attach(model: FlowPolicy, device: torch.device) -> None:
-    """Give the model the fused expert where it can be had, and say in the log why where not."""
-    reason = refusal(model, device)
-    if reason is None:
-        assert isinstance(model, Pi0 | Pi05)
-        fused = FusedExpert(model, device)
-        try:
-            fused.integrate(torch.zeros(model.config.horizon, model.config.action_dim, device=device))
-            torch.cuda.synchronize(device)
-        except RuntimeError as error:
-            if not any(refused in str(error) for refused in GRID_REFUSALS):
-                raise
-            reason = str(error)
-        else:
-            model.fused_expert = fused
+def attach(model: FlowPolicy, device: torch.device) -> str | None:
+    """Give the model the fused expert where it can be had; else the reason why not, in one line."""
+    reason = refusal(model.config, model.dtype, Gpu.of(device))
     if reason is not None:
-        logger.warning("expert by the model's own, slower loop: for the fused kernel, %s", reason)
-        for linear in fp8_linears(model).values():
-            if not linear.static:
-                linear.widen()
-
-
-def _conditioning(
-    model: Pi0 | Pi05, layers: list[GemmaLayer], linears: dict[str, list[Linear]]
-) -> dict[str, Any]:
-    """What differs between the policies: the norms' styles, and the way of the actions into the expert."""
-    weight, bias = model.action_in.weight, model.action_in.bias
-    if isinstance(model, Pi05):
-        styles = model.styles.contiguous()
-        return {
-            "norms": styles,
-            "shift_products": _shift_products(styles, linears),
-            "project_in": (weight.contiguous(), bias.view(1, -1)),
-        }
-    norms = [norm for layer in layers for norm in (layer.input_norm, layer.post_norm)]
-    scales = torch.stack([norm.weight.float() for norm in (*norms, model.expert.norm)])
-    # action_in and the action's half of action_time_in are linear with nothing in between: one product
-    biases = model.time_bias + F.linear(bias, model.action_half)
-    out = model.action_time_out
-    return {
-        "norms": scales.view(1, -1, 1, steps_op.WIDTH).contiguous(),
-        "shift_products": None,
-        "project_in": ((model.action_half @ weight).contiguous(), biases.contiguous()),
-        "mix": (steps_op.pack_mix(out.weight), out.bias),
-    }
+        return reason
+    assert isinstance(model, Pi0 | Pi05)
+    fused = FusedExpert(model, device)
+    try:
+        fused.integrate(torch.zeros(model.config.horizon, model.config.action_dim, device=device))
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        if not any(refused in str(error) for refused in GRID_REFUSALS):
+            raise
+        return str(error)
+    model.fused_expert = fused
+    return None
 
 
 def _of_state(model: Pi0, weights: ExpertWeights) -> ExpertWeights:

@@ -22,7 +22,7 @@ from .prefix import PrefixPolicy
 
 
 class ExpertKernel(Protocol):
-    """The whole integration as one kernel; see `engine.fused_expert`."""
+    """The whole integration by kernels of its own: one, `engine.fused_expert`, or `engine.expert_chain`."""
 
     def ready(self) -> bool:
         """Whether it can stand in for the loop now."""

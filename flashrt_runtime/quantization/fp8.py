@@ -130,6 +130,14 @@ def fp8_linears(model: nn.Module) -> dict[str, Fp8Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
 
 
+def scales_in_force(linears: Iterable[nn.Module]) -> bool:
+    """Whether kernels may read the scales of these: calibrated where they are static, none observing."""
+    quantised = [linear for linear in linears if isinstance(linear, Fp8Linear)]
+    return all(
+        not linear.observing and (not linear.static or linear.input_scale is not None) for linear in quantised
+    )
+
+
 def settle(linears: Iterable[Fp8Linear]) -> None:
     """Wait for what was written on the current stream: whoever gets the model next may use another one."""
     for device in {linear.weight.device for linear in linears}:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from flashrt_runtime import options
+from flashrt_runtime.checkpoints import open_checkpoint
 from flashrt_runtime.cli import info
 from flashrt_runtime.cli.predict import BARS, sparkline
+from flashrt_runtime.config import GEMMA_300M
+from flashrt_runtime.engine.gpu import Gpu
 from flashrt_runtime.loading import load_model
 from flashrt_runtime.untrained import make_checkpoint
 
@@ -78,6 +83,23 @@ def test_info_as_json_is_only_json(flashrt, checkpoint):
     assert content["rules"]["state_in_prompt"] is True
     assert len(content["normalisation"]["state"]["q01"]) == 7
     assert content["interface"]["horizon"] == 50
+
+
+def test_info_says_what_would_run_here(flashrt, checkpoint, monkeypatch):
+    monkeypatch.setattr(Gpu, "of", lambda _: None)
+    code, out, _ = flashrt("info", "--checkpoint", checkpoint, "--json")
+    assert code == 0
+    here = json.loads(out)["this machine"]
+    assert (here["gpu"], here["action expert"]) == (None, "the model's own, slower loop (no GPU)")
+    thor = Gpu("NVIDIA Thor", (11, 0), 20, 228 << 10)
+    monkeypatch.setattr(Gpu, "of", lambda _: thor)
+    monkeypatch.setattr(options, "default_precision", lambda _: "fp8")
+    with open_checkpoint(checkpoint) as opened:
+        here = info.this_machine(replace(opened.config, expert=GEMMA_300M))
+    assert here["gpu"] == "NVIDIA Thor"
+    assert here["action expert"] == (
+        "a chain of kernels (not by one persistent kernel: it needs 128 multiprocessors, not 20)"
+    )
 
 
 @pytest.mark.slow

@@ -4,66 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from expert_model import DEPTH, PREFIX, config, float32_twin, guide, random_model
 
-from flashrt_runtime import models
-from flashrt_runtime.config import GEMMA_300M, GemmaConfig, PolicyConfig, SiglipConfig
 from flashrt_runtime.engine import fused_expert
-from flashrt_runtime.models import FlowPolicy, Pi05
+from flashrt_runtime.models import FlowPolicy
 from flashrt_runtime.models.flow import Guide, guided
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
-from flashrt_runtime.quantization.fp8 import Fp8Linear, fp8_linears, swap_linears
-
-DEPTH, PREFIX = 3, 300
-
-
-def config(horizon: int = 10, policy: str = "pi05") -> PolicyConfig:
-    expert = GemmaConfig(**{**vars(GEMMA_300M), "depth": DEPTH})
-    prefix = GemmaConfig(width=64, depth=DEPTH, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=256)
-    vision = SiglipConfig(width=64, depth=1, mlp_dim=128, num_heads=4, image_size=224)
-    return PolicyConfig(policy, vision, prefix, expert, vocab_size=512, horizon=horizon, prompt_capacity=200)
-
-
-def random_model(policy: PolicyConfig, fp8: bool, device: str) -> FlowPolicy:
-    model = models.build(policy, 2, torch.bfloat16)
-    if fp8:
-        swap_linears(model)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        scale = 0.3 if "dense" in name or parameter.ndim < 2 else parameter.shape[-1] ** -0.5
-        value = torch.randn(parameter.shape, device=device) * scale
-        module = model.get_submodule(owner)
-        if isinstance(module, Fp8Linear) and attribute == "weight":
-            module.set_weight(value)
-        else:
-            setattr(module, attribute, torch.nn.Parameter(value.to(parameter.dtype), requires_grad=False))
-    model.prepare(torch.device(device))
-    return model
+from flashrt_runtime.quantization.fp8 import fp8_linears
 
 
 def test_refused_without_gpu() -> None:
-    model = models.build(config(), 2, torch.bfloat16)
-    assert fused_expert.refusal(model, torch.device("cpu")) == "it needs a GPU"
-
-
-def float32_twin(model: FlowPolicy, policy: PolicyConfig, device: str) -> FlowPolicy:
-    """The same model computing in float32, with the weights as the kernels see them."""
-    twin = models.build(policy, 2, torch.float32)
-    for name, _ in list(twin.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        if owner.startswith("conditioning"):
-            continue  # gone from the model: its styles are copied
-        module = model.get_submodule(owner)
-        value = getattr(module, attribute).float()
-        if isinstance(module, Fp8Linear) and attribute == "weight":
-            value = value * module.weight_scale
-        setattr(twin.get_submodule(owner), attribute, torch.nn.Parameter(value, requires_grad=False))
-    if isinstance(model, Pi05):
-        twin.prepare_conditioning = lambda _: None
-        twin.styles, twin.clean_style = model.styles, model.clean_style
-    twin.prepare(torch.device(device))
-    twin.cache.k.copy_(model.cache.k)
-    twin.cache.v.copy_(model.cache.v)
-    return twin
+    assert fused_expert.refusal(config(), torch.bfloat16, None) == "it needs a GPU"
 
 
 @pytest.mark.gpu
@@ -98,15 +49,6 @@ def test_same_actions_as_the_loop(fp8: bool, policy: str, horizon: int) -> None:
     loop_error, error = (((x - exact).norm() / (exact - noise).norm()).item() for x in (loop, fused))
     assert error < 1.5 * loop_error + 1e-3, f"relative error {error:.2e}, of the loop {loop_error:.2e}"
     assert error < (6e-2 if fp8 else 3e-2), f"relative error {error:.2e}"
-
-
-def guide(horizon: int) -> Guide:
-    """Random, with rows of weight zero and of weight one; three frozen."""
-    weight = torch.rand(horizon, device="cuda")
-    weight[::4], weight[1::4] = 0.0, 1.0
-    frozen = torch.arange(horizon, device="cuda") < 3
-    gains = torch.rand(10, device="cuda") * 2
-    return Guide(torch.randn(horizon, 32, device="cuda"), weight, frozen, gains, trained=False)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,92 @@
+"""How the denoise steps of an action expert run on a GPU: by one persistent kernel, by a chain of kernels, or
+by the model's own loop; the first that serves.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from ..config import PolicyConfig
+from ..errors import HardwareError, OptionError
+from ..models import FlowPolicy
+from ..quantization.fp8 import fp8_linears
+from . import expert_chain, fused_expert
+from .gpu import Gpu
+
+logger = logging.getLogger(__name__)
+
+ExpertWay = Literal["auto", "fused", "chain", "loop"]
+DESCRIPTIONS = {
+    "fused": "one persistent kernel",
+    "chain": "a chain of kernels",
+    "loop": "the model's own, slower loop",
+}
+
+
+def check_way(name: str) -> ExpertWay:
+    """Raises OptionError for what is no way."""
+    for way in get_args(ExpertWay):
+        if name == way:
+            return way  # type: ignore[no-any-return]
+    raise OptionError(f"unknown expert {name!r}: expected one of {', '.join(get_args(ExpertWay))}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way, and why not those in front of it."""
+
+    way: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        because = "; ".join(self.reasons)
+        return DESCRIPTIONS[self.way] + (f" ({because})" if because else "")
+
+
+def choose(config: PolicyConfig, dtype: torch.dtype, gpu: Gpu | None) -> Choice:
+    """What "auto" takes for such a model on a GPU (None: the CPU), as far as is known before a launch."""
+    if gpu is None:
+        return Choice("loop", ("no GPU",))
+    reasons: list[str] = []
+    for way, refusal in (("fused", fused_expert.refusal), ("chain", expert_chain.refusal)):
+        reason = refusal(config, dtype, gpu)
+        if reason is None:
+            return Choice(way, tuple(reasons))
+        reasons.append(_why(way, reason))
+    return Choice("loop", tuple(reasons))
+
+
+def attach(model: FlowPolicy, device: torch.device, way: ExpertWay = "auto") -> Choice:
+    """Give the model what `way` says, "auto" the first that serves, and say in the log which and why.
+
+    Raises HardwareError where the one that was asked for does not serve.
+    """
+    reasons: list[str] = []
+    for name, attempt in (("fused", fused_expert.attach), ("chain", expert_chain.attach)):
+        if way not in ("auto", name):
+            continue
+        reason = attempt(model, device)
+        if reason is None:
+            return _said(Choice(name, tuple(reasons)))
+        reasons.append(_why(name, reason))
+    if way not in ("auto", "loop"):
+        raise HardwareError(
+            f"expert={way!r} was asked for, which cannot serve here: {'; '.join(reasons)}; use expert='auto'"
+        )
+    for linear in fp8_linears(model).values():
+        if not linear.static:
+            linear.widen()
+    return _said(Choice("loop", tuple(reasons)))
+
+
+def _why(way: str, reason: str) -> str:
+    return f"not by {DESCRIPTIONS[way]}: {reason}"
+
+
+def _said(choice: Choice) -> Choice:
+    logger.log(logging.WARNING if choice.way == "loop" else logging.INFO, "expert by %s", choice)
+    return choice
