@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import threading
@@ -14,9 +13,7 @@ import pytest
 import torch
 
 import flashrt_runtime
-from flashrt_runtime.engine.expert_chain import ExpertChain
 from flashrt_runtime.errors import PromptTooLongError
-from flashrt_runtime.models import FlowPolicy
 from flashrt_runtime.ops import variants
 from flashrt_runtime.policy import Policy
 from flashrt_runtime.untrained.random import make_checkpoint
@@ -54,28 +51,22 @@ def path(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Path:
     return paths[request.param]
 
 
-@pytest.fixture(scope="module")
-def wide_path(
-    make_wide: Callable[[Path, str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """That of a policy at the widths that the fused expert and the attention kernels serve."""
-    root = tmp_path_factory.mktemp("wide")
-    return functools.cache(lambda policy: make_wide(root / policy, policy))
-
-
 @pytest.fixture(scope="module", params=["pi05", "pi0", "pi05 wide", "pi0 wide"])
 def every_path(
-    request: pytest.FixtureRequest, paths: dict[str, Path], wide_path: Callable[[str], Path]
+    request: pytest.FixtureRequest,
+    paths: dict[str, Path],
+    make_wide: Callable[[Path, str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
+    """Also at the widths that the fused expert and the attention kernels serve."""
     policy, _, wide = request.param.partition(" ")
-    return wide_path(policy) if wide else paths[policy]
+    return make_wide(tmp_path_factory.mktemp("wide") / policy, policy) if wide else paths[policy]
 
 
-def load(path: Path, precision: str, rtc: str = "off", expert: str = "auto") -> Policy:
+def load(path: Path, precision: str, rtc: str = "off") -> Policy:
     return flashrt_runtime.load_model(
-        path, config="auto", hardware="any", precision=precision, weight_cache=False, autotune=1, rtc=rtc,
-        expert=expert,
-    )  # fmt: skip
+        path, config="auto", hardware="any", precision=precision, weight_cache=False, autotune=1, rtc=rtc
+    )
 
 
 def images(seed: int, shapes: tuple[tuple[int, int], ...] = ((480, 640), (224, 224))) -> list[np.ndarray]:
@@ -113,38 +104,6 @@ def test_graph_is_bit_identical_to_eager_with_the_same_kernels(every_path: Path)
     engine.stream.synchronize()
     assert np.array_equal(engine.actions.cpu().numpy(), got)
     policy.close()
-
-
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
-@pytest.mark.parametrize("name", ["pi05", "pi0"])
-def test_a_chain_of_kernels_in_the_graph(
-    name: str, precision: str, wide_path: Callable[[str], Path]
-) -> None:
-    """Near the loop, bit-identical to eager with the same kernels, guided or not; scales reach it."""
-    inputs, results = images(3), {}
-    for way, rtc in (("loop", "off"), ("chain", "off"), ("chain", "guided")):
-        policy = load(wide_path(name), precision, rtc, way)
-        engine, model = policy._engine, policy._model
-        assert engine is not None
-        assert isinstance(model, FlowPolicy)
-        assert isinstance(model.fused_expert, ExpertChain) == (way == "chain")
-        before = policy.predict(inputs, "open the drawer", STATE, seed=1)
-        if precision == "fp8":
-            policy.calibrate([{"images": images(5), "prompt": "stop", "state": STATE, "seed": 9}])
-            after = policy.predict(inputs, "open the drawer", STATE, seed=1)
-            assert not np.array_equal(before, after)
-            before = after
-        encoded = policy._encode(inputs, "open the drawer", STATE, seed=1)
-        got = policy._run(model, encoded)
-        with torch.inference_mode(), torch.cuda.stream(engine.stream):
-            engine.generate(engine.encode_images(), engine.bucket_of(len(encoded.tokens)))
-        engine.stream.synchronize()
-        assert np.array_equal(engine.actions.cpu().numpy(), got)
-        results[way, rtc] = before
-        policy.close()
-    loop, chain = results["loop", "off"], results["chain", "off"]
-    assert np.linalg.norm(chain - loop) / np.linalg.norm(loop) < 3e-2
-    assert np.array_equal(chain, results["chain", "guided"])
 
 
 def test_changes_neither_capture_nor_allocate(every_path: Path) -> None:
