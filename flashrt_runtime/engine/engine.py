@@ -75,8 +75,8 @@ class Engine:
         self.rtc = rtc
         if rtc == "trained" and isinstance(model, FlowPolicy) and model.fused_expert is not None:
             logger.warning(
-                "rtc=trained: the expert by the model's own loop, which is slower: the fused kernel has one "
-                "flow time for all actions"
+                "rtc=trained: the expert by the model's own loop, which is slower: its fused kernels have "
+                "one flow time for all actions"
             )
         self.device = device
         self.autotune = autotune
