@@ -2,7 +2,7 @@
 // keys, their softmax and its part of P V; expert_inbox.cuh and expert_letters.cuh have the rest.
 #pragma once
 
-#include "expert_products.cuh"
+#include "expert_matrix.cuh"
 
 namespace flashrt {
 namespace expert {
@@ -135,25 +135,22 @@ struct Queries {
   uint4 operand[Most];
   const unsigned char* from;
   int count, rows;
+  uint32_t second;
 
   // q: of this head.
   __device__ __forceinline__ void ask(const unsigned char* q, const Team<false>& team, int all_rows) {
     const int lane = thread_id() % kWarpSize;
     count = 2 * kSlices >> team.shift;
     rows = all_rows - team.tile * kTileRows;
-    from = q + team.tile * kTileRows * kHeadRowBytes + team.part * count * kOperandBytes + lane * 16;
+    const int pair = max(0, min(lane / 4, (rows - 1) / 2)), tile = rows > 0 ? team.tile : 0;  // as of activations
+    from = q + tile * kTileRows * kHeadRowBytes + team.part * count * kOperandBytes + (pair * 4 + lane % 4) * 16;
+    second = pair * 2 + 1 < rows ? kAbsent : 0;
 #pragma unroll
-    for (int i = 0; i < Most; ++i)
-      operand[i] = i < count && lane / 4 * 2 < rows ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < Most; ++i) operand[i] = i < count ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
   }
   __device__ __forceinline__ void settle() {
-    const int lane = thread_id() % kWarpSize;
-    const uint32_t second = lane / 4 * 2 + 1 < rows ? kAbsent : 0;
     for (int polls = 0;; count_poll(polls)) {
-      bool missing = false;
-#pragma unroll
-      for (int i = 0; i < Most; ++i) missing |= absent(operand[i], second);
-      if (!__any_sync(0xffffffffu, missing)) break;
+      if (!__any_sync(0xffffffffu, any_absent(operand, second))) break;
 #pragma unroll
       for (int i = 0; i < Most; ++i)
         if (absent(operand[i], second)) operand[i] = look(from + i * kOperandBytes);

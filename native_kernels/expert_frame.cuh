@@ -11,6 +11,8 @@ namespace expert {
 struct Plan {
   Layout attention;
   int slots, big, small;  // the ring comes first; then the sums of products with many tiles, and of those with one
+  int received;           // sums from the other block of a pair
+  bool paired;
 };
 
 constexpr int kSmallBytes = kWarps * kTileElements * 4, kBigBytes = 2 * kGateUpUnits * kSmallBytes;
@@ -41,7 +43,7 @@ struct Frame {
   unsigned char* shared;
   Ring ring;
   const Share& share;
-  uint64_t* prefix_full;  // of keys and of values
+  uint64_t* prefix_full;  // of keys and of values; behind them that of the sums of the other block
   float* inverse;         // parts of the sums of squares: (warp, row)
   float* scratch;         // three floats a warp
   float* conditions;      // of each copy's visit
@@ -146,6 +148,15 @@ struct Frame {
     return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
   }
 
+  // Where block `block` of k lies in the ring, of those from `chunk` on.
+  template <int P>
+  __device__ __forceinline__ int place(int block) const {
+    using S = Shape<Fp8, P>;
+    int slot = chunk.slot + block / S::Blocks;
+    if (slot >= ring.slots) slot -= ring.slots;
+    return slot * kChunkBytes + block % S::Blocks * kTileBytes;
+  }
+
   // This warp's part of the first `count` of some units, from `chunk` on. `meanwhile` is called where there is one
   // tile, behind the wait for the activations.
   template <int P, int Units, typename Meanwhile>
@@ -158,9 +169,7 @@ struct Frame {
     for (int unit = 0; unit < Units; ++unit) {
       // the block of k, of all in the ring
       const int block = unit * (S::UnitBlocks / Quarters) + team.part * (S::UnitBlocks / Quarters >> team.shift);
-      int slot = chunk.slot + block / S::Blocks;
-      if (slot >= ring.slots) slot -= ring.slots;
-      offset[unit] = slot * kChunkBytes + block % S::Blocks * kTileBytes + thread_id() % kWarpSize * 16;
+      offset[unit] = place<P>(block) + weight_lane<Fp8, P>() * 16;
     }
     if constexpr (One) {
 #pragma unroll
@@ -250,7 +259,7 @@ struct Frame {
       for (int unit = 0; unit < kQuarters; ++unit) {
         float sum[1][4];
         sums.total(sum, unit);
-        spread(big() + unit * (kWarps * kTileElements), sum[0], a.rows);
+        spread(big() + unit * (kWarps * kTileElements), thread_id() / kWarpSize, sum[0], a.rows);
       }
     }
     await_order();
@@ -292,6 +301,9 @@ struct Frame {
   // A product of one unit of 8 columns on `x`: every thread's element, by `finish(sum)`, which whole warps call.
   template <int P, typename Finish>
   __device__ __forceinline__ void narrow_product(const unsigned char* x, int step, int layer, Finish finish) {
+    if constexpr (kPairs<Fp8, P, One>) {
+      if (plan.paired) return paired_product<P>(x, step, layer, finish);
+    }
     const Team<One> team(p.rows);
     Activations<Fp8, P, One> a(x, team, p.rows);
     if constexpr (P == kOut) copy_next_conditions(step, layer);
@@ -302,13 +314,58 @@ struct Frame {
       multiply(a, team, 1, sums, [] {});
       float sum[1][4];
       sums.total(sum, 0);
-      spread(small(), sum[0], a.rows);
+      spread(small(), thread_id() / kWarpSize, sum[0], a.rows);
     }
     if (P == kDown) await_order();
     block_sync();
     give_back(Shape<Fp8, P>::Chunks);
     const int tile = thread_id() / kTileElements;
     if (tile < tiles()) finish(gather(small(), team, tile, thread_id() % kTileElements));
+    block_sync();  // nobody looks for more while this block still computes
+  }
+
+  // The same by a pair of blocks, each half of k of both units.
+  template <int P, typename Finish>
+  __device__ __forceinline__ void paired_product(const unsigned char* x, int step, int layer, Finish finish) {
+    using S = Shape<Fp8, P>;
+    const Team<One> team = matrix_team();
+    const int rank = block_id() % 2, place_of_warp = team.tile << team.shift | team.part;
+    Activations<Fp8, P, One> a(x, team, p.rows, 2, rank);
+    if constexpr (P == kOut) copy_next_conditions(step, layer);
+    if constexpr (P == kDown) be_patient();
+    a.ask();
+    if (thread_id() == 0) barrier_expect(prefix_full + 2, tiles() * 4 * kSentBytes);
+    float sum[2][4] = {};
+    uint32_t weights[2];
+#pragma unroll
+    for (int unit = 0; unit < 2; ++unit)
+      weights[unit] = tile_descriptor(
+          ring.chunks + place<P>(unit * (S::UnitBlocks / 2) + team.part * (S::UnitBlocks / 2 >> team.shift)));
+    ring.wait(chunk, S::Chunks);
+    multiply_64(sum, a, weights);
+    if (a.rows > 0) {
+      float own[4], other[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own[i] = sum[0][i], other[i] = sum[1][i];
+      if (rank == 1)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[i] = sum[1][i], other[i] = sum[0][i];
+      const int lane = thread_id() % kWarpSize;
+      give(address_in(shared_address(shared + plan.received + place_of_warp * kSentBytes + lane * 16), 1 - rank),
+           make_uint4(__float_as_uint(other[0]), __float_as_uint(other[1]), __float_as_uint(other[2]),
+                      __float_as_uint(other[3])),
+           address_in(shared_address(prefix_full + 2), 1 - rank));
+      spread(small(), place_of_warp, own, a.rows);
+    }
+    if (P == kDown) await_order();
+    block_sync();
+    give_back(S::Chunks);
+    const int tile = thread_id() / kTileElements, element = thread_id() % kTileElements;
+    if (tile < tiles()) {
+      const float half = gather(small(), team, tile, element);
+      await_phase(prefix_full + 2, P == kOut ? 0 : 1);  // two a visit
+      finish(half + gather_received(shared + plan.received, tile, element));
+    }
     block_sync();  // nobody looks for more while this block still computes
   }
 };

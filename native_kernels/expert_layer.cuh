@@ -158,6 +158,14 @@ struct Layer : Frame<Fp8, One> {
     }
     block_sync();
   }
+  // Byte `byte` of row `row` among the activations of product P, where there are more tiles.
+  template <int P>
+  __device__ __forceinline__ int tile_offset(int row, int byte) const {
+    if constexpr (kPairs<Fp8, P, One>) {
+      if (plan.paired) return matrix_offset(row, Shape<Fp8, P>::RowBytes, byte);
+    }
+    return activation_offset<Fp8, P>(row, byte);
+  }
   template <typename Post>
   __device__ __forceinline__ void send_attended(const Team<One>& team, int head, const Post& post) {
     if (share.keys == 0) return;
@@ -180,8 +188,8 @@ struct Layer : Frame<Fp8, One> {
       word = pack_bf16(merged.value[0], merged.value[1]);
     }
     if (has)
-      publish(buffers.template buffer<kAttendedRows>() + activation_offset<Fp8, kOut>(m, column * (Fp8 ? 1 : 2)),
-              buffers.other, word);
+      publish(buffers.template buffer<kAttendedRows>() + tile_offset<kOut>(m, column * (Fp8 ? 1 : 2)), buffers.other,
+              word);
   }
 
   // The probabilities of all rows, and what else P V needs, behind a barrier.
@@ -325,8 +333,7 @@ struct Layer : Frame<Fp8, One> {
     } else {
       word = pack_bf16(value[0], value[1]);
     }
-    publish(exchange().template buffer<kHidden>() + activation_offset<Fp8, kDown>(m, n * (Fp8 ? 1 : 2)),
-            exchange().other, word);
+    publish(exchange().template buffer<kHidden>() + tile_offset<kDown>(m, n * (Fp8 ? 1 : 2)), exchange().other, word);
   }
 
   // By whole warps: four (e4m3) or two neighbours make a word.

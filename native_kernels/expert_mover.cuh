@@ -59,8 +59,11 @@ struct Mover {
         const Source& from = sources[index < 0 ? visit_sources : index];
         if (leader) {
           barrier_expect(full + slot, kChunkBytes);
-          bulk_copy_once(ring.chunks + slot * kChunkBytes, from.base + layer * from.layer_bytes, kChunkBytes,
-                         full + slot, policy);
+          const unsigned char* chunk = from.base + layer * from.layer_bytes;
+          const int bytes = !One && from.second != 0 ? kChunkBytes / 2 : kChunkBytes;
+          bulk_copy_once(ring.chunks + slot * kChunkBytes, chunk, bytes, full + slot, policy);
+          if (!One && from.second != 0)
+            bulk_copy_once(ring.chunks + slot * kChunkBytes + bytes, chunk + from.second, bytes, full + slot, policy);
         }
         ++asked;
         if (++slot == ring.slots) slot = 0;

@@ -36,6 +36,18 @@ __device__ __forceinline__ bool absent(const uint4& v, uint32_t second) {
   return max(max(v.x, v.z), max(v.y, v.w) & second) == kAbsent;
 }
 
+// The same of several, in fewer instructions than one by one.
+template <int Count>
+__device__ __forceinline__ bool any_absent(const uint4 (&v)[Count], uint32_t second) {
+  uint32_t upper = 0, lower = 0;
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+    upper = max(max(upper, v[i].x), v[i].z);
+    lower = max(max(lower, v[i].y), v[i].w);
+  }
+  return max(upper, lower & second) == kAbsent;
+}
+
 // What a warp multiplies: a tile of rows is that of all 16 warps, or of 8 or 4 where there are more tiles; each takes a
 // part of k.
 template <bool One>
@@ -48,11 +60,14 @@ struct Team {
                                       : 2),
         tile(One ? 0 : thread_id() / kWarpSize >> shift),
         part(One ? thread_id() / kWarpSize : thread_id() / kWarpSize & (parts() - 1)) {}
+  __device__ __forceinline__ Team(int shift, int tile, int part) : shift(shift), tile(tile), part(part) {}
   __device__ __forceinline__ int parts() const { return 1 << shift; }
 };
 
 // A thread's operands of the activations: those of the k blocks that are its warp's, of which it holds two groups. A
-// block of k is read by one warp of a team only: each activation is read once.
+// block of k is read by one warp of a team only: each activation is read once. Where there are more tiles, lanes of
+// rows past the end read the last pair again, which takes fewer instructions than zeros: what comes of it stays in its
+// rows.
 template <bool Fp8, int P, bool One>
 struct Activations {
   using S = Shape<Fp8, P>;
@@ -65,14 +80,17 @@ struct Activations {
   // Of quarter `quarter` of k, where a block reads a quarter only.
   __device__ __forceinline__ Activations(const unsigned char* x, const Team<One>& team, int all_rows, int quarters = 1,
                                          int quarter = 0) {
-    const int lane = thread_id() % kWarpSize;
     groups = S::Groups / quarters >> team.shift;
     rows = all_rows - team.tile * kTileRows;
-    from = x + (team.tile * quarters + quarter) * (kTileRows * S::RowBytes / quarters) +
-           team.part * groups * kGroupBytes + lane * 16;
-    second = lane / 4 * 2 + 1 < rows ? kAbsent : 0;
+    const int lane = thread_id() % kWarpSize, tile = One || rows > 0 ? team.tile : 0;
+    const int pair = One ? lane / 4 : max(0, min(lane / 4, (rows - 1) / 2));
+    from = x + (tile * quarters + quarter) * (kTileRows * S::RowBytes / quarters) + team.part * groups * kGroupBytes +
+           (pair * 4 + lane % 4) * 16;
+    second = pair * 2 + 1 < rows ? kAbsent : 0;
   }
-  __device__ __forceinline__ bool has() const { return static_cast<int>(thread_id()) % kWarpSize / 4 * 2 < rows; }
+  __device__ __forceinline__ bool has() const {
+    return !One || static_cast<int>(thread_id()) % kWarpSize / 4 * 2 < rows;
+  }
   // Ask for a group; it may not have come yet.
   __device__ __forceinline__ void ask(uint4 (&to)[kGroupOperands], int group) const {
     const unsigned char* first = from + group * kGroupBytes;
@@ -89,8 +107,12 @@ struct Activations {
     const unsigned char* first = from + group * kGroupBytes;
     for (int polls = 0;; count_poll(polls)) {
       bool missing = false;
+      if constexpr (One) {
 #pragma unroll
-      for (int i = 0; i < kGroupOperands; ++i) missing |= absent(to[i], second);
+        for (int i = 0; i < kGroupOperands; ++i) missing |= absent(to[i], second);
+      } else {
+        missing = any_absent(to, second);
+      }
       if (!__any_sync(0xffffffffu, missing)) break;
 #pragma unroll
       for (int i = 0; i < kGroupOperands; ++i)
@@ -147,12 +169,20 @@ __device__ __forceinline__ void multiply_group(Sums<Fp8, P, Units, One>& sums, i
   }
 }
 
+// The 16 bytes of a tile and k block that are this lane's. Those of e4m3 products with e4m3 activations lie in the
+// 64-byte swizzle of Hopper's matrix unit.
+template <bool Fp8, int P>
+__device__ __forceinline__ int weight_lane() {
+  const int lane = thread_id() % kWarpSize;
+  return Shape<Fp8, P>::E4m3 && !Shape<Fp8, P>::Wide ? lane ^ lane / 8 : lane;
+}
+
 constexpr int kTileElements = kTileRows * kTileFeatures;
 
-// A warp's part of the sums of a unit of one tile into shared memory: [warp][slot][feature]; `rows` count.
-__device__ __forceinline__ void spread(float* sums, const float (&sum)[4], int rows) {
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
-  float* target = sums + warp * kTileElements + lane * 2;
+// A warp's part of the sums of a unit of one tile into shared memory: [part][slot][feature]; `rows` count.
+__device__ __forceinline__ void spread(float* sums, int part, const float (&sum)[4], int rows) {
+  const int lane = thread_id() % kWarpSize;
+  float* target = sums + part * kTileElements + lane * 2;
   if (lane / 4 * 2 < rows) *reinterpret_cast<float2*>(target) = make_float2(sum[0], sum[1]);
   if (lane / 4 * 2 + 1 < rows) *reinterpret_cast<float2*>(target + kTileElements / 2) = make_float2(sum[2], sum[3]);
 }

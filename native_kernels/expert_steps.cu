@@ -16,8 +16,9 @@
 // words that go from block to block say themselves whether they have come (expert_stream.cuh).
 //
 // e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3
-// and 5. Rows are served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each. Sums are
-// taken in a fixed order: results are bit-identical from run to run.
+// and 5. Rows are served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each, and of
+// more than two, products 3 and 5 of e4m3 are taken by pairs of blocks (expert_matrix.cuh). Sums are taken in a fixed
+// order: results are bit-identical from run to run.
 #include "expert_layer.cuh"
 
 #pragma nv_diag_suppress 177  // below sm_90 the kernel is empty and leaves everything here unused
@@ -206,8 +207,8 @@ __device__ void blank_exchange(const Exchange<One>& exchange) {
 template <bool Fp8, bool One>
 __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ uint64_t full[kMaxSlots], prefix_full[2];
+  extern __shared__ __align__(1024) unsigned char shared[];
+  __shared__ uint64_t full[kMaxSlots], prefix_full[3];
   __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
@@ -215,12 +216,13 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
+    barrier_init(prefix_full + 2, 1);
     barrier_init_fence();
     counters = {};
     share = Share(block_id() % kSplits, *p.prefix_length, p.rows);
   }
   if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8, One>())
-    sources[thread_id()] = source<Fp8, One>(p, thread_id());
+    sources[thread_id()] = source<Fp8, One>(p, thread_id(), kHasMatrixUnit && plan.paired);
   __syncthreads();
   const Ring ring{shared, &counters, plan.slots};
   if (thread_id() >= kMoverThread) {
@@ -255,20 +257,23 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
   constexpr int kLeastSlots = 4;     // what is multiplied before anything is given back
+  // where there are more tiles, small sums take turns with the big ones
+  const int small_bytes = One ? kSmallBytes : 0, received_bytes = plan.paired ? tiles * 4 * kSentBytes : 0;
   // the scores of all tiles at once, or of half of them
   for (int at_once = tiles; at_once > 0; at_once /= 2) {
     const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
     const int big_bytes = max(kBigBytes, score_bytes + probability_bytes + tiles * kTileRows * 4);
-    const int work_bytes = big_bytes + kSmallBytes + key_bytes + value_bytes;
+    const int work_bytes = big_bytes + small_bytes + received_bytes + key_bytes + value_bytes;
     plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
     if (plan.slots < kLeastSlots) continue;
     plan.big = plan.slots * kChunkBytes;
-    plan.small = plan.big + big_bytes;
+    plan.small = One ? plan.big + big_bytes : plan.big;
+    plan.received = plan.big + big_bytes + small_bytes;
     attention.tiles_at_once = at_once;
     attention.score = plan.big;
     attention.probability = attention.score + score_bytes;
     attention.row_maximum = attention.probability + probability_bytes;
-    attention.k = plan.small + kSmallBytes;
+    attention.k = plan.received + received_bytes;
     attention.v = attention.k + key_bytes;
     bytes = attention.v + value_bytes;
     return true;
@@ -278,14 +283,16 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
 
 template <bool Fp8, bool One>
 cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
-  int device = 0, shared_limit = 0, multiprocessors = 0;
+  int device = 0, shared_limit = 0, multiprocessors = 0, major = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
   if (multiprocessors < kBlocks) return cudaErrorNotSupported;
   Plan plan = {};
+  plan.paired = Fp8 && !One && p.rows > 2 * kTileRows && major == 9;
   int bytes = 0;
   if (!lay_out<Fp8, One>(plan, p, shared_limit, bytes)) return cudaErrorNotSupported;
 
@@ -293,16 +300,25 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   // blocks wait for each other: all must be on the device at once, and the attribute makes that a condition
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = 2;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kBlocks);
   config.blockDim = dim3(kThreads + kWarpSize);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = plan.paired ? 2 : 1;
+  if (plan.paired) {
+    int pairs = 0;
+    status = cudaOccupancyMaxActiveClusters(&pairs, kernel, &config);
+    if (status != cudaSuccess) return status;
+    if (pairs < kBlocks / 2) plan.paired = false, config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, p, plan);
 }
 

@@ -147,6 +147,7 @@ struct Ring {
 struct Source {
   const unsigned char* base;  // of layer 0
   int64_t layer_bytes;
+  int second;  // where the second half comes from, bytes behind the first; 0: one piece
 };
 constexpr int kMaxSources = 19;  // bf16: 4 + 2 + 8 + 4, and pi0's mix
 
@@ -155,7 +156,7 @@ __device__ Source source_of(const ExpertSteps& p, int unit, int chunk) {
   using S = Shape<Fp8, P>;
   const void* weights = P == kMix ? p.mix_weights : p.weights[P % kProducts];
   return {static_cast<const unsigned char*>(weights) + int64_t(unit) * S::UnitBytes + chunk * kChunkBytes,
-          P == kMix ? 0 : int64_t(S::Units) * S::UnitBytes};
+          P == kMix ? 0 : int64_t(S::Units) * S::UnitBytes, 0};
 }
 
 // Where there are more than two tiles of rows in bf16, four blocks share their units of the down projection: each takes
@@ -168,17 +169,32 @@ __device__ __forceinline__ bool quartered(int rows) {
 }
 static_assert(Shape<false, kDown>::Chunks == kQuarters);
 
+// A pair of blocks shares its units of e4m3 products with e4m3 activations: each takes half of k of both.
+template <int P>
+__device__ Source source_of_pair(const ExpertSteps& p, int index) {
+  constexpr int Half = Shape<true, P>::UnitBytes / 2, rest = kChunkBytes - Half;
+  static_assert(Half == kChunkBytes || rest == Half);
+  const int rank = block_id() % 2;
+  if (Half == kChunkBytes) return source_of<true, P>(p, block_id() - rank + index, rank);
+  Source source = source_of<true, P>(p, block_id() - rank, 0);
+  source.base += rank * Half;
+  source.second = Shape<true, P>::UnitBytes;
+  return source;
+}
+
 // Source `index` of this block; the mix, which comes ahead of a step's first layer, is the last.
 template <bool Fp8, bool One>
-__device__ Source source(const ExpertSteps& p, int index) {
+__device__ Source source(const ExpertSteps& p, int index, bool paired) {
   constexpr int Qkv = Shape<Fp8, kQkv>::Chunks, Out = Shape<Fp8, kOut>::Chunks;
   constexpr int GateUp = kGateUpUnits * Shape<Fp8, kGateUp>::Chunks, Down = Shape<Fp8, kDown>::Chunks;
   if (index < qkv_units<One>() * Qkv) return source_of<Fp8, kQkv>(p, qkv_unit(index / Qkv), index % Qkv);
   index -= qkv_units<One>() * Qkv;
+  if (Fp8 && !One && paired && index < Out) return source_of_pair<kOut>(p, index);
   if (index < Out) return source_of<Fp8, kOut>(p, block_id(), index);
   index -= Out;
   if (index < GateUp) return source_of<Fp8, kGateUp>(p, block_id() * kGateUpUnits, index);
   index -= GateUp;
+  if (Fp8 && !One && paired && index < Down) return source_of_pair<kDown>(p, index);
   const int quarter = block_id() % kQuarters;
   if (index < Down && !One && quartered<Fp8>(p.rows))
     return source_of<Fp8, kDown>(p, block_id() - quarter + index, quarter);

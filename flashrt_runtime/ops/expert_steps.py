@@ -19,6 +19,8 @@ TILE_BLOCK_BYTES = 512
 PRODUCTS = ("qkv", "out", "gate_up", "down")
 WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256
 # tiles of 8 features that share an epilogue
+# e4m3 weights that meet e4m3 activations
+SWIZZLED = ("out", "down")
 UNIT_TILES = {"qkv": 2, "out": 1, "gate_up": 2, "down": 1}
 SHAPES = {"qkv": (2560, WIDTH), "out": (WIDTH, 2048), "gate_up": (2 * MLP, WIDTH), "down": (WIDTH, MLP)}
 
@@ -37,7 +39,18 @@ def pack_chunks(weight: Tensor, product: str) -> Tensor:
         .view(-1, tiles, weight.shape[1] * weight.element_size() // 64, 512)
     )
     raw = raw.view(raw.shape[0], tiles, -1, blocks, TILE_BLOCK_BYTES).permute(0, 2, 1, 3, 4)
+    if weight.dtype == torch.float8_e4m3fn and product in SWIZZLED:
+        raw = swizzle(raw)
     return raw.reshape(-1).view(weight.dtype)
+
+
+def swizzle(raw: Tensor) -> Tensor:
+    """Tiles of 8 rows of 64 bytes (..., 512) in the 64-byte swizzle of Hopper's matrix unit: of row r, the
+    piece of 16 bytes that was c lies at c ^ (r // 2).
+    """
+    row, piece = torch.arange(8, device=raw.device).view(8, 1), torch.arange(4, device=raw.device)
+    order = (row * 4 + (piece ^ (row // 2))).view(-1)
+    return raw.reshape(*raw.shape[:-1], 32, 16)[..., order, :].reshape(raw.shape)
 
 
 def shift_products(norms: Tensor, qkv: Tensor, gate_up: Tensor) -> Tensor:

@@ -25,6 +25,14 @@ def test_packing_is_a_permutation(product: str, dtype: torch.dtype) -> None:
     assert torch.equal(packed.float().sort().values, weight.float().view(-1).sort().values)
 
 
+def test_swizzled_pieces_stay_in_their_row() -> None:
+    tile = torch.arange(512)
+    rows, plain = steps_op.swizzle(tile).view(8, 4, 16), tile.view(8, 4, 16)
+    for row in range(8):
+        for piece in range(4):
+            assert torch.equal(rows[row, piece ^ row // 2], plain[row, piece])
+
+
 def quantised(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 

@@ -1,0 +1,106 @@
+// The persistent expert's products of e4m3 activations by pairs of blocks on Hopper's matrix unit, where there are more
+// than two tiles of rows. What bounds these products is the way of the activations from L2 and the instructions: a
+// block takes half of k for the units of both blocks, so that it reads half of the activations, and sends the other its
+// sums through distributed shared memory. A warpgroup takes a quarter of that half of all tiles, a warp a tile. The
+// matrix unit multiplies e4m3 as it is; the instruction for one warp widens both operands.
+#pragma once
+
+#include "expert_products.cuh"
+#include "wgmma.cuh"
+
+namespace flashrt {
+namespace expert {
+
+constexpr bool kHasMatrixUnit = FLASHRT_DEVICE_HAS_WGMMA;
+
+// Products that may be a pair's.
+template <bool Fp8, int P, bool One>
+constexpr bool kPairs = kHasMatrixUnit && !One && Shape<Fp8, P>::E4m3 && !Shape<Fp8, P>::Wide;
+
+// Byte `byte` of row `row`: an operand is 32 bytes of k, of which a lane has the four from 4 i on and those 16 further.
+__device__ __forceinline__ int matrix_offset(int row, int row_bytes, int byte) {
+  return row / kTileRows * kTileRows * row_bytes + byte / 32 * kOperandBytes +
+         (row % kTileRows / 2 * 4 + byte % 16 / 4) * 16 + byte % 32 / 16 * 8 + row % 2 * 4 + byte % 4;
+}
+
+// Of 8 rows of 64 bytes of k in the 64-byte swizzle: the lower half of a descriptor, whose upper half is a constant.
+__device__ __forceinline__ uint32_t tile_descriptor(const unsigned char* tile) {
+  return (shared_address(tile) & 0x3ffff) >> 4;
+}
+
+// D (64 x 8) += A (64 x 32) B (8 x 32)^T.
+__device__ __forceinline__ void multiply_64x8(float (&d)[4], const uint4& a, uint32_t b) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  constexpr int kSwizzle64 = static_cast<int>(2u << 30);
+  asm volatile(
+      "{\n.reg .b64 b;\nmov.b64 b, {%8, %9};\n"
+      "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, {%4, %5, %6, %7}, b, 1, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "n"(kSwizzle64 | kTileBytes >> 4));
+#endif
+}
+
+// This warp's tile and quarter of k.
+__device__ __forceinline__ Team<false> matrix_team() {
+  const int warp = thread_id() / kWarpSize;
+  return {2, warp % 4, warp / 4};
+}
+
+// To the compiler a new value, made here by all threads: it would wait for each product of registers that were written
+// where threads go different ways, as in a loop that polls.
+__device__ __forceinline__ void renew(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+
+// One group of k blocks of both units; the operands may be overwritten behind it.
+__device__ __forceinline__ void multiply_group_64x8(float (&sum)[2][4], uint4 (&operand)[kGroupOperands],
+                                                    const uint32_t (&weights)[2]) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kGroupOperands; ++i) renew(operand[i]);
+  wgmma::settle(sum[0]);
+  wgmma::settle(sum[1]);
+  wgmma::fence();
+#pragma unroll
+  for (int i = 0; i < kGroupOperands; ++i)
+#pragma unroll
+    for (int unit = 0; unit < 2; ++unit)
+      multiply_64x8(sum[unit], operand[i], weights[unit] + ((i / 2 * kTileBytes + i % 2 * 32) >> 4));
+  wgmma::commit();
+  wgmma::wait();
+  wgmma::settle(sum[0]);
+  wgmma::settle(sum[1]);
+}
+
+// `weights`: descriptors of this warp's part of k of both units. By whole warpgroups, whether their tiles have rows or
+// not.
+template <bool Fp8, int P>
+__device__ __forceinline__ void multiply_64(float (&sum)[2][4], Activations<Fp8, P, false>& a, uint32_t (&weights)[2]) {
+  constexpr int kStep = Shape<Fp8, P>::GroupBlocks * kTileBytes;
+  const bool any = a.rows > 0;
+#pragma unroll 1
+  for (int group = 0; group < a.groups; group += 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (any) a.settle(a.operand[i], group + i);
+      multiply_group_64x8(sum, a.operand[i], weights);
+      weights[0] += kStep >> 4, weights[1] += kStep >> 4;
+      if (any && group + i + 2 < a.groups) a.ask(a.operand[i], group + i + 2);
+    }
+  }
+}
+
+// What a warp's sums of the other block's unit are sent as: 16 bytes a lane.
+constexpr int kSentBytes = kWarpSize * 16;
+
+// The sum of an element of the parts of a tile that have come from the other block.
+__device__ __forceinline__ float gather_received(const unsigned char* received, int tile, int element) {
+  const int slot = element / kTileFeatures, feature = element % kTileFeatures;
+  const unsigned char* from =
+      received + tile * 4 * kSentBytes + (slot % 8 * 4 + feature / 2) * 16 + slot / 8 * 8 + feature % 2 * 4;
+  float part[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) part[i] = *reinterpret_cast<const float*>(from + i * kSentBytes);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+}  // namespace expert
+}  // namespace flashrt
