@@ -41,6 +41,7 @@ struct Layer : Frame<Fp8, One> {
     Activations<Fp8, kQkv, One> a(exchange().template buffer<kNormedQkv>(), team, p.rows);
     Squares<One> squares;
     be_patient();
+    if (Fp8 && !One) a.await_one();  // bf16 measures slower with it
     squares.ask(parts, team, p.rows);
     a.ask();
     RopeOperands operands[One ? 1 : 2];
@@ -267,6 +268,7 @@ struct Layer : Frame<Fp8, One> {
     Activations<Fp8, kGateUp, One> a(exchange().template buffer<kNormedMlp>(), team, p.rows);
     Squares<One> squares;
     be_patient();
+    if (Fp8 && !One) a.await_one();  // bf16 measures slower with it
     squares.ask(parts, team, p.rows);
     a.ask();
     if (!One) {

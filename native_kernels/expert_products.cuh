@@ -91,6 +91,11 @@ struct Activations {
   __device__ __forceinline__ bool has() const {
     return !One || static_cast<int>(thread_id()) % kWarpSize / 4 * 2 < rows;
   }
+  // Until one operand has come: while the others have not either, looks at all of them would take L2's bandwidth.
+  __device__ __forceinline__ void await_one() const {
+    for (int polls = 0; __any_sync(0xffffffffu, absent(look(from), second)); count_poll(polls)) {
+    }
+  }
   // Ask for a group; it may not have come yet.
   __device__ __forceinline__ void ask(uint4 (&to)[kGroupOperands], int group) const {
     const unsigned char* first = from + group * kGroupBytes;
