@@ -113,6 +113,7 @@ cudaError_t action_step(const ActionStep& p, cudaStream_t stream) {
   if (p.rows < 1 || p.width < 1 || p.width > kMaxWidth || p.width % 4 != 0 || p.action_dim < 1 ||
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0)
     return cudaErrorInvalidValue;
+  if (!aligned_to_16_bytes(p.out_weight) || !aligned_to_16_bytes(p.in_weight)) return cudaErrorInvalidValue;
   return launch_dependent(action_step_kernel, dim3(p.rows), dim3(kThreads), 0, stream, p);
 }
 

@@ -55,7 +55,9 @@ struct Share {
   int first, keys, padded_keys, prefix_keys;
   int active;  // blocks that have keys, the first ones
 
-  __device__ Share(int split, int splits, int prefix, int rows) {
+  // Shared memory is laid out for `capacity` keys: of more, an error beats what they would overwrite.
+  __device__ Share(int split, int splits, int prefix, int rows, int capacity) {
+    if (prefix < 0 || prefix > capacity - rows) __trap();
     const int total = prefix + rows, share = round_up((total + splits - 1) / splits, 16);
     active = (total + share - 1) / share;
     first = split * share;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(128) unsigned char shared[];
   const int split = blockIdx.x, head = blockIdx.y, first_row = blockIdx.z * PaddedRows;
   const int kv_head = head / (p.heads / p.kv_heads), rows = p.rows - first_row;
-  const attention::Share share(split, kSplits, *p.prefix_length, p.rows);
+  const attention::Share share(split, kSplits, *p.prefix_length, p.rows, p.capacity);
   const int64_t row_elements = int64_t(p.kv_heads) * kHeadDim, q_row_elements = int64_t(p.heads) * kHeadDim;
   const __nv_bfloat16* k = static_cast<const __nv_bfloat16*>(p.k_cache) + kv_head * kHeadDim;
   const __nv_bfloat16* v = static_cast<const __nv_bfloat16*>(p.v_cache) + kv_head * kHeadDim;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ bool last;
   const int part = blockIdx.x, tile = blockIdx.y, parts = gridDim.x, queries = p.rows * p.heads;
-  const attention::Share share(part, parts, *p.prefix_length, p.rows);
+  const attention::Share share(part, parts, *p.prefix_length, p.rows, p.capacity);
   const __nv_bfloat16* k = static_cast<const __nv_bfloat16*>(p.k_cache);
   const __nv_bfloat16* v = static_cast<const __nv_bfloat16*>(p.v_cache);
   const int64_t first = int64_t(tile) * kPartRows * kHeadDim;
@@ -160,7 +160,8 @@ cudaError_t expert_attention(const ExpertAttention& p, cudaStream_t stream) {
   if (p.scratch == nullptr && limits.capability < 90) return cudaErrorNotSupported;  // clusters
   if (p.rows < 1 || p.rows > kSkinnyMaxRows || p.kv_heads < 1 || p.heads % p.kv_heads != 0 || p.capacity < p.rows)
     return cudaErrorInvalidValue;
-  if (!aligned_to_16_bytes(p.q) || !aligned_to_16_bytes(p.k_cache) || !aligned_to_16_bytes(p.v_cache))
+  if (!aligned_to_16_bytes(p.q) || !aligned_to_16_bytes(p.k_cache) || !aligned_to_16_bytes(p.v_cache) ||
+      !aligned_to_16_bytes(p.out))
     return cudaErrorInvalidValue;
   if (p.scratch != nullptr) return launch_parts(p, limits.shared_bytes, stream);
   return p.rows <= 16 ? launch<1>(p, limits.shared_bytes, stream) : launch<2>(p, limits.shared_bytes, stream);

@@ -254,7 +254,9 @@ cudaError_t skinny_gemm(const SkinnyGemm& p, cudaStream_t stream) {
   if (p.wide && (norm || !p.fp8)) return cudaErrorInvalidValue;
   if (norm && (p.k > kMaxNormWidth || p.k % (kWarpSize * 8) != 0)) return cudaErrorInvalidValue;
   if (p.epilogue == SkinnyEpilogue::kRope && p.head_dim % (2 * kTileFeatures) != 0) return cudaErrorInvalidValue;
-  if (!aligned_to_16_bytes(p.x) || !aligned_to_16_bytes(p.weights)) return cudaErrorInvalidValue;
+  if (!aligned_to_16_bytes(p.x) || !aligned_to_16_bytes(p.weights) || !aligned_to_16_bytes(p.norm_scale) ||
+      !aligned_to_16_bytes(p.norm_shift))
+    return cudaErrorInvalidValue;
   return p.fp8 ? launch_fused<true>(p, stream) : launch_fused<false>(p, stream);
 }
 
