@@ -162,23 +162,38 @@ def large() -> Iterator[Case]:
         qkv, s = randn(2, 256, 3 * VISION), scale()
         return lambda: prefix.vision_attention(qkv, 16, s)
 
-    def gate_up() -> Callable[[], object]:
-        x, w, s = e4m3(TOKENS, WIDTH), e4m3(2 * 16384, WIDTH), scale()
+    def gate_up(tokens: int) -> Callable[[], object]:
+        x, w, s = e4m3(tokens, WIDTH), e4m3(2 * 16384, WIDTH), scale()
         return lambda: products.linear_geglu(x, w, s, s, s)
 
-    def linear(width: int, gelu: bool) -> Callable[[], object]:
-        x, w, b, s = e4m3(PATCHES, VISION), e4m3(width, VISION), randn(width), scale()
+    def linear(width: int, depth: int, gelu: bool) -> Callable[[], object]:
+        x, w, b, s = e4m3(PATCHES, depth), e4m3(width, depth), randn(width), scale()
         return lambda: products.linear(x, w, s, s, b, s if gelu else None)
+
+    def embed() -> Callable[[], object]:
+        shapes = (VISION, 588), (VISION,), (256, VISION)
+        weights = ops.LevelWeights.of(*(torch.randn(*shape, device="cuda") for shape in shapes))
+        levels = torch.randint(-128, 128, (2, 256, weights.split.shape[1]), device="cuda").half()
+        return lambda: ops.embed_levels(levels, weights)
 
     kv = 4 * TOKENS * 256
     yield Case("prefix_attention, e4m3", f"{TOKENS} x 8 heads", 3 * TOKENS * WIDTH + kv, attention)
     yield Case("vision_attention, e4m3", "2 views, 16 heads", 7 * PATCHES * VISION, vision)
-    moved = 2 * 16384 * WIDTH + TOKENS * (WIDTH + 16384)
-    yield Case("geglu_product, e4m3", f"{TOKENS} x 32768 x {WIDTH}", moved, gate_up)
-    for name, width, gelu, out_bytes in (("GELU, e4m3", 4304, True, 1), ("bf16", VISION, False, 2)):
-        moved = width * VISION + PATCHES * (VISION + width * out_bytes)
-        make = lambda width=width, gelu=gelu: linear(width, gelu)  # noqa: E731
-        yield Case(f"linear_product: {name}", f"{PATCHES} x {width} x {VISION}", moved, make)
+    for tokens in (304, TOKENS, 816):  # of one, two and three views
+        moved = 2 * 16384 * WIDTH + tokens * (WIDTH + 16384)
+        make = functools.partial(gate_up, tokens)
+        yield Case("geglu_product, e4m3", f"{tokens} x 32768 x {WIDTH}", moved, make)
+    for name, width, depth, gelu in (
+        ("GELU, e4m3", 4304, VISION, True),
+        ("bf16", VISION, VISION, False),
+        ("bf16", 3 * VISION, VISION, False),
+        ("bf16, k by two blocks", VISION, 4304, False),
+    ):
+        moved = width * depth + PATCHES * (depth + width * (1 if gelu else 2))
+        make = functools.partial(linear, width, depth, gelu)
+        yield Case(f"linear_product: {name}", f"{PATCHES} x {width} x {depth}", moved, make)
+    moved = 2 * 2 * VISION * 592 + 4 * 256 * VISION + 2 * PATCHES * (592 + VISION)
+    yield Case("patch_product: fp16 by two parts", f"{PATCHES} x {VISION} x 588", moved, embed)
 
 
 def skinny() -> Iterator[Case]:

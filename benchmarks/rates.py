@@ -109,7 +109,7 @@ def attentions() -> dict[str, dict[str, float]]:
             qkv.nbytes * 4 / 3,
         ),
         "prefix attention": (
-            lambda: ops.attention(q, k, v, window.valid, None, window.lengths),
+            lambda: ops.attention(q, k, v, window.unmasked),
             8 * 4 * tokens * tokens * 256,
             2 * q.nbytes + 2 * k.nbytes,
         ),

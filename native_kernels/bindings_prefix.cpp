@@ -64,10 +64,17 @@ void vision_attention(uintptr_t qkv, uintptr_t scale, uintptr_t out, int64_t vie
 }
 
 void camera_patches(uintptr_t frames, uintptr_t views, uintptr_t out, int count, int size, int patch, bool antialias,
-                    uintptr_t stream) {
-  check(flashrt::camera_patches(pointer<uint8_t>(frames), pointer<int64_t>(views), pointer<float>(out), count, size,
-                                patch, antialias, stream_of(stream)),
+                    bool levels, uintptr_t stream) {
+  check(flashrt::camera_patches(pointer<uint8_t>(frames), pointer<int64_t>(views), pointer(out), count, size, patch,
+                                antialias, levels, stream_of(stream)),
         "camera_patches");
+}
+
+void patch_product(uintptr_t x, uintptr_t w, uintptr_t table, float factor, uintptr_t out, int64_t rows, int64_t width,
+                   int64_t depth, int64_t tokens, uintptr_t stream) {
+  check(flashrt::patch_product(pointer(x), pointer(w), pointer<float>(table), factor, pointer(out), rows, width, depth,
+                               tokens, stream_of(stream)),
+        "patch_product");
 }
 
 void embed_tokens(uintptr_t table, uintptr_t ids, uintptr_t out, int64_t tokens, int64_t vocabulary, int width,
@@ -88,5 +95,6 @@ void bind_prefix(py::module_& module) {
   module.def("prefix_attention", &prefix_attention);
   module.def("vision_attention", &vision_attention);
   module.def("camera_patches", &camera_patches);
+  module.def("patch_product", &patch_product);
   module.def("embed_tokens", &embed_tokens);
 }

@@ -47,9 +47,13 @@ cudaError_t prefix_attention(const void* q, const void* k, const void* v, const 
 cudaError_t vision_attention(const void* qkv, const float* scale, void* out, int64_t views, int64_t heads,
                              cudaStream_t stream);
 
-// camera_patches.cu
-cudaError_t camera_patches(const uint8_t* frames, const int64_t* views, float* out, int count, int size, int patch,
-                           bool antialias, cudaStream_t stream);
+// camera_patches.cu; out fp32, or with `levels` fp16
+cudaError_t camera_patches(const uint8_t* frames, const int64_t* views, void* out, int count, int size, int patch,
+                           bool antialias, bool levels, cudaStream_t stream);
+
+// patch_product.cu, compute capability 9.0 only
+cudaError_t patch_product(const void* x, const void* w, const float* table, float factor, void* out, int64_t rows,
+                          int64_t width, int64_t depth, int64_t tokens, cudaStream_t stream);
 
 // embed_tokens.cu
 cudaError_t embed_tokens(const void* table, const int64_t* ids, void* out, int64_t tokens, int64_t vocabulary,

@@ -37,11 +37,24 @@ __device__ __forceinline__ float inverse_scale_of(const float* scale) {
   }
 }
 
+// Four e4m3 in a word, the first in its lowest byte.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
 // N values at once: a pair of them is one e4m3 conversion.
 template <typename Out, int N>
 __device__ __forceinline__ Vector<Out, N> store_all(const float (&values)[N], float inverse_scale) {
   Vector<Out, N> result;
-  if constexpr (std::is_same_v<Out, E4M3> && N % 2 == 0) {
+  if constexpr (std::is_same_v<Out, E4M3> && N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+      reinterpret_cast<uint32_t*>(&result)[i / 4] =
+          pack_e4m3(values[i] * inverse_scale, values[i + 1] * inverse_scale, values[i + 2] * inverse_scale,
+                    values[i + 3] * inverse_scale);
+  } else if constexpr (std::is_same_v<Out, E4M3> && N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
       const float2 pair = make_float2(values[i] * inverse_scale, values[i + 1] * inverse_scale);

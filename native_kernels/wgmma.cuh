@@ -146,22 +146,23 @@ __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (
 #endif
 }
 
-// D (64 x Columns) = [D +] A (64 x 32) B (Columns x 32)^T of e4m3, both from shared memory, rows along the reduction. A
-// thread holds Columns / 2 sums, which name the shape.
+// D (64 x Columns) = [D +] A (64 x 32 bytes) B (Columns x 32 bytes)^T of e4m3 or fp16, both from shared memory, rows
+// along the reduction. A thread holds Columns / 2 sums, which name the shape.
 #if FLASHRT_DEVICE_HAS_WGMMA
-#define FLASHRT_MULTIPLY_E4M3(columns, sums, registers, a_at, b_at, p_at, ...)                                     \
-  __device__ __forceinline__ void multiply_e4m3(float (&d)[sums], uint64_t a, uint64_t b, bool accumulate) {       \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at                                                          \
-                 ", 0;\n"                                                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" registers "}, " a_at ", " b_at \
-                 ", p, 1, 1;\n}"                                                                                   \
-                 : __VA_ARGS__                                                                                     \
-                 : "l"(a), "l"(b), "r"(int(accumulate)));                                                          \
+#define FLASHRT_MULTIPLY(name, kind, ends, columns, sums, registers, a_at, b_at, p_at, ...)                           \
+  __device__ __forceinline__ void name(float (&d)[sums], uint64_t a, uint64_t b, bool accumulate) {                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p_at                                                             \
+                 ", 0;\n"                                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns kind " {" registers "}, " a_at ", " b_at ", p" ends "}" \
+                 : __VA_ARGS__                                                                                        \
+                 : "l"(a), "l"(b), "r"(int(accumulate)));                                                             \
   }
 #else
-#define FLASHRT_MULTIPLY_E4M3(columns, sums, registers, a_at, b_at, p_at, ...) \
-  __device__ __forceinline__ void multiply_e4m3(float (&)[sums], uint64_t, uint64_t, bool) {}
+#define FLASHRT_MULTIPLY(name, kind, ends, columns, sums, registers, a_at, b_at, p_at, ...) \
+  __device__ __forceinline__ void name(float (&)[sums], uint64_t, uint64_t, bool) {}
 #endif
+#define FLASHRT_MULTIPLY_E4M3(...) FLASHRT_MULTIPLY(multiply_e4m3, "k32.f32.e4m3.e4m3", ", 1, 1;\n", __VA_ARGS__)
+#define FLASHRT_MULTIPLY_F16(...) FLASHRT_MULTIPLY(multiply_f16, "k16.f32.f16.f16", ", 1, 1, 0, 0;\n", __VA_ARGS__)
 
 // clang-format off
 #define FLASHRT_R0 "%0,%1,%2,%3,%4,%5,%6,%7"
@@ -181,7 +182,10 @@ __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (
 FLASHRT_MULTIPLY_E4M3(80, 40, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4, "%40", "%41", "%42", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F8(d, 32))
 FLASHRT_MULTIPLY_E4M3(128, 64, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7, "%64", "%65", "%66", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48))
 FLASHRT_MULTIPLY_E4M3(144, 72, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7 "," FLASHRT_R8, "%72", "%73", "%74", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F8(d, 64))
+FLASHRT_MULTIPLY_E4M3(152, 76, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7 "," FLASHRT_R8 "," "%72,%73,%74,%75", "%76", "%77", "%78", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F8(d, 64), FLASHRT_F4(d, 72))
+FLASHRT_MULTIPLY_E4M3(176, 88, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7 "," FLASHRT_R8 "," FLASHRT_R9 "," FLASHRT_R10, "%88", "%89", "%90", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F16(d, 64), FLASHRT_F8(d, 80))
 FLASHRT_MULTIPLY_E4M3(208, 104, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4 "," FLASHRT_R5 "," FLASHRT_R6 "," FLASHRT_R7 "," FLASHRT_R8 "," FLASHRT_R9 "," FLASHRT_R10 "," FLASHRT_R11 "," FLASHRT_R12, "%104", "%105", "%106", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48), FLASHRT_F16(d, 64), FLASHRT_F16(d, 80), FLASHRT_F8(d, 96))
+FLASHRT_MULTIPLY_F16(80, 40, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLASHRT_R3 "," FLASHRT_R4, "%40", "%41", "%42", FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F8(d, 32))
 #undef FLASHRT_R0
 #undef FLASHRT_R1
 #undef FLASHRT_R2
@@ -197,6 +201,8 @@ FLASHRT_MULTIPLY_E4M3(208, 104, FLASHRT_R0 "," FLASHRT_R1 "," FLASHRT_R2 "," FLA
 #undef FLASHRT_R12
 #undef FLASHRT_F8
 #undef FLASHRT_MULTIPLY_E4M3
+#undef FLASHRT_MULTIPLY_F16
+#undef FLASHRT_MULTIPLY
 // clang-format on
 
 #undef FLASHRT_F16

@@ -122,9 +122,10 @@ class Engine:
         """The staged images as the vision tower takes them."""
         vision = self.model.config.vision
         if self.on_device_resize:
-            staging = self.staging
+            staging, tower = self.staging, self.model.paligemma.vision
+            as_levels = self.antialias and tower.levels is not None  # else pixels are no whole numbers
             return prefix.camera_patches(
-                staging.frames, staging.views, vision.image_size, PATCH_SIZE, self.antialias
+                staging.frames, staging.views, vision.image_size, PATCH_SIZE, self.antialias, as_levels
             )
         pixels = self.staging.frames.view(torch.float32)
         return pixels.view(self.model.num_views, 3, vision.image_size, vision.image_size)

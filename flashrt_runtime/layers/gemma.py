@@ -42,7 +42,7 @@ class GemmaLayer(nn.Module):
         """Attention of x: (tokens, width) over the window's keys, x itself among them."""
         q = self.write_kv(x, rope, cache, layer, window)
         k, v = cache.k[layer, : window.keys], cache.v[layer, : window.keys]
-        out: Tensor = self.out(ops.attention(q, k, v, window.valid, self.out.input_scale, window.lengths))
+        out: Tensor = self.out(ops.attention(q, k, v, window.unmasked, self.out.input_scale))
         return out
 
     def mlp(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
+
 
 class KVCache:
     """K and V: (depth, capacity, kv_heads, head_dim) each, allocated once and written in place.
@@ -36,16 +38,14 @@ class Window:
 
     Known on the host: slots [start, start + tokens) are written, [0, keys) attended. Known on the device
     only: `slots` (tokens,) int64 are written where they are not [start, start + tokens), and of [0, keys)
-    those with `valid` (keys,) bool are attended. `lengths` says the same cumulatively: (2,) int32 each, of
-    queries and keys.
+    those that are `unmasked` are attended.
     """
 
     start: int
     tokens: int
     keys: int
     slots: Tensor | None = None
-    valid: Tensor | None = None
-    lengths: tuple[Tensor, Tensor] | None = None
+    unmasked: ops.Unmasked | None = None
 
     @classmethod
     def at(cls, start: int, tokens: int) -> Window:
@@ -56,15 +56,13 @@ class Window:
     def behind(cls, prefix_length: Tensor, tokens: int, bound: int) -> Window:
         """The same with `start` = prefix_length, an int32 scalar on the device that is at most `bound`."""
         slots = prefix_length.long() + torch.arange(tokens, device=prefix_length.device)
-        length = prefix_length + tokens
-        valid = torch.arange(bound + tokens, device=prefix_length.device) < length
-        return cls(0, tokens, bound + tokens, slots, valid, _cumulative(tokens, length))
+        keys = bound + tokens
+        return cls(0, tokens, keys, slots, ops.Unmasked(tokens, keys, prefix_length + tokens))
 
     @classmethod
     def padded(cls, tokens: int, valid_tokens: Tensor) -> Window:
         """Tokens at slot 0 of which the first `valid_tokens` (int32 scalar) are attended, not the rest."""
-        valid = torch.arange(tokens, device=valid_tokens.device) < valid_tokens
-        return cls(0, tokens, tokens, None, valid, _cumulative(tokens, valid_tokens))
+        return cls(0, tokens, tokens, None, ops.Unmasked(tokens, tokens, valid_tokens))
 
     @property
     def written(self) -> slice | Tensor:
@@ -75,9 +73,3 @@ class Window:
         """Rows of the rotary tables for the tokens' positions: (tokens, head_dim / 2) each."""
         cos, sin = tables
         return cos[self.written], sin[self.written]
-
-
-def _cumulative(queries: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(0, queries) and (0, keys) as int32 tensors on the device."""
-    zero = torch.zeros_like(keys)
-    return torch.stack((zero, zero + queries)), torch.stack((zero, keys))

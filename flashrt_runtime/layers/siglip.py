@@ -46,16 +46,30 @@ class Siglip(nn.Module):
         )
         self.layers = nn.ModuleList(SiglipLayer(config, dtype) for _ in range(config.depth))
         self.norm = LayerNorm(config.width)
+        self.levels: ops.LevelWeights | None = None
         self.project = Linear(config.width, out_width, dtype=dtype)
+
+    def prepare(self) -> None:
+        """With the weights in place: also take pixels as whole numbers where there is a kernel for them."""
+        weight, bias = self.patch.weight, self.patch.bias
+        if ops.levels_served(weight, self.dtype):
+            self.levels = ops.LevelWeights.of(weight, bias, self.position)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch and position embeddings: (views, tokens, width) of the compute dtype."""
+        if images.dtype == torch.float16:
+            assert self.levels is not None, "no kernel takes levels here"
+            return ops.embed_levels(images, self.levels)
+        patches = images if images.ndim == 3 else ops.patchify(images, PATCH_SIZE)
+        return ops.embed_patches(patches, self.patch.weight, self.patch.bias, self.position, self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (views, 3, size, size) float32 in [-1, 1], or already cut into (views, tokens, 3 * 14 *
-        14).
+        14), or, with `levels`, those as whole numbers in float16, see `ops.embed_levels`.
 
         Returns (views, tokens, out_width).
         """
-        patches = images if images.ndim == 3 else ops.patchify(images, PATCH_SIZE)
-        x = (self.patch(patches) + self.position).to(self.dtype)
+        x = self.embed(images)
         branch: Tensor | None = None
         for layer in self.layers:
             x, branch = layer(x, branch)

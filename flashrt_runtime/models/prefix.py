@@ -104,6 +104,7 @@ class PrefixPolicy(nn.Module, ABC):
         """
         prefix = self.config.prefix
         slots = self.prefix_capacity + self.suffix_capacity
+        self.paligemma.vision.prepare()
         self.rope = rope_tables(slots + 1, prefix.head_dim, device, self.rope_bf16)
         self.cache = KVCache(prefix.depth, slots, prefix.num_kv_heads, prefix.head_dim, self.dtype, device)
         self.prefix_length = torch.zeros((), dtype=torch.int32, device=device)

@@ -12,26 +12,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import guide, native, prefix, products, reference, variants
+from . import guide, levels, native, prefix, products, reference, variants
+from .levels import LevelWeights, embed_levels
 from .reference import (
     E4M3,
     E4M3_MAX,
     apply_rope,
     assign,
+    embed_patches,
     euler_step,
     patchify,
     weight_only_linear,
 )
+from .unmasked import Unmasked
 
 __all__ = [
     "E4M3",
     "E4M3_MAX",
+    "LevelWeights",
+    "Unmasked",
     "ada_rms_norm",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
     "assign",
     "attention",
+    "embed_levels",
+    "embed_patches",
     "embed_tokens",
     "euler_step",
     "gated_add_ada_rms_norm",
@@ -39,6 +46,7 @@ __all__ = [
     "gelu",
     "guide_velocity",
     "layer_norm",
+    "levels_served",
     "linear_geglu",
     "linear_gelu",
     "patchify",
@@ -68,16 +76,9 @@ def _one_of(
     operation: str,
     own: Callable[[], Tensor],
     library: Callable[[], Tensor],
-    own_first: bool = True,
 ) -> Tensor:
-    """By our kernel where it serves and was not measured to be the slower one, else by the library's.
-
-    own_first: false where it has to be measured to be the faster one.
-    """
-    if not served:
-        return library()
-    both = {"own": own, "library": library} if own_first else {"library": library, "own": own}
-    return variants.of(device).run(operation, both)
+    """By our kernel where it serves and was not measured to be the slower one, else by the library's."""
+    return variants.of(device).run(operation, {"own": own, "library": library}) if served else library()
 
 
 def quantise(x: Tensor, scale: Tensor) -> Tensor:
@@ -94,26 +95,33 @@ def aligned(scale: Tensor) -> Tensor:
     return scale if scale.data_ptr() % SCALE_ALIGNMENT == 0 else scale.clone()
 
 
+def _library_linear(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`scaled_linear` by the library, which takes sizes in multiples of 16, or by its definition."""
+    n, k = weight.shape
+    capable = x.is_cuda and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
+    if not capable or n % 16 != 0 or k % 16 != 0:
+        return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
+    rows = x.reshape(-1, k)
+    scales = aligned(x_scale), aligned(weight_scale)
+    out = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    return out.view(*x.shape[:-1], n)
+
+
 def scaled_linear(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Product of e4m3 operands; see `reference.scaled_linear`. The library takes sizes in multiples of 16."""
+    """Product of e4m3 operands; see `reference.scaled_linear`."""
 
     def own() -> Tensor:
         return products.linear(x, weight, x_scale, weight_scale, bias, None)
 
     def library() -> Tensor:
-        n, k = weight.shape
-        capable = x.is_cuda and torch.cuda.get_device_capability(x.device) >= FP8_CAPABILITY
-        if not capable or n % 16 != 0 or k % 16 != 0:
-            return reference.scaled_linear(x, weight, x_scale, weight_scale, bias, dtype)
-        rows = x.reshape(-1, k)
-        scales = aligned(x_scale), aligned(weight_scale)
-        out = torch._scaled_mm(rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
-        return out.view(*x.shape[:-1], n)
+        return _library_linear(x, weight, x_scale, weight_scale, bias, dtype)
 
-    served, shallow = products.plain_served(x, weight, bias, dtype), weight.shape[1] <= products.SHALLOW_DEPTH
-    return _one_of(served, x.device, f"linear {_named(x)} by {_named(weight)}", own, library, shallow)
+    served = products.plain_served(x, weight, bias, dtype)
+    return _one_of(served, x.device, f"linear {_named(x)} by {_named(weight)}", own, library)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
@@ -192,7 +200,7 @@ def linear_gelu(
         return products.linear(x, weight, x_scale, weight_scale, bias, scale)
 
     def library() -> Tensor:
-        return gelu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
+        return gelu(_library_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
 
     served = products.gelu_served(x, weight, bias)
     return _one_of(served, x.device, f"linear_gelu {_named(x)} by {_named(weight)}", own, library)
@@ -213,10 +221,13 @@ def linear_geglu(
         return products.linear_geglu(x, weight, x_scale, weight_scale, scale)
 
     def library() -> Tensor:
-        return geglu(scaled_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
+        return geglu(_library_linear(x, weight, x_scale, weight_scale, bias, dtype), scale)
 
     served = bias is None and products.served(x, weight, halves=2)
     return _one_of(served, x.device, f"linear_geglu {_named(x)} by {_named(weight)}", own, library)
+
+
+levels_served = levels.served
 
 
 def split_qkv_rope(
@@ -238,30 +249,28 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_mask: Tensor | None = None,
+    unmasked: Unmasked | None = None,
     scale: Tensor | None = None,
-    lengths: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of every query over all unmasked keys; see `reference.attention`.
+    """Attention of every query over all unmasked keys, by default all; see `reference.attention`.
 
-    lengths: cumulative lengths (2,) int32 on the device of queries and of unmasked keys, when the mask is a
-    prefix. Our kernel serves Gemma's heads on Hopper; elsewhere the library's variable-length kernel, with no
-    bias to read, takes half the masked one's time.
+    Our kernel serves Gemma's heads on Hopper; elsewhere the library's variable-length kernel, with no bias to
+    read, takes half the masked one's time.
     """
 
     def own() -> Tensor:
-        return prefix.attention(q, k, v, None if lengths is None else lengths[1][1], scale)
+        return prefix.attention(q, k, v, None if unmasked is None else unmasked.count, scale)
 
     def library() -> Tensor:
-        if lengths is None or not q.is_cuda or q.dtype == torch.float32:
-            out = reference.attention(q, k, v, key_mask)
+        if unmasked is None or not q.is_cuda or q.dtype == torch.float32:
+            out = reference.attention(q, k, v, None if unmasked is None else unmasked.mask)
         else:
             limits = q.shape[0], k.shape[0]
             flash = torch.ops.aten._flash_attention_forward
-            out = flash(q, k, v, *lengths, *limits, 0.0, False, False)[0].flatten(1)
+            out = flash(q, k, v, *unmasked.lengths, *limits, 0.0, False, False)[0].flatten(1)
         return out if scale is None else quantise(out, scale)
 
-    served = _native(q) and (key_mask is None or lengths is not None) and prefix.attention_supported(q, k)
+    served = _native(q) and prefix.attention_supported(q, k)
     operation = f"attention {_named(q)} keys {k.shape[0]} {'e4m3' if scale is not None else ''}"
     return _one_of(served, q.device, operation, own, library)
 

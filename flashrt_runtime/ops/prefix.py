@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
+from . import levels, native
 from .native import DTYPE_CODES
 from .reference import E4M3
 
@@ -190,22 +190,27 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def camera_patches(frames: Tensor, views: Tensor, size: int, patch: int, antialias: bool) -> Tensor:
+def camera_patches(
+    frames: Tensor, views: Tensor, size: int, patch: int, antialias: bool, as_levels: bool = False
+) -> Tensor:
     """Resize with padding, scale to [-1, 1] and cut into patches; `processing.images` and
     `reference.patchify`.
 
     frames: uint8 bytes on the device; views: (count, 3) int64 on the device, rows (byte offset, height,
-    width) of RGB images. Returns (count, (size / patch)^2, 3 * patch^2) float32.
+    width) of RGB images. Returns (count, (size / patch)^2, 3 * patch^2) float32; as_levels, which needs
+    `antialias`: float16 as `levels.embed_levels` takes it.
     """
     if frames.dtype != torch.uint8 or views.dtype != torch.int64 or views.ndim != 2 or views.shape[1] != 3:
         raise ValueError(
             f"camera_patches: expected uint8 bytes and (count, 3) int64, got {tuple(views.shape)}"
         )
-    count = views.shape[0]
-    out = torch.empty(
-        count, (size // patch) ** 2, 3 * patch * patch, dtype=torch.float32, device=frames.device
+    count, depth = views.shape[0], 3 * patch * patch
+    dtype = torch.float16 if as_levels else torch.float32
+    width = levels.padded(depth) if as_levels else depth
+    out = torch.empty(count, (size // patch) ** 2, width, dtype=dtype, device=frames.device)
+    native.launch(
+        "camera_patches", frames.device, frames, views, out, count, size, patch, antialias, as_levels
     )
-    native.launch("camera_patches", frames.device, frames, views, out, count, size, patch, antialias)
     return out
 
 

@@ -16,12 +16,12 @@ from . import native
 from .reference import E4M3
 
 ALIGNMENT = 16  # of the widths: a row starts where a tensor copy may
-# A plain product may be faster by ours than by the library's where it has at most so many tiles a
-# multiprocessor (measured: ahead at 96 tiles on 132, behind at 192). Larger tiles where not all of its depth
-# is in shared memory at once.
-SHALLOW_DEPTH = 9 * 128
-SHALLOW_TILE, DEEP_TILE = (64, 144), (128, 144)
-PLAIN_TILES = 0.75
+# A plain product may be faster by ours than by the library's where it takes one round over the
+# multiprocessors. What is deeper than shared memory holds at once is split over two blocks, and where even
+# those go round for long (the prefix's down, 16384) the library is ahead at every number of rows.
+SHALLOW_DEPTH, DEEPEST = 9 * 128, 8192
+SHALLOW_TILE, DEEP_TILE = (128, 208), (128, 144)
+DEEP_SPLITS = 2
 
 
 def served(x: Tensor, weight: Tensor, halves: int = 1) -> bool:
@@ -50,9 +50,11 @@ def plain_served(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     if dtype != torch.bfloat16 or not _bias_served(bias, weight) or not served(x, weight):
         return False
     width, depth = weight.shape
-    tile_rows, tile_columns = SHALLOW_TILE if depth <= SHALLOW_DEPTH else DEEP_TILE
+    (tile_rows, tile_columns), splits = (
+        (SHALLOW_TILE, 1) if depth <= SHALLOW_DEPTH else (DEEP_TILE, DEEP_SPLITS)
+    )
     tiles = -(-x.numel() // (depth * tile_rows)) * -(-width // tile_columns)
-    return tiles <= PLAIN_TILES * _multiprocessors(x.device)
+    return depth <= DEEPEST and tiles * splits <= _multiprocessors(x.device)
 
 
 def gelu_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -210,6 +210,17 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return F.unfold(images, kernel_size=patch, stride=patch).transpose(1, 2)
 
 
+def embed_patches(
+    patches: Tensor, weight: Tensor, bias: Tensor, position: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Projection of patches in [-1, 1] and their positions' embedding, rounded to `dtype` once.
+
+    patches: (views, tokens, depth); weight: (width, depth); bias: (width,); position: (tokens, width); all
+    float32. Returns (views, tokens, width).
+    """
+    return (F.linear(patches, weight, bias) + position).to(dtype)
+
+
 def guide_velocity(
     velocity: Tensor, x: Tensor, target: Tensor, weight: Tensor, gain: Tensor, time: float
 ) -> Tensor:

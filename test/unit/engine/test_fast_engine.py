@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import flashrt_runtime
+from flashrt_runtime import ops
+from flashrt_runtime.config import PATCH_SIZE
 from flashrt_runtime.errors import NoStopError
 from flashrt_runtime.models.pi0_fast import NOTHING, Pi0Fast
 from flashrt_runtime.policy import Policy
@@ -74,6 +77,29 @@ def tokens_of(policy: Policy, seed: int) -> np.ndarray:
     return engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy())
 
 
+@contextlib.contextmanager
+def pixels_as_captured(model: Pi0Fast) -> Iterator[None]:
+    """Within, the definition takes whole pixels as they are where the graphs do: a product summed otherwise
+    differs in the last places of float32, and in 16 bits a close call follows it.
+    """
+    tower = model.paligemma.vision
+    weights = tower.levels
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        assert weights is not None
+        patches = ops.patchify(images, PATCH_SIZE)
+        levels = patches.new_zeros(*patches.shape[:2], weights.split.shape[1], dtype=torch.float16)
+        levels[..., : patches.shape[2]] = ((patches + 1) * 127.5).round() - 128
+        return ops.embed_levels(levels, weights)
+
+    if weights is not None:
+        tower.embed = embed
+    try:
+        yield
+    finally:
+        tower.__dict__.pop("embed", None)
+
+
 def test_both_modes_give_the_definitions_tokens(pair: dict[bool, Policy]) -> None:
     for seed in range(6):
         stepwise, whole = (tokens_of(pair[mode], seed) for mode in (False, True))
@@ -81,7 +107,9 @@ def test_both_modes_give_the_definitions_tokens(pair: dict[bool, Policy]) -> Non
         policy = pair[True]
         if policy.precision != "fp8":  # whose roundings follow the prefix's padding, and decide a close call
             inputs = policy._encode(images(seed), PROMPT, STATE)
-            np.testing.assert_array_equal(whole, policy._eager(model_of(policy), inputs).cpu().numpy())
+            with pixels_as_captured(model_of(policy)):
+                want = policy._eager(model_of(policy), inputs).cpu().numpy()
+            np.testing.assert_array_equal(whole, want)
         assert (whole == NOTHING).any(), "never stopped: nothing tested"
         chunks = [pair[mode].predict(images(seed), PROMPT, STATE) for mode in (False, True)]
         np.testing.assert_array_equal(*chunks)

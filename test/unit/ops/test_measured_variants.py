@@ -37,12 +37,8 @@ def both(table: variants.Variants, call: object) -> list[torch.Tensor]:
 def test_prefix_attention(table: variants.Variants) -> None:
     q = torch.randn(560, 8, 256, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(560, 1, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    limits = (
-        torch.tensor([0, 560], dtype=torch.int32, device="cuda"),
-        torch.tensor([0, 553], dtype=torch.int32, device="cuda"),
-    )
-    mask = torch.arange(560, device="cuda") < 553
-    own, library = both(table, lambda: ops.attention(q, k, v, mask, None, limits))
+    unmasked = ops.Unmasked(560, 560, torch.tensor(553, dtype=torch.int32, device="cuda"))
+    own, library = both(table, lambda: ops.attention(q, k, v, unmasked))
     torch.testing.assert_close(own, library, rtol=2e-2, atol=5e-3)
 
 

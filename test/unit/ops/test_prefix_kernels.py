@@ -4,6 +4,8 @@ outputs.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,54 @@ def test_camera_patches(sizes: list[tuple[int, int]], rule: str) -> None:
     assert (got - want).abs().max() <= tolerance
     if rule == "antialias_uint8":
         assert ((got - want).abs() > 1e-5).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("sizes", [[(480, 640), (224, 224)], [(100, 37)]])
+def test_levels_are_the_patches_pixels(sizes: list[tuple[int, int]]) -> None:
+    rng = np.random.default_rng()
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+    offsets = np.cumsum([0] + [image.size for image in images])
+    frames = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).cuda()
+    views = torch.tensor(
+        [[offset, *image.shape[:2]] for offset, image in zip(offsets, images, strict=False)]
+    ).cuda()
+    patches = prefix.camera_patches(frames, views, 224, 14, True)
+    levels = prefix.camera_patches(frames, views, 224, 14, True, True).float()
+    assert torch.equal(levels[..., :588], ((patches.double() + 1) * 127.5).round().float() - 128)
+    assert not levels[..., 588:].any()
+
+
+@pytest.mark.parametrize(("width", "depth"), [(1152, 588), (144, 588), (16, 27)])
+@pytest.mark.parametrize(("views", "tokens"), [(1, 1), (1, 256), (2, 256), (3, 256), (2, 77)])
+def test_embed_levels(views: int, tokens: int, width: int, depth: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("compiled for compute capability 9.0 only")
+    weight, bias = torch.randn(width, depth, device="cuda") * 0.05, torch.randn(width, device="cuda")
+    position = torch.randn(tokens, width, device="cuda")
+    weights = ops.LevelWeights.of(weight, bias, position)
+    pixels = torch.randint(0, 256, (views, tokens, depth), device="cuda")
+    levels = torch.zeros(views, tokens, weights.split.shape[1], dtype=torch.float16, device="cuda")
+    levels[..., :depth] = pixels - 128
+    patches = pixels.double() / 255 * 2 - 1
+    exact = patches @ weight.double().T + bias.double() + position.double()
+    got = ops.embed_levels(levels, weights)
+    assert got.dtype == torch.bfloat16
+    want = exact.bfloat16()
+    assert ((got.float() - want.float()).abs() <= want.float().abs() / 128 + 1e-5).all()
+    assert torch.equal(got, ops.embed_levels(levels, weights)), "not the same twice"
+    for view in range(views):  # with the result taken away its error is left, which bfloat16 can show
+        rest = dataclasses.replace(weights, table=(weights.table.double() - exact[view]).float())
+        error = ops.embed_levels(levels, rest)[view].double()
+        product = exact[view] - bias.double() - position.double()
+        assert error.norm() / product.norm() < 3e-6, "float32 products: 2e-7 to 4e-7"
+        print(f"embed_levels: {error.norm() / product.norm():.1e}")
+
+
+def test_embed_levels_refuses_other_shapes() -> None:
+    weights = ops.LevelWeights.of(*(torch.randn(*s, device="cuda") for s in ((32, 27), (32,), (4, 32))))
+    for shape in ((1, 4, 27), (1, 5, 32)):
+        with pytest.raises(ValueError, match="expected contiguous float16"):
+            ops.embed_levels(torch.zeros(shape, dtype=torch.float16, device="cuda"), weights)
 
 
 def test_embed_tokens() -> None:

@@ -11,7 +11,7 @@ from flashrt_runtime.ops import native, prefix, products, reference
 from flashrt_runtime.quantization.fp8 import Fp8Linear
 
 EPS = 1e-6
-ROWS = [1, 64, 127, 192, 256, 304, 512, 560, 816]
+ROWS = [1, 64, 127, 192, 256, 304, 340, 512, 560, 816]
 # gate_up's widths shrunk; then widths and depths that no tile divides
 SIZES = [(1024, 2048), (144, 400), (16, 16), (1040, 1168)]
 
@@ -106,7 +106,10 @@ def test_sweep(hopper: None, rows: int, width: int, depth: int, gated: bool) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("rows", "width", "depth", "gated"),
-    [(560, 16384, 2048, True), *((views * 256, 4304, 1152, False) for views in (1, 2, 3))],
+    [
+        *((rows, 16384, 2048, True) for rows in (304, 352, 560, 816)),
+        *((views * 256, 4304, 1152, False) for views in (1, 2, 3)),
+    ],
 )
 def test_full_size(hopper: None, rows: int, width: int, depth: int, gated: bool) -> None:
     case = Case(rows, width, depth, gated=gated)
@@ -130,6 +133,37 @@ def test_plain(hopper: None, rows: int, width: int, depth: int, biased: bool) ->
     assert ((got.float() - want).abs() <= want.abs() / 128 + precision * want.square().mean().sqrt()).all()
     assert (got.float() - want).norm() / want.norm() < (4e-3 if depth <= 2048 else 6e-3)
     assert torch.equal(got, products.linear(*operands, None)), "not the same twice"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "width"), [(256, 1152), (512, 1152), (768, 1152), (70, 144)])
+def test_split_product_in_a_graph(hopper: None, rows: int, width: int) -> None:
+    """Two or four blocks share k and send each other sums, launched while the kernel in front still runs."""
+    case = Case(rows, width, 4304, gated=False)
+    values = torch.randn(rows, 4304, device="cuda").bfloat16()
+
+    def forward() -> torch.Tensor:
+        for _ in range(4):
+            x = prefix.quantise(values, case.x_scale)
+            out = products.linear(x, case.weight, case.x_scale, case.weight_scale, case.bias, None)
+        return out
+
+    forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    for _ in range(3):
+        values.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        first = out.clone()
+        assert torch.equal(first, forward()), "not what the same kernels compute eagerly"
+        case.x = reference.quantise(values, case.x_scale)
+        want = case.sums()
+        assert (first.float() - want).norm() / want.norm() < 6e-3
+        for _ in range(50):
+            graph.replay()
+            assert torch.equal(out, first), "not the same at every replay"
 
 
 @pytest.mark.gpu

@@ -35,7 +35,7 @@ def run(variants: Variants, operation: str = "product 4x4") -> Tensor:
 
 @pytest.mark.parametrize(
     ("own", "library", "want"),
-    [(1.0, 2.0, OWN), (2.0, 1.0, LIBRARY), (1.04, 1.0, OWN), (1.06, 1.0, LIBRARY), (1.0, 1.0, OWN)],
+    [(1.0, 2.0, OWN), (2.0, 1.0, LIBRARY), (1.07, 1.0, OWN), (1.09, 1.0, LIBRARY), (1.0, 1.0, OWN)],
 )
 def test_the_fastest_serves_and_the_first_within_noise(own: float, library: float, want: Tensor) -> None:
     variants, calls = table(own, library)
