@@ -34,4 +34,12 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return status;
 }
 
+// Of a GPU with Hopper's matrix unit; cudaErrorNotSupported elsewhere, where kernels for it are empty.
+inline cudaError_t hopper_multiprocessors(int* multiprocessors) {
+  DeviceLimits limits = {};
+  const cudaError_t status = device_limits(&limits);
+  *multiprocessors = limits.multiprocessors;
+  return status == cudaSuccess && limits.capability != 90 ? cudaErrorNotSupported : status;
+}
+
 }  // namespace flashrt

@@ -13,6 +13,7 @@
 // leaves a tile nearly empty, the weights are the rows of the matrix unit, 64 of gate and of up a warpgroup, and x its
 // columns, as many as the fewest tiles need: 2 of 152 for 304 rows, 4 of 208 for 816.
 #include "dependent_launch.h"
+#include "device_limits.h"
 #include "gelu.cuh"
 #include "prefix.h"
 #include "product_ring.cuh"
@@ -158,9 +159,8 @@ cudaError_t geglu_product(const void* x, const void* w, const float* x_scale, co
   if (rows == 0) return cudaSuccess;
   if (!aligned_to_16_bytes(x) || !aligned_to_16_bytes(w) || !aligned_to_16_bytes(out)) return cudaErrorInvalidValue;
   const Problem p = {{}, {}, x_scale, w_scale, scale, static_cast<uint8_t*>(out), static_cast<int>(width), {}};
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  const cudaError_t status = hopper_multiprocessors(&multiprocessors);
   if (status != cudaSuccess) return status;
   const int64_t tiles = (rows + 207) / 208, least = (rows + tiles - 1) / tiles;  // rows of the fewest tiles
   if (least <= 152) return launch<Tall<152>>(p, x, w, rows, depth, multiprocessors, stream);

@@ -15,6 +15,7 @@
 // (fc2, the prefix's out), a cluster of 2 or 4 blocks takes a tile, each with its share of k, and sends the others the
 // sums of the rows that they store: 128 x 80 fp32 are 20 or 30 KB into a block, by stores that need no fence.
 #include "dependent_launch.h"
+#include "device_limits.h"
 #include "gelu.cuh"
 #include "prefix.h"
 #include "product_ring.cuh"
@@ -200,9 +201,8 @@ cudaError_t linear_product(const void* x, const void* w, const void* bias, const
   if (rows == 0) return cudaSuccess;
   if (!aligned_to_16_bytes(x) || !aligned_to_16_bytes(w) || !aligned_to_16_bytes(out) || !aligned_to_16_bytes(bias))
     return cudaErrorInvalidValue;
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  const cudaError_t status = hopper_multiprocessors(&multiprocessors);
   if (status != cudaSuccess) return status;
   const Problem p = {
       {}, {}, x_scale, w_scale, scale, static_cast<const __nv_bfloat16*>(bias), out, static_cast<int>(width), {}};

@@ -10,6 +10,7 @@
 //
 // The tile is as in linear_product.cu; both parts of the weights lie side by side in a stage and add to the same sums.
 #include "dependent_launch.h"
+#include "device_limits.h"
 #include "prefix.h"
 #include "product_ring.cuh"
 #include "product_store.cuh"
@@ -116,9 +117,8 @@ cudaError_t patch_product(const void* x, const void* w, const float* table, floa
   if (rows == 0) return cudaSuccess;
   if (!aligned_to_16_bytes(x) || !aligned_to_16_bytes(w) || !aligned_to_16_bytes(out) || !aligned_to_16_bytes(table))
     return cudaErrorInvalidValue;
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  const cudaError_t status = hopper_multiprocessors(&multiprocessors);
   if (status != cudaSuccess) return status;
   const Problem p = {
       {}, {}, table, static_cast<__nv_bfloat16*>(out), factor, static_cast<int>(width), static_cast<int>(tokens), {}};

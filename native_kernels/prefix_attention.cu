@@ -14,6 +14,7 @@
 // the end each block merges half of the columns, and the other half goes to its neighbour's shared memory. fp32 softmax
 // in base 2; probabilities are rounded to bf16 for the product.
 #include "dependent_launch.h"
+#include "device_limits.h"
 #include "prefix.h"
 #include "quantise.cuh"
 #include "tensor_copy.cuh"
@@ -360,7 +361,9 @@ cudaError_t prefix_attention(const void* q, const void* k, const void* v, const 
   if (!aligned_to_16_bytes(q) || !aligned_to_16_bytes(k) || !aligned_to_16_bytes(v) || !aligned_to_16_bytes(out))
     return cudaErrorInvalidValue;
   Problem problem = {{}, {}, {}, valid, scale, out, static_cast<int>(rows), static_cast<int>(keys)};
-  cudaError_t status = describe_matrix(problem.q, q, rows, kDim * 2, kRows);
+  int multiprocessors = 0;
+  cudaError_t status = hopper_multiprocessors(&multiprocessors);
+  if (status == cudaSuccess) status = describe_matrix(problem.q, q, rows, kDim * 2, kRows);
   if (status == cudaSuccess) status = describe_matrix(problem.k, k, keys, kDim * 2, kKeys);
   if (status == cudaSuccess) status = describe_matrix(problem.v, v, keys, kDim * 2, kKeys);
   if (status != cudaSuccess) return status;

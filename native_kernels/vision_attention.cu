@@ -11,6 +11,7 @@
 // base 2; probabilities are rounded to bf16 for the product. 72 columns are a panel of 64 and one of 8, zeros behind
 // them.
 #include "dependent_launch.h"
+#include "device_limits.h"
 #include "prefix.h"
 #include "quantise.cuh"
 #include "tile_copies.cuh"
@@ -55,6 +56,7 @@ __device__ __forceinline__ void scores(float (&score)[128], uint32_t q, uint32_t
   }
   wgmma::commit();
   wgmma::wait();
+  wgmma::settle(score);
 }
 
 // Scores become probabilities times their sum, which is returned for this thread's two rows.
@@ -146,6 +148,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroupThreads, 1) vision_attention
     wgmma::multiply_64x72(value, probability[step], wgmma::descriptor(v + step * 16 * 128, kKeyPanel), step > 0);
   wgmma::commit();
   wgmma::wait();
+  wgmma::settle(value);
 
   const int warp = threadIdx.x % kGroupThreads / kWarpSize;
   // a quarter of this warpgroup's q, which has been read
@@ -157,9 +160,8 @@ __global__ void __launch_bounds__(kMaxGroups* kGroupThreads, 1) vision_attention
 
 template <typename Out>
 cudaError_t launch(const Problem& problem, int views, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 0;
+  cudaError_t status = hopper_multiprocessors(&multiprocessors);
   if (status != cudaSuccess) return status;
   const int tiles = views * problem.heads * (kTokens / kGroupRows);
   const int groups = tiles <= multiprocessors ? 1 : kMaxGroups;
