@@ -122,6 +122,7 @@ def attach(model: Pi0Fast, device: torch.device) -> None:
         fused = FusedDecode(model, device)
         try:
             with torch.inference_mode():
+                model.slot.zero_()  # the kernel traps on one that its cache has not
                 fused.hidden(torch.zeros(1, model.paligemma.width, dtype=torch.bfloat16, device=device), 0)
             torch.cuda.synchronize(device)
         except RuntimeError as error:
