@@ -130,6 +130,8 @@ struct ExpertSteps {
 int64_t expert_exchange_bytes(int rows);
 
 // cudaErrorNotSupported where the device cannot hold the whole grid at once: use the single kernels there.
+// cudaErrorInvalidValue where weights, caches, x, exchange or a float32 array read as vectors is not aligned to 16
+// bytes (input_scale: to 8). A prefix and rows that exceed the capacity end the launch with an error.
 cudaError_t expert_steps(const ExpertSteps& problem, cudaStream_t stream);
 
 }  // namespace flashrt

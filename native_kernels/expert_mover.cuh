@@ -55,7 +55,7 @@ struct Mover {
     while (come < chunks || fenced < visits) {
       // what a lane sees all must see: one that looks later could miss a phase of a barrier, and with it a copy
       if (asked < chunks && asked - come < kInFlight &&
-          asked - of_first_lane(peek(&counters.used)) < static_cast<unsigned>(ring.slots)) {
+          static_cast<int>(asked - of_first_lane(peek(&counters.used))) < ring.slots) {
         const Source& from = sources[index < 0 ? visit_sources : index];
         if (leader) {
           barrier_expect(full + slot, kChunkBytes);

@@ -219,7 +219,9 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
     barrier_init(prefix_full + 2, 1);
     barrier_init_fence();
     counters = {};
-    share = Share(block_id() % kSplits, *p.prefix_length, p.rows);
+    const int prefix = *p.prefix_length;
+    if (prefix < 0 || prefix > p.capacity - p.rows) __trap();  // rows that the caches do not have
+    share = Share(block_id() % kSplits, prefix, p.rows);
   }
   if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8, One>())
     sources[thread_id()] = source<Fp8, One>(p, thread_id(), kHasMatrixUnit && plan.paired);
@@ -322,6 +324,17 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, p, plan);
 }
 
+// Whether everything lies as the kernel's vectors and bulk copies read it.
+bool aligned(const ExpertSteps& p) {
+  const void* vectors[] = {p.weights[kQkv],  p.weights[kOut], p.weights[kGateUp], p.weights[kDown],
+                           p.weight_scale,   p.norm_scale,    p.norm_shift,       p.gate,
+                           p.shift_products, p.k_cache,       p.v_cache,          p.x,
+                           p.in_weight,      p.out_weight,    p.mix_weights,      p.exchange};
+  for (const void* pointer : vectors)
+    if (!aligned_to_16_bytes(pointer)) return false;
+  return reinterpret_cast<uintptr_t>(p.input_scale) % 8 == 0 && p.step_stride % 4 == 0 && p.norm_stride % 4 == 0;
+}
+
 }  // namespace
 
 int64_t expert_exchange_bytes(int rows) {
@@ -335,7 +348,7 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   if (major < 9) return cudaErrorNotSupported;  // the bulk copy engine
   if (p.rows < 1 || p.rows > kExpertMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows || p.action_dim < 4 ||
-      p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1))
+      p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1) || !aligned(p))
     return cudaErrorInvalidValue;
   const bool one = p.rows <= kTileRows;
   if (p.fp8) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);

@@ -18,9 +18,9 @@ BLOCKS = 128  # kBlocks of native_kernels/expert_stream.cuh: all of them on the 
 TILE_BLOCK_BYTES = 512
 PRODUCTS = ("qkv", "out", "gate_up", "down")
 WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256
-# tiles of 8 features that share an epilogue
 # e4m3 weights that meet e4m3 activations
 SWIZZLED = ("out", "down")
+# tiles of 8 features that share an epilogue
 UNIT_TILES = {"qkv": 2, "out": 1, "gate_up": 2, "down": 1}
 SHAPES = {"qkv": (2560, WIDTH), "out": (WIDTH, 2048), "gate_up": (2 * MLP, WIDTH), "down": (WIDTH, MLP)}
 
@@ -148,9 +148,21 @@ def expert_steps(
     prefix_length: int32 scalar on the device; k_cache, v_cache: bf16 (layers, capacity, 1, 256), read up to
     prefix_length (the keys and values of the actions stay in `buffers`). fill: a single step that leaves the
     keys and values of the rows in the caches, behind the prefix, and x as it is. Raises RuntimeError where
-    the device cannot run the kernel (cudaErrorNotSupported).
+    the device cannot run the kernel (cudaErrorNotSupported), ValueError where the norms are neither of one
+    step nor of all, or the buffers are of fewer rows.
     """
     norms = weights.norms
+    if norms.shape[0] not in (1, steps):
+        raise ValueError(
+            f"norms: expected the conditioning of 1 or of all {steps} steps, got {norms.shape[0]}: "
+            "compute it for the steps that are to be run"
+        )
+    needed = native.load().expert_exchange_bytes(x.shape[0])
+    if buffers.exchange.numel() < needed:
+        raise ValueError(
+            f"buffers: expected an exchange of at least {needed} bytes for {x.shape[0]} rows, "
+            f"got {buffers.exchange.numel()}: allocate ExpertBuffers for as many rows"
+        )
     adaptive = norms.shape[2] == 3
     step_stride = norms.stride(0) if norms.shape[0] > 1 else 0
     base, row = norms.data_ptr(), norms.stride(2) * norms.element_size()

@@ -149,7 +149,7 @@ def check(
 ) -> None:
     """Three launches over poisoned scratch: bit-identical, and close to the reference."""
     capacity = prefix + steps_op.MAX_ROWS  # a block's keys lie closer where there are fewer
-    k, v = (torch.randn(LAYERS, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
+    k, v = (torch.randn(expert.layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
     k[:, prefix:], v[:, prefix:] = float("nan"), float("nan")
     noise = torch.randn(rows, 32, device="cuda")
     want = expert.integrate(noise, k, v, prefix, guidance)
@@ -161,7 +161,7 @@ def check(
         buffers.exchange.fill_(poison)
         x = noise.clone()
         steps_op.expert_steps(
-            expert.weights, buffers, x, STEPS, rope, length, k, v, guidance=guidance
+            expert.weights, buffers, x, expert.steps, rope, length, k, v, guidance=guidance
         )
         outputs.append(x)
     torch.cuda.synchronize()
@@ -196,6 +196,16 @@ def test_mixed_actions(rows: int, fp8: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("rows", [1, 17, 50])
+def test_one_layer_of_many_steps(rows: int, fp8: bool, mixed: bool) -> None:
+    """No keys but the actions' own; what is copied once a step is used more than three times."""
+    expert = RandomExpert(1, 7, fp8, adaptive=not mixed, mixed=mixed)
+    check(expert, rows, 0, 4e-2 if fp8 else 1.5e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [10, 50])
 def test_guidance(rows: int) -> None:
     expert = RandomExpert(LAYERS, STEPS, True, True)
@@ -218,3 +228,23 @@ def test_broken_weights_give_nan_and_no_hang() -> None:
     buffers, rope = ExpertBuffers.allocate(10, x.device), rope_tables(capacity, 256, x.device)
     steps_op.expert_steps(expert.weights, buffers, x, STEPS, rope, length, k, v)
     assert x.isnan().all()
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_cannot_read_is_refused() -> None:
+    expert = RandomExpert(1, STEPS, True, True)
+    length = torch.tensor(100, dtype=torch.int32, device="cuda")
+    k, v = (torch.randn(1, 200, 1, 256, device="cuda").bfloat16() for _ in range(2))
+    rope, x = rope_tables(200, 256, k.device), torch.randn(20, 32, device="cuda")
+
+    def run(x: torch.Tensor, rows: int, steps: int) -> None:
+        buffers = ExpertBuffers.allocate(rows, x.device)
+        steps_op.expert_steps(expert.weights, buffers, x, steps, rope, length, k, v)
+
+    with pytest.raises(ValueError, match="exchange of at least"):
+        run(x, 10, STEPS)
+    with pytest.raises(ValueError, match=f"1 or of all {STEPS + 1} steps, got {STEPS}"):
+        run(x, 20, STEPS + 1)
+    shifted = torch.randn(20 * 32 + 1, device="cuda")[1:].view(20, 32)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        run(shifted, 20, STEPS)
