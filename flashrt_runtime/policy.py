@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 
 class Policy(Calibrated):
-    """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time, in the
-    order they came; ReentryError for one from inside another, as of a signal handler.
+    """A loaded policy; made by `load_model`. Calls may come from any thread and run one at a time;
+    ReentryError for one from inside another, as of a signal handler.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ class Policy(Calibrated):
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        with self._lock:
+        with self._lock.one():
             self._check_open()
             if self._calibration is not None and not self._lost:  # a lost GPU says so itself
                 self._calibration.weights.check()
@@ -336,7 +336,7 @@ class Policy(Calibrated):
         """Free the model's memory, but for that of a lost GPU. Any later call raises ClosedError; closing
         twice is allowed.
         """
-        with self._lock:
+        with self._lock.one():
             if self._model is not None and not self._lost:
                 self._model.release()
             self._model = None

@@ -1,58 +1,61 @@
-"""One caller at a time, in the order they came."""
+"""One caller at a time, and a turn for everybody who waits."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
-from types import TracebackType
+import time
+from collections.abc import Iterator
 
 from .errors import ReentryError
 
+LONGEST_COURTESY_S = 0.1  # for a thread that waits no more, which an interrupt may leave written down
+LOOK_S = 1e-4
+
 
 class Turns:
-    """A lock for `with` that is fair: who asked first has it first, so that a loop which takes it again at
-    once (a calibration) leaves a turn to everybody who waits in between. A `threading.Lock` does not.
+    """A lock for `with turns.one():` whose last holder lets those who wait go first: a loop that takes a
+    `threading.Lock` again and again (a calibration) keeps it, as it is back before anybody has woken.
 
-    Its holder is refused with ReentryError, where a lock would wait for itself for ever.
+    Its holder is refused with ReentryError, where a lock would wait for itself for ever. What excludes is
+    a lock alone: an interrupt at any place costs courtesy and nothing else.
     """
 
     def __init__(self) -> None:
-        self._queue: deque[threading.Lock] = deque()  # the first has the turn, or is about to
-        self._inside: set[int] = set()  # threads that have it or wait for it
+        self._lock = threading.Lock()
+        self._waiting: set[int] = set()  # threads
+        self._holder: int | None = None
+        self._last: int | None = None
 
     def locked(self) -> bool:
         """Whether somebody has the turn."""
-        return bool(self._queue)
+        return self._lock.locked()
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """A turn. Raises ReentryError inside one of this thread's."""
         me = threading.get_ident()
-        if me in self._inside:
+        if self._holder == me and self._lock.locked():
             raise ReentryError(
                 "the policy was called by the thread that is inside a call of it, as a signal handler or a "
                 "callback may: call it when the first call has returned, or from another thread"
             )
-        # queue and set change in one step each: a lock around them is one that a signal handler may wait for
-        self._inside.add(me)
-        ticket = threading.Lock()
-        ticket.acquire()
-        self._queue.append(ticket)
         try:
-            if self._queue[0] is not ticket:
-                ticket.acquire()
-        except BaseException:  # an interrupt while waiting
-            self._leave(ticket)
-            self._inside.discard(me)
-            raise
+            if self._last == me:
+                self._let_others(me)
+            self._waiting.add(me)
+            with self._lock:
+                self._waiting.discard(me)
+                self._holder = self._last = me
+                try:
+                    yield
+                finally:
+                    self._holder = None
+        finally:
+            self._waiting.discard(me)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave(self._queue[0])
-        self._inside.discard(threading.get_ident())
-
-    def _leave(self, ticket: threading.Lock) -> None:
-        """Give the ticket up, and wake whoever is first then: that one has the turn, or has it already."""
-        self._queue.remove(ticket)
-        with contextlib.suppress(IndexError, RuntimeError):  # nobody waits; it was woken before
-            self._queue[0].release()
+    def _let_others(self, me: int) -> None:
+        """Until one of those who wait has had the lock."""
+        until = time.monotonic() + LONGEST_COURTESY_S
+        while self._last == me and self._waiting - {me} and time.monotonic() < until:
+            time.sleep(LOOK_S)
