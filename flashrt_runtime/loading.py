@@ -208,6 +208,7 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     """
     _check_views(opened, settings.num_views)
     rtc = check_mode(settings.rtc, opened.config.policy, opened.rtc_training_max_delay, str(opened.path))
+    expert_ways.check(settings.expert, opened.config.policy, target.device, rtc)
     config = opened.config.with_steps(settings.num_steps)
     opened.config = config
     model = models.build(
@@ -232,7 +233,7 @@ def build_policy(opened: Checkpoint, target: Target, settings: Settings) -> Poli
     engine = None
     if target.device.type == "cuda" and (isinstance(model, FlowPolicy) or tokens is not None):
         if isinstance(model, FlowPolicy):
-            expert_ways.attach(model, target.device, settings.expert)
+            expert_ways.attach(model, target.device, settings.expert, rtc)
         elif isinstance(model, Pi0Fast):
             fused_decode.attach(model, target.device)
         whole = settings.decode_cuda_graph

@@ -80,13 +80,18 @@ __global__ void __launch_bounds__(kMaxThreads) row_norm_vector_kernel(Rows rows)
   const Row* x = static_cast<const Row*>(rows.x) + row;
   const Row* residual = static_cast<const Row*>(rows.residual) + row;
 
-  // constants, ahead of the wait for the kernel in front; those of later vectors when they are needed
+  // constants, ahead of the wait for the kernel in front; those of later vectors when they are needed. Styles of a row
+  // each are none: the kernel in front may have written them
   Weight first_weight, first_bias;
-  if (static_cast<int>(threadIdx.x) < width / N) {
+  const bool constant = kind != RowNorm::kAda || rows.style_stride == 0;
+  const auto read_first = [&] {
+    if (static_cast<int>(threadIdx.x) >= width / N) return;
     first_weight = weights[threadIdx.x];
     if constexpr (kBiased) first_bias = biases[threadIdx.x];
-  }
+  };
+  if (constant) read_first();
   dependency_wait();
+  if (!constant) read_first();
   dependency_release();
   const float inverse_scale = inverse_scale_of<Out>(rows.scale);
   Row total[Vectors];

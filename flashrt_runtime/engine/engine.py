@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import ops
 from ..config import PATCH_SIZE, FamilyRules
 from ..guidance import RtcMode
-from ..models import FlowPolicy, PrefixPolicy
+from ..models import PrefixPolicy
 from ..models.flow import Guide, guided
 from ..ops import native, prefix, variants
 from ..processing.guidance import GuideArrays
@@ -73,11 +73,6 @@ class Engine:
         self.model = model
         self.anew = anew
         self.rtc = rtc
-        if rtc == "trained" and isinstance(model, FlowPolicy) and model.fused_expert is not None:
-            logger.warning(
-                "rtc=trained: the expert by the model's own loop, which is slower: its fused kernels have "
-                "one flow time for all actions"
-            )
         self.device = device
         self.autotune = autotune
         self.antialias = rules.resize == "antialias_uint8"

@@ -12,6 +12,7 @@ import torch
 
 from ..config import PolicyConfig
 from ..errors import HardwareError, OptionError
+from ..guidance import RtcMode
 from ..models import FlowPolicy
 from ..quantization.fp8 import fp8_linears
 from . import expert_chain, fused_expert
@@ -20,6 +21,7 @@ from .gpu import Gpu
 logger = logging.getLogger(__name__)
 
 ExpertWay = Literal["auto", "fused", "chain", "loop"]
+TRAINED = "rtc=trained conditions each action by itself, which the kernels do not"
 DESCRIPTIONS = {
     "fused": "one persistent kernel",
     "chain": "a chain of kernels",
@@ -60,14 +62,35 @@ def choose(config: PolicyConfig, dtype: torch.dtype, gpu: Gpu | None) -> Choice:
     return Choice("loop", tuple(reasons))
 
 
-def attach(model: FlowPolicy, device: torch.device, way: ExpertWay = "auto") -> Choice:
+def check(way: ExpertWay, policy: str, device: torch.device, rtc: RtcMode) -> None:
+    """Whether `way` can be asked for at all, before anything is loaded. Raises OptionError (pi0fast, which
+    has no action expert; trained guidance, which conditions each action by itself) or HardwareError (CPU).
+    """
+    if way == "auto":
+        return
+    if policy == "pi0fast":
+        raise OptionError(f"expert={way!r}: pi0fast has no action expert; leave it at 'auto'")
+    if way == "loop":
+        return
+    if rtc == "trained":
+        raise OptionError(f"expert={way!r} cannot follow rtc='trained' ({TRAINED}): use expert='auto'")
+    if device.type != "cuda":
+        raise HardwareError(
+            f"expert={way!r} was asked for, and the policy runs on the {device.type}: use hardware= of a "
+            "GPU, or expert='auto'"
+        )
+
+
+def attach(
+    model: FlowPolicy, device: torch.device, way: ExpertWay = "auto", rtc: RtcMode = "off"
+) -> Choice:
     """Give the model what `way` says, "auto" the first that serves, and say in the log which and why.
 
     Raises HardwareError where the one that was asked for does not serve.
     """
-    reasons: list[str] = []
+    reasons = [TRAINED] if rtc == "trained" else []
     for name, attempt in (("fused", fused_expert.attach), ("chain", expert_chain.attach)):
-        if way not in ("auto", name):
+        if rtc == "trained" or way not in ("auto", name):
             continue
         reason = attempt(model, device)
         if reason is None:

@@ -12,6 +12,7 @@ import torch
 
 import flashrt_runtime
 from flashrt_runtime.engine.expert_chain import ExpertChain
+from flashrt_runtime.guidance import Guidance
 from flashrt_runtime.models import FlowPolicy
 from flashrt_runtime.policy import Policy
 
@@ -70,3 +71,25 @@ def test_a_chain_of_kernels(name: str, precision: str, wide_path: Callable[[str]
     loop, chain = results["loop", "off"], results["chain", "off"]
     assert np.linalg.norm(chain - loop) / np.linalg.norm(loop) < 3e-2
     assert np.array_equal(chain, results["chain", "guided"])
+
+
+@pytest.mark.parametrize("way", ["fused", "chain"])
+def test_a_captured_graph_follows_guidance(way: str, wide_path: Callable[[str], Path]) -> None:
+    """Gains, weights and targets are read where they stand when it runs, not when it was captured."""
+    policy = load(wide_path("pi05"), "bf16", "guided", way)
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert isinstance(model, FlowPolicy)
+    assert isinstance(model.fused_expert, ExpertChain) == (way == "chain")
+    inputs, captures, results = policy._encode(images(3), PROMPT, STATE, seed=1), engine.captures, set()
+    plan = np.random.default_rng(4).uniform(-0.2, 0.2, (policy.spec.horizon, policy.spec.action_dim or 0))
+    for delay, schedule in ((0, "linear"), (2, "exp"), (4, "ones")):
+        guide = policy._encode_guidance(Guidance(plan, delay, schedule=schedule), STATE)
+        got = policy._run(model, inputs, guide)
+        want = policy._eager(model, inputs, guide).cpu().numpy()
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2
+        np.testing.assert_array_equal(got[:delay], guide.target[:delay])
+        results.add(got.tobytes())
+    assert len(results) == 3
+    assert engine.captures == captures
+    policy.close()

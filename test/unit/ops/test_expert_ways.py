@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from expert_model import config, random_model
 
+import flashrt_runtime
 from flashrt_runtime.engine import expert_chain, expert_ways, fused_expert
 from flashrt_runtime.engine.gpu import Gpu
 from flashrt_runtime.errors import HardwareError, OptionError
 from flashrt_runtime.quantization.fp8 import fp8_linears
+from flashrt_runtime.untrained import make_checkpoint
 
 KB = 1 << 10
 H100 = Gpu("NVIDIA H100", (9, 0), 132, 228 * KB)
@@ -96,6 +100,34 @@ def test_the_first_that_a_launch_does_not_refuse(
     assert choice.way == "chain"
     assert "not by one persistent kernel: expert_steps: cudaErrorNotSupported" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_trained_guidance_takes_the_loop() -> None:
+    choice = expert_ways.attach(random_model(config(), False, "cpu"), torch.device("cpu"), "auto", "trained")
+    assert (choice.way, choice.reasons) == ("loop", (expert_ways.TRAINED,))
+
+
+@pytest.mark.parametrize("way", ["fused", "chain"])
+@pytest.mark.parametrize(
+    ("policy", "fields", "error", "words"),
+    [
+        ("pi05", {}, HardwareError, "runs on the cpu"),
+        ("pi05", {"rtc": "trained"}, OptionError, "rtc='trained'"),
+        ("pi0fast", {}, OptionError, "no action expert"),
+    ],
+)
+def test_load_model_refuses_a_way_that_is_not_there(
+    way: str, policy: str, fields: dict[str, str], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    """Before any weight is read."""
+    folder = make_checkpoint(tmp_path / "tiny", size="tiny", preset="demo_arm", policy=policy)
+    if "rtc" in fields:
+        file = folder / "config.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["flashrt"]["rtc_training_max_delay"] = 4
+        file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(error, match=words):
+        flashrt_runtime.load_model(folder, config="auto", hardware="cpu", expert=way, **fields)
 
 
 def test_unknown_way() -> None:
