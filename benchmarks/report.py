@@ -69,11 +69,11 @@ def table(content: dict[str, Any], directory: Path) -> str:
     lines = [
         "# GPU report",
         "",
-        f"{content['gpu']}, torch {content['torch']}, {content['date']}, commit {content['commit']}. "
+        f"{content['gpu']}, torch {content['torch']}, last run {content['date']}; a row has its own commit. "
         "Written by `benchmarks/bench_policy.py`; random weights of the published dimensions, random images.",
         "",
-        "| policy | graph p50 | p95 | p99 | wall p50 | p99 | host | peak GiB | load s | first action s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| policy | graph p50 | p95 | p99 | wall p50 | p99 | host | GiB | load s | first action s | of |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, row in latencies.items():
         names = (
@@ -81,7 +81,7 @@ def table(content: dict[str, Any], directory: Path) -> str:
             "peak_gib", "load_s", "first_action_s",
         )  # fmt: skip
         cells = [f"{row[name]:.2f}" for name in names]
-        lines.append(f"| {key} | {' | '.join(cells)} |")
+        lines.append(f"| {key} | {' | '.join(cells)} | {row['commit']} |")
     lines += ["", "Times in ms. Stages, each a graph of its own (staging is host work):", ""]
     lines += [f"| policy | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
     for key, row in latencies.items():
@@ -123,7 +123,8 @@ def table(content: dict[str, Any], directory: Path) -> str:
 def peer_line(key: str, row: dict[str, Any]) -> str:
     """A peer's row of the table: its wall over ours is of one run."""
     wall = row["wall_p50_ms"]
-    ratios = ", ".join(f"{wall / ours:.1f} x {key} ({ours:.2f})" for key, ours in row["ours_wall_ms"].items())
+    ours = row.get("ours_wall_ms", {}).items()
+    ratios = ", ".join(f"{wall / own:.1f} x {key} ({own:.2f})" for key, own in ours)
     cells = f"{wall:.1f} | {row['wall_p99_ms']:.1f} | {row['first_call_s']:.0f}"
     return f"| {key} | {cells} | {ratios or '–'} |"
 

@@ -28,7 +28,10 @@ def cache_directory() -> Path:
     """
     for variable in DIRECTORY_VARIABLES:
         if named := os.environ.get(variable):
-            return Path(named).expanduser() if home_directory() else Path(named)
+            try:
+                return Path(named).expanduser()
+            except RuntimeError as error:
+                raise OptionError(f"{variable}={named}: {error}: set it to a path without ~") from error
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not xdg.is_absolute():
         home = home_directory()

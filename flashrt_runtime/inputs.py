@@ -169,7 +169,7 @@ class ObservationEncoder:
             names = tuple(name for name in names if name not in absent)
             ordered: list[NDArray[np.uint8] | None] = [by_name[name] for name in names]
         else:
-            if not isinstance(images, Iterable):
+            if not isinstance(images, Iterable) or getattr(images, "ndim", 1) == 0:
                 raise ObservationError(
                     f"images: expected {len(names)} images in the order {list(names)}, or a dict of them by "
                     f"name; got {type(images).__name__}"
@@ -256,9 +256,9 @@ def real_array(name: str, value: object) -> FloatArray:
             with np.errstate(over="ignore"):  # what becomes infinite is refused with its position
                 return array.astype(np.float32)
         kind = str(array.dtype)
-    except ValueError:  # rows of different lengths
-        kind = "nested sequences of different lengths"
-    raise ObservationError(f"{name}: expected real numbers, got {kind}")
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths; tensors of the GPU
+        kind = f"{type(value).__name__}, which NumPy does not take ({error})"
+    raise ObservationError(f"{name}: expected an array of real numbers, got {kind}")
 
 
 def _refuse_non_finite(name: str, values: FloatArray) -> None:

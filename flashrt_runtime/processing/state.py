@@ -40,7 +40,8 @@ class StateTransform:
                 f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
             )
         exact = self.normalizer.forward(values)
-        rounded = exact.astype(np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused behind this
+            rounded = exact.astype(np.float32)
         return _keep_bin(exact, rounded) if self.binned else rounded
 
     @staticmethod

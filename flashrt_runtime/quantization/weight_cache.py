@@ -74,6 +74,8 @@ class WeightCache:
                         raise ValueError("its bytes are not those that were written")
             except (SafetensorError, OSError, ValueError) as error:
                 logger.warning("%s: not usable and made again: %s", path, error)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
                 continue
             with contextlib.suppress(OSError):  # only keeps it from being pruned first
                 os.utime(path)
@@ -85,7 +87,6 @@ class WeightCache:
 
         What killed writers left behind, gigabytes each, is removed first once it is an hour old.
         """
-        before = self.files()
         try:
             remove_abandoned(self.folder, *UNFINISHED)
             path, _, _ = tensor_files.write(self.folder, self.key, SUFFIX, _tensors(model))
@@ -93,9 +94,7 @@ class WeightCache:
             logger.warning("%s: quantised weights not kept: %s", self.folder / self.key, error)
             return
         with contextlib.suppress(OSError):  # another process prunes too
-            for damaged in before:
-                if damaged != path:
-                    damaged.unlink(missing_ok=True)
+            os.utime(path)  # it may have been there, unused for long
             self._prune()
 
     def _prune(self) -> None:

@@ -58,3 +58,7 @@ def test_the_table_of_aims_is_the_report_s() -> None:
         pytest.approx(row["wall_p50_ms"] - row["graph_p50_ms"], abs=0.0051) for row in rows
     ]
     assert figures(aims, "bf16, 2 views") == [round(CONTENT["pi05.bf16.views2"]["graph_p50_ms"], 2)]
+    ratio = CONTENT["pi05.fp8.views2.chunk50"]["graph_p50_ms"] / rows[1]["graph_p50_ms"]
+    assert figures(aims, "chunk 50 ≤ 1.15")[0] == round(ratio, 2)
+    above = 100 * (CONTENT["pi0.fp8.views2"]["graph_p50_ms"] / rows[1]["graph_p50_ms"] - 1)
+    assert f"| Pi0 within 10 % of Pi0.5 | {above:.0f} % above |" in aims.read_text(encoding="utf-8")
