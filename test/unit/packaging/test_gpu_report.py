@@ -48,6 +48,10 @@ def test_the_headline_is_the_report_s() -> None:
     quoted = figures(DOCS.parent / "README.md", "Pi0.5, FP8, 2 views, 10 steps")
     row = CONTENT["pi05.fp8.views2"]
     assert quoted == [round(row["graph_p50_ms"], 1), round(row["wall_p50_ms"], 1)]
+    peer = CONTENT["lerobot.compiled.views2"]
+    times = peer["wall_p50_ms"] / peer["ours_wall_ms"]["pi05.fp8.views2"]
+    beside = figures(DOCS.parent / "README.md", "… LeRobot's, compiled")
+    assert beside == [round(peer["wall_p50_ms"], 1), round(times, 1)]
 
 
 def test_the_table_of_aims_is_the_report_s() -> None:
