@@ -25,7 +25,7 @@ from ..ops import E4M3, expert, native
 from ..ops.expert import Epilogue, PackedLinear, StepGuide
 from ..quantization.fp8 import Fp8Linear, scales_in_force
 from .conditioning import Conditioning
-from .gpu import Gpu
+from .gpu import NOT_SERVED, WRONG_SHAPE, Gpu, refused
 from .packed_layer import PackedLayer
 
 MAX_ACTIONS = expert.MAX_ROWS
@@ -34,8 +34,6 @@ HEAD_DIM = 256
 CLUSTER_ROWS = 16
 # what the norm in front of a product takes; action dims and widths that the step between takes
 WIDTH_STEP, MAX_WIDTH, MLP_STEP, MAX_ACTION_DIM = 256, 1024, 64, 64
-# a shape that no block's shared memory holds
-REFUSALS = ("cudaErrorNotSupported", "cudaErrorInvalidValue")
 
 
 def refusal(config: PolicyConfig, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
@@ -250,12 +248,8 @@ def attach(model: FlowPolicy, device: torch.device) -> str | None:
         return reason
     assert isinstance(model, Pi0 | Pi05)
     chain = ExpertChain(model, device)
-    try:
-        chain.integrate(torch.zeros(model.config.horizon, model.config.action_dim, device=device))
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        if not any(refused in str(error) for refused in REFUSALS):
-            raise
-        return str(error)
-    model.fused_expert = chain
-    return None
+    actions = torch.zeros(model.config.horizon, model.config.action_dim, device=device)
+    reason = refused(lambda: chain.integrate(actions), device, (*NOT_SERVED, WRONG_SHAPE))
+    if reason is None:
+        model.fused_expert = chain
+    return reason

@@ -19,7 +19,7 @@ from ..models import Pi0Fast
 from ..ops import E4M3, expert, native, rms_norm
 from ..ops.expert import Epilogue
 from ..quantization.fp8 import Fp8Linear
-from .fused_expert import GRID_REFUSALS
+from .gpu import NOT_SERVED, WRONG_SHAPE, refused
 from .packed_layer import PackedLayer
 
 logger = logging.getLogger(__name__)
@@ -120,16 +120,13 @@ def attach(model: Pi0Fast, device: torch.device) -> None:
     reason = refusal(model, device)
     if reason is None:
         fused = FusedDecode(model, device)
-        try:
-            with torch.inference_mode():
-                model.slot.zero_()  # the kernel traps on one that its cache has not
-                fused.hidden(torch.zeros(1, model.paligemma.width, dtype=torch.bfloat16, device=device), 0)
-            torch.cuda.synchronize(device)
-        except RuntimeError as error:
-            if not any(refused in str(error) for refused in (*GRID_REFUSALS, "cudaErrorInvalidValue")):
-                raise
-            reason = str(error)
-        else:
+
+        def decode_one() -> None:
+            model.slot.zero_()  # the kernel traps on one that its cache has not
+            fused.hidden(torch.zeros(1, model.paligemma.width, dtype=torch.bfloat16, device=device), 0)
+
+        reason = refused(decode_one, device, (*NOT_SERVED, WRONG_SHAPE))
+        if reason is None:
             model.fused = fused
     if reason is not None:
         logger.warning("decoding by the model's own, slower layers: for the skinny kernels, %s", reason)

@@ -22,13 +22,11 @@ from ..ops import expert_steps as steps_op
 from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
 from ..quantization.fp8 import Fp8Linear, scales_in_force
 from .conditioning import Conditioning
-from .gpu import Gpu
+from .gpu import Gpu, refused
 
 MAX_ACTIONS = steps_op.MAX_ROWS
 CAPABILITY = (9, 0)
 SHARED_BYTES = 128 << 10  # of a multiprocessor, at the least; how much for which keys, the launcher knows
-# the whole grid does not fit this device at once
-GRID_REFUSALS = ("cudaErrorNotSupported", "cudaErrorCooperativeLaunchTooLarge")
 
 
 def refusal(config: PolicyConfig, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
@@ -165,15 +163,11 @@ def attach(model: FlowPolicy, device: torch.device) -> str | None:
         return reason
     assert isinstance(model, Pi0 | Pi05)
     fused = FusedExpert(model, device)
-    try:
-        fused.integrate(torch.zeros(model.config.horizon, model.config.action_dim, device=device))
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        if not any(refused in str(error) for refused in GRID_REFUSALS):
-            raise
-        return str(error)
-    model.fused_expert = fused
-    return None
+    actions = torch.zeros(model.config.horizon, model.config.action_dim, device=device)
+    reason = refused(lambda: fused.integrate(actions), device)
+    if reason is None:
+        model.fused_expert = fused
+    return reason
 
 
 def _of_state(model: Pi0, weights: ExpertWeights) -> ExpertWeights:
