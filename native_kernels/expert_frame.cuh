@@ -16,6 +16,7 @@ struct Plan {
 };
 
 constexpr int kSmallBytes = kWarps * kTileElements * 4, kBigBytes = 2 * kGateUpUnits * kSmallBytes;
+static_assert(4 * kPanelBytes == kBigBytes);  // panels and sums take turns
 
 // What the epilogues of a visit need of the conditioning, and its scales: where each lies in a table of floats. It is
 // copied a visit ahead, as it comes from DRAM, where a load would stand behind the weights asked for before it.
@@ -33,8 +34,9 @@ enum Condition : int {
 };
 static_assert(kWeightScale == 4 * kWarpSize);  // 16 bytes a lane
 
-// `One`: a single tile of rows, for which loops and most addresses are constants.
-template <bool Fp8, bool One>
+// `One`: a single tile of rows, for which loops and most addresses are constants. `Paired`: more than two, for pairs of
+// blocks and the matrix unit.
+template <bool Fp8, bool One, bool Paired>
 struct Frame {
   static constexpr int Half = kHeadDim / 2, UnitsPerHead = Half / kTileFeatures;
 
@@ -58,6 +60,11 @@ struct Frame {
   __device__ float* big() const { return reinterpret_cast<float*>(shared + plan.big); }
   __device__ float* small() const { return reinterpret_cast<float*>(shared + plan.small); }
   __device__ __forceinline__ int tiles() const { return One ? 1 : (p.rows + kTileRows - 1) / kTileRows; }
+  __device__ __forceinline__ Team<One> row_team() const {
+    if constexpr (!Paired) return Team<One>(p.rows);
+    const int warp = thread_id() / kWarpSize;
+    return {2, warp / 4, warp % 4};
+  }
   __device__ __forceinline__ Exchange<One> exchange(int of_copy) const {
     const int rows = tiles() * kTileRows, bytes = kExchangeRowBytes * rows;
     return {static_cast<unsigned char*>(p.exchange) + of_copy * bytes, of_copy == 0 ? (kCopies - 1) * bytes : -bytes,
@@ -206,6 +213,14 @@ struct Frame {
       if (unit < count) multiply_group(sums, unit, operand, ring.chunks + offset[unit] + group * Step);
   }
 
+  // Byte `byte` of row `row` among the activations of product P.
+  template <int P>
+  __device__ __forceinline__ int tile_offset(int row, int byte) const {
+    if (kOnMatrixUnit<Fp8, P, Paired> || (kMayPair<Fp8, P, One> && plan.paired))
+      return matrix_offset(row, Shape<Fp8, P>::RowBytes, byte);
+    return activation_offset<Fp8, P>(row, byte);
+  }
+
   // Behind a barrier: this block has read the next `count` chunks, and others may take their place. The last warp
   // tells: where there is one tile, it has no row to finish, or the last.
   __device__ __forceinline__ void give_back(int count) {
@@ -220,9 +235,14 @@ struct Frame {
     const int m = row_of_thread(), column = thread_id() % kTileFeatures;
     const float scaled = h * factor * kHeadroom, next = __shfl_down_sync(0xffffffffu, scaled, 1);
     const bool has = m < p.rows;
-    if (has && column % 2 == 0)
+    if constexpr (kOnMatrixUnit<Fp8, P, Paired>) {
+      if (has && column % 2 == 0)
+        publish(to.template buffer<Normed>() + tile_offset<P>(m, (block_id() * kTileFeatures + column) * 2), to.other,
+                pack_f16(scaled, next));
+    } else if (has && column % 2 == 0) {
       publish(to.template buffer<Normed>() + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
               to.other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
+    }
     float squares = h * h;
 #pragma unroll
     for (int offset = kTileFeatures / 2; offset > 0; offset /= 2)
@@ -246,7 +266,7 @@ struct Frame {
   template <typename Finish>
   __device__ __forceinline__ void quartered_product(const unsigned char* x, Finish finish) {
     using S = Shape<Fp8, kDown>;
-    const Team<One> team(p.rows);
+    const Team<One> team = row_team();
     const int quarter = block_id() % kQuarters, tile = thread_id() / kTileElements,
               element = thread_id() % kTileElements;
     Activations<Fp8, kDown, One> a(x, team, p.rows, kQuarters, quarter);
@@ -301,10 +321,14 @@ struct Frame {
   // A product of one unit of 8 columns on `x`: every thread's element, by `finish(sum)`, which whole warps call.
   template <int P, typename Finish>
   __device__ __forceinline__ void narrow_product(const unsigned char* x, int step, int layer, Finish finish) {
-    if constexpr (kPairs<Fp8, P, One>) {
-      if (plan.paired) return paired_product<P>(x, step, layer, finish);
+    if constexpr (kMayPair<Fp8, P, One>) {
+      if (Paired || plan.paired) return paired_product<P>(x, step, layer, finish);
     }
-    const Team<One> team(p.rows);
+    tiled_product<P>(x, step, layer, finish);
+  }
+  template <int P, typename Finish>
+  __device__ __forceinline__ void tiled_product(const unsigned char* x, int step, int layer, Finish finish) {
+    const Team<One> team = row_team();
     Activations<Fp8, P, One> a(x, team, p.rows);
     if constexpr (P == kOut) copy_next_conditions(step, layer);
     if constexpr (P == kDown || P == kMix) be_patient();

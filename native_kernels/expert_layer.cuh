@@ -1,14 +1,14 @@
 // The five phases of a layer of the persistent expert.
 #pragma once
 
-#include "expert_frame.cuh"
+#include "expert_wide.cuh"
 
 namespace flashrt {
 namespace expert {
 
-template <bool Fp8, bool One>
-struct Layer : Frame<Fp8, One> {
-  using Base = Frame<Fp8, One>;
+template <bool Fp8, bool One, bool Paired>
+struct Layer : WideFrame<Fp8, One, Paired> {
+  using Base = WideFrame<Fp8, One, Paired>;
   using Base::add_squares;
   using Base::big;
   using Base::chunk;
@@ -19,20 +19,34 @@ struct Layer : Frame<Fp8, One> {
   using Base::Half;
   using Base::input_scale;
   using Base::inverse_rms;
+  using Base::kPanelUnits;
   using Base::p;
   using Base::plan;
   using Base::publish_last;
   using Base::ring;
+  using Base::row_team;
   using Base::share;
   using Base::shared;
+  using Base::spread_units;
   using Base::tiles;
   using Base::UnitsPerHead;
   using Base::visit;
   using Base::weight_scale;
 
+  struct RopeOperands {
+    float cosine = 1.0f, sine = 0.0f;
+  };
+
   __device__ void qkv() {
+    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) {
+      matrix_qkv();
+    } else {
+      tiled_qkv();
+    }
+  }
+  __device__ __forceinline__ void tiled_qkv() {
     const unsigned char* parts = exchange().template buffer<kSquaresQkv>();
-    const Team<One> team(p.rows);
+    const Team<One> team = row_team();
     const int own = thread_id() / kTileElements, element = thread_id() % kTileElements;
     // one tile: a unit is that of 128 threads; more: a tile is
     const int row = row_of_slot(element / kTileFeatures), tile = One ? 0 : own, m = tile * kTileRows + row;
@@ -62,36 +76,48 @@ struct Layer : Frame<Fp8, One> {
     async_copy_wait_committed();  // the conditions
     block_sync();
     give_back(qkv_units<One>() * Shape<Fp8, kQkv>::Chunks);
-    if (busy) {  // whole warps
-      const float factor = weight_scale(kQkv) * inverse_rms(team, tile, row);
-#pragma unroll
-      for (int i = One ? 0 : 1; i >= 0; --i) {  // others wait longest for k and v
-        if (i >= units) continue;
-        const int unit = One ? own : i, shift = kQkvShift + unit * 2 * kTileFeatures + element % kTileFeatures;
-        const float2 sum = gather_pair(big(), team, tile, 2, unit, element);
-        rotate(qkv_unit(unit), m, operands[i], sum.x * factor + condition(shift),
-               sum.y * factor + condition(shift + kTileFeatures));
-      }
-    }
+    if (busy) finish_qkv(team, operands, own, tile, element, units, 2, false);
     if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->prefix_full, visit & 1);
     block_sync();  // the sums have been read; and nobody looks for more while this block still computes
   }
 
-  // The first `count` of a warp's units of two tiles, into the big region.
-  template <int P, int Units>
-  __device__ __forceinline__ void spread_units(const Sums<Fp8, P, Units, One>& sums, int count, int rows) const {
+  // By whole warps: this thread's outputs of `units` units, element `element` of tile `tile`. `places`, `across`: how
+  // the sums lie.
+  template <int Most>
+  __device__ __forceinline__ void finish_qkv(const Team<One>& team, const RopeOperands (&operands)[Most], int own,
+                                             int tile, int element, int units, int places, bool across) {
+    const int row = row_of_slot(element / kTileFeatures), m = tile * kTileRows + row;
+    const float factor = weight_scale(kQkv) * inverse_rms(team, tile, row);
 #pragma unroll
-    for (int unit = 0; unit < Units; ++unit) {
-      if (unit >= count) break;
-      float sum[2][4];
-      sums.total(sum, unit);
-      spread_pairs(big(), Units, unit, sum, rows);
+    for (int i = One ? 0 : 1; i >= 0; --i) {  // others wait longest for k and v
+      if (i >= units) continue;
+      const int unit = One ? own : i;
+      const int shift = kQkvShift + unit * 2 * kTileFeatures + element % kTileFeatures;
+      const float2 sum = gather_pair(big(), team, tile, places, unit, element, across);
+      rotate(qkv_unit(unit), m, operands[i], sum.x * factor + condition(shift),
+             sum.y * factor + condition(shift + kTileFeatures));
     }
   }
 
-  struct RopeOperands {
-    float cosine = 1.0f, sine = 0.0f;
-  };
+  // The same on the matrix unit.
+  __device__ __forceinline__ void matrix_qkv() {
+    const Team<One> team = row_team();
+    const int tile = team.tile, element = thread_id() % kTileElements, units = qkv_units<One>(tile);
+    const int m = tile * kTileRows + row_of_slot(element / kTileFeatures);
+    const bool busy = tile < tiles();
+    RopeOperands operands[2];
+    this->template wide_product<kQkv, 2>(
+        exchange().template buffer<kNormedQkv>(), exchange().template buffer<kSquaresQkv>(), [&] {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) operands[i] = rope_operands(qkv_unit(i), m, busy && i < units && m < p.rows);
+        });
+    async_copy_wait_committed();  // the conditions
+    block_sync();
+    give_back(2 * Shape<Fp8, kQkv>::Chunks);
+    if (busy) finish_qkv(team, operands, tile, tile, element, units, kPanelUnits, true);
+    if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->prefix_full, visit & 1);
+    block_sync();
+  }
 
   // What this thread's output of row m needs beside its product; v is not rotated.
   __device__ __forceinline__ RopeOperands rope_operands(int unit, int m, bool any) const {
@@ -137,7 +163,7 @@ struct Layer : Frame<Fp8, One> {
     const int head_rows = head * kSplits * buffers.padded_rows();
     unsigned char* values = buffers.template buffer<kInbox>() + head_rows * kSplits * kSplitColumns * 2;
     unsigned char* sums = buffers.template buffer<kStats>() + head_rows * 4;
-    const Team<One> team(p.rows);
+    const Team<One> team = row_team();
     if constexpr (One) {
       const Inbox inbox{values, sums, buffers.other, rank};
       send_attended(team, head, inbox);
@@ -158,14 +184,6 @@ struct Layer : Frame<Fp8, One> {
       }
     }
     block_sync();
-  }
-  // Byte `byte` of row `row` among the activations of product P, where there are more tiles.
-  template <int P>
-  __device__ __forceinline__ int tile_offset(int row, int byte) const {
-    if constexpr (kPairs<Fp8, P, One>) {
-      if (plan.paired) return matrix_offset(row, Shape<Fp8, P>::RowBytes, byte);
-    }
-    return activation_offset<Fp8, P>(row, byte);
   }
   template <typename Post>
   __device__ __forceinline__ void send_attended(const Team<One>& team, int head, const Post& post) {
@@ -189,8 +207,8 @@ struct Layer : Frame<Fp8, One> {
       word = pack_bf16(merged.value[0], merged.value[1]);
     }
     if (has)
-      publish(buffers.template buffer<kAttendedRows>() + tile_offset<kOut>(m, column * (Fp8 ? 1 : 2)), buffers.other,
-              word);
+      publish(buffers.template buffer<kAttendedRows>() + this->template tile_offset<kOut>(m, column * (Fp8 ? 1 : 2)),
+              buffers.other, word);
   }
 
   // The probabilities of all rows, and what else P V needs, behind a barrier.
@@ -262,9 +280,16 @@ struct Layer : Frame<Fp8, One> {
   }
 
   __device__ void gate_up() {
+    if constexpr (kOnMatrixUnit<Fp8, kGateUp, Paired>) {
+      matrix_gate_up();
+    } else {
+      tiled_gate_up();
+    }
+  }
+  __device__ __forceinline__ void tiled_gate_up() {
     constexpr int Chunks = Shape<Fp8, kGateUp>::Chunks, Group = 4 / Chunks;  // units at once
     const unsigned char* parts = exchange().template buffer<kSquaresMlp>();
-    const Team<One> team(p.rows);
+    const Team<One> team = row_team();
     Activations<Fp8, kGateUp, One> a(exchange().template buffer<kNormedMlp>(), team, p.rows);
     Squares<One> squares;
     be_patient();
@@ -287,14 +312,25 @@ struct Layer : Frame<Fp8, One> {
       }
       block_sync();
       give_back(Group * Chunks);
-      finish_hidden<Group>(team, first);
+      finish_hidden<Group>(team, first, false);
       block_sync();
     }
   }
 
+  // The same on the matrix unit.
+  __device__ __forceinline__ void matrix_gate_up() {
+    this->template wide_product<kGateUp, kGateUpUnits>(exchange().template buffer<kNormedMlp>(),
+                                                       exchange().template buffer<kSquaresMlp>(),
+                                                       [&] { this->order_published(); });
+    block_sync();
+    give_back(kGateUpUnits * Shape<Fp8, kGateUp>::Chunks);
+    finish_hidden<kGateUpUnits>(row_team(), 0, true);
+    block_sync();
+  }
+
   // Of `Group` units from `first` on; one tile: a warp's outputs are a row's, neighbours in memory.
   template <int Group>
-  __device__ __forceinline__ void finish_hidden(const Team<true>& team, int first) {
+  __device__ __forceinline__ void finish_hidden(const Team<true>& team, int first, bool) {
     const int row = row_of_slot(thread_id() / kWarpSize), column = thread_id() % kTileFeatures;
     const int own = thread_id() % kWarpSize / kTileFeatures, unit = first + own % Group;
     const int shift = unit * kTileFeatures + column;
@@ -310,14 +346,14 @@ struct Layer : Frame<Fp8, One> {
 
   // The same of all tiles: eight lanes have a row, each `Group` columns of a unit, which make a word.
   template <int Group>
-  __device__ __forceinline__ void finish_hidden(const Team<false>& team, int first) {
+  __device__ __forceinline__ void finish_hidden(const Team<false>& team, int first, bool across) {
     const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4;
     const int slot = warp % 4 * 4 + lane / 8, own = lane % 8 * Group / kTileFeatures;
     const int column = lane * Group % kTileFeatures, unit = first + own, m = tile * kTileRows + row_of_slot(slot);
     if (tile >= tiles()) return;
     const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row_of_slot(slot));
     float2 sum[Group];
-    gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column);
+    gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column, across);
     float value[Group];
 #pragma unroll
     for (int i = 0; i < Group; ++i) {
@@ -335,7 +371,8 @@ struct Layer : Frame<Fp8, One> {
     } else {
       word = pack_bf16(value[0], value[1]);
     }
-    publish(exchange().template buffer<kHidden>() + tile_offset<kDown>(m, n * (Fp8 ? 1 : 2)), exchange().other, word);
+    publish(exchange().template buffer<kHidden>() + this->template tile_offset<kDown>(m, n * (Fp8 ? 1 : 2)),
+            exchange().other, word);
   }
 
   // By whole warps: four (e4m3) or two neighbours make a word.

@@ -1,8 +1,13 @@
-// The persistent expert's products of e4m3 activations by pairs of blocks on Hopper's matrix unit, where there are more
-// than two tiles of rows. What bounds these products is the way of the activations from L2 and the instructions: a
-// block takes half of k for the units of both blocks, so that it reads half of the activations, and sends the other its
-// sums through distributed shared memory. A warpgroup takes a quarter of that half of all tiles, a warp a tile. The
-// matrix unit multiplies e4m3 as it is; the instruction for one warp widens both operands.
+// The persistent expert's products with e4m3 weights on Hopper's matrix unit, where there are more than two tiles of
+// rows: a warpgroup takes a quarter of a block's k of all tiles, a warp a tile.
+//
+// Those with activations of 16 bits: a warpgroup widens its weights to fp16 once, into a panel of its own, while the
+// activations are on their way; by the instruction for one warp every tile's warps widen them for themselves.
+//
+// Those with e4m3 activations are shared by pairs of blocks. What bounds these products is the way of the activations
+// from L2 and the instructions: a block takes half of k for the units of both blocks, so that it reads half of the
+// activations, and sends the other its sums through distributed shared memory. The matrix unit multiplies e4m3 as it
+// is; the instruction for one warp widens both operands.
 #pragma once
 
 #include "expert_products.cuh"
@@ -13,11 +18,17 @@ namespace expert {
 
 constexpr bool kHasMatrixUnit = FLASHRT_DEVICE_HAS_WGMMA;
 
-// Products that may be a pair's.
-template <bool Fp8, int P, bool One>
-constexpr bool kPairs = kHasMatrixUnit && !One && Shape<Fp8, P>::E4m3 && !Shape<Fp8, P>::Wide;
+// Products that the matrix unit takes.
+template <bool Fp8, int P, bool Paired>
+constexpr bool kOnMatrixUnit = kHasMatrixUnit && Paired && Shape<Fp8, P>::E4m3;
 
-// Byte `byte` of row `row`: an operand is 32 bytes of k, of which a lane has the four from 4 i on and those 16 further.
+// Products that may be a pair's. In the kernel of 17 to 32 rows none is, but without the branch the compiler's code for
+// that kernel measured 4 % slower.
+template <bool Fp8, int P, bool One>
+constexpr bool kMayPair = kHasMatrixUnit && !One && Shape<Fp8, P>::E4m3 && !Shape<Fp8, P>::Wide;
+
+// Byte `byte` of row `row` of the activations: an operand is 32 bytes of k, of which a lane has the four from 4 i on
+// and those 16 further.
 __device__ __forceinline__ int matrix_offset(int row, int row_bytes, int byte) {
   return row / kTileRows * kTileRows * row_bytes + byte / 32 * kOperandBytes +
          (row % kTileRows / 2 * 4 + byte % 16 / 4) * 16 + byte % 32 / 16 * 8 + row % 2 * 4 + byte % 4;
@@ -50,20 +61,21 @@ __device__ __forceinline__ Team<false> matrix_team() {
 // where threads go different ways, as in a loop that polls.
 __device__ __forceinline__ void renew(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
-// One group of k blocks of both units; the operands may be overwritten behind it.
-__device__ __forceinline__ void multiply_group_64x8(float (&sum)[2][4], uint4 (&operand)[kGroupOperands],
-                                                    const uint32_t (&weights)[2]) {
+// Two groups of k blocks of both units, `step` bytes apart; the operands may be overwritten behind it.
+__device__ __forceinline__ void multiply_groups_64x8(float (&sum)[2][4], uint4 (&operand)[2][kGroupOperands],
+                                                     const uint32_t (&weights)[2], int step) {
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kGroupOperands; ++i) renew(operand[i]);
+  for (int i = 0; i < 2 * kGroupOperands; ++i) renew(operand[i / 4][i % 4]);
   wgmma::settle(sum[0]);
   wgmma::settle(sum[1]);
   wgmma::fence();
 #pragma unroll
-  for (int i = 0; i < kGroupOperands; ++i)
+  for (int i = 0; i < 2 * kGroupOperands; ++i)
 #pragma unroll
     for (int unit = 0; unit < 2; ++unit)
-      multiply_64x8(sum[unit], operand[i], weights[unit] + ((i / 2 * kTileBytes + i % 2 * 32) >> 4));
+      multiply_64x8(sum[unit], operand[i / 4][i % 4],
+                    weights[unit] + ((i / 4 * step + i % 4 / 2 * kTileBytes + i % 2 * 32) >> 4));
   wgmma::commit();
   wgmma::wait();
   wgmma::settle(sum[0]);
@@ -78,13 +90,10 @@ __device__ __forceinline__ void multiply_64(float (&sum)[2][4], Activations<Fp8,
   const bool any = a.rows > 0;
 #pragma unroll 1
   for (int group = 0; group < a.groups; group += 2) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (any) a.settle(a.operand[i], group + i);
-      multiply_group_64x8(sum, a.operand[i], weights);
-      weights[0] += kStep >> 4, weights[1] += kStep >> 4;
-      if (any && group + i + 2 < a.groups) a.ask(a.operand[i], group + i + 2);
-    }
+    if (any) a.settle(a.operand[0], group), a.settle(a.operand[1], group + 1);
+    multiply_groups_64x8(sum, a.operand, weights, kStep);
+    weights[0] += 2 * kStep >> 4, weights[1] += 2 * kStep >> 4;
+    if (any && group + 2 < a.groups) a.ask(a.operand[0], group + 2), a.ask(a.operand[1], group + 3);
   }
 }
 
@@ -100,6 +109,54 @@ __device__ __forceinline__ float gather_received(const unsigned char* received, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) part[i] = *reinterpret_cast<const float*>(from + i * kSentBytes);
   return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Weights of a warpgroup as fp16: by 64 of k and 8 features 8 rows of 128 bytes, in the 128-byte swizzle.
+constexpr int kPanelBytes = kChunkBytes, kAtomBytes = kTileFeatures * 128;
+
+// The threads of a warpgroup; the barriers 2 to 5.
+__device__ __forceinline__ void warpgroup_sync() {
+  asm volatile("bar.sync %0, 128;" ::"r"(2 + thread_id() / (4 * kWarpSize)) : "memory");
+}
+
+// A warp's part of a panel of 4 * Tiles tiles: `Tiles` of them, which lie `tile_bytes` apart, and 4 / Tiles blocks of k
+// from `weights` on. The last barrier is behind the fence of all.
+template <int Tiles>
+__device__ __forceinline__ void widen_panel(unsigned char* panel, const unsigned char* weights, int tile_bytes) {
+  const int lane = thread_id() % kWarpSize, warp = thread_id() / kWarpSize % 4, row = lane / 4;
+  const int first = row * 128 + ((lane % 4 * 2) ^ row) * 16;
+  uint4 packed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    packed[i] = *reinterpret_cast<const uint4*>(weights + i % Tiles * tile_bytes + i / Tiles * kTileBytes + lane * 16);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    unsigned char* atom = panel + (i / Tiles * 4 * Tiles + warp * Tiles + i % Tiles) * kAtomBytes;
+    uint32_t wide[8];
+    widen(packed[i], wide);
+    *reinterpret_cast<uint4*>(atom + first) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+    *reinterpret_cast<uint4*>(atom + (first ^ 16)) = make_uint4(wide[4], wide[5], wide[6], wide[7]);
+  }
+  wgmma::operand_fence();
+  warpgroup_sync();
+}
+
+// Two blocks of k of a panel of 4 or 8 tiles; the operands may be overwritten behind it.
+template <int Sums>
+__device__ __forceinline__ void multiply_blocks(float (&sum)[Sums], uint4 (&operand)[2][kGroupOperands],
+                                                const unsigned char* panel, int block_bytes) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 2 * kGroupOperands; ++i) renew(operand[i / 4][i % 4]);
+  wgmma::settle(sum);
+  wgmma::fence();
+#pragma unroll
+  for (int i = 0; i < 2 * kGroupOperands; ++i)
+    wgmma::multiply_f16(sum, operand[i / 4][i % 4],
+                        wgmma::descriptor(shared_address(panel) + i / 4 * block_bytes + i % 4 * 32, 0));
+  wgmma::commit();
+  wgmma::wait();
+  wgmma::settle(sum);
 }
 
 }  // namespace expert

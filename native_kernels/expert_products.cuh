@@ -217,16 +217,17 @@ __device__ __forceinline__ void spread_pairs(float* sums, int units, int unit, c
     *reinterpret_cast<float4*>(target + kPairElements / 2) = make_float4(sum[0][2], sum[1][2], sum[0][3], sum[1][3]);
 }
 
+// The parts of a tile are neighbours, or (`across`) of every fourth warp.
 template <bool One>
 __device__ __forceinline__ float2 gather_pair(const float* sums, const Team<One>& team, int tile, int units, int unit,
-                                              int element) {
-  const float* from =
-      sums + ((tile << team.shift) * units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
+                                              int element, bool across = false) {
+  const int first = across ? tile : tile << team.shift, step = (across ? kWarps / 4 : 1) * units * kPairElements;
+  const float* from = sums + (first * units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
   float2 part[2] = {};  // independent chains
 #pragma unroll
   for (int w = 0; w < (One ? kWarps : kWarps / 2); ++w) {
     if (!One && w == kWarps / 4 && w == team.parts()) break;
-    const float2 value = *reinterpret_cast<const float2*>(from + w * units * kPairElements);
+    const float2 value = *reinterpret_cast<const float2*>(from + w * step);
     part[w % 2].x += value.x, part[w % 2].y += value.y;
   }
   return make_float2(part[0].x + part[1].x, part[0].y + part[1].y);
@@ -236,9 +237,9 @@ __device__ __forceinline__ float2 gather_pair(const float* sums, const Team<One>
 // two first: eight lanes, of four units, then fall into different banks.
 template <int Units>
 __device__ __forceinline__ void gather_columns(float2 (&sum)[Units], const float* sums, const Team<false>& team,
-                                               int tile, int unit, int element) {
-  const float* from =
-      sums + ((tile << team.shift) * Units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
+                                               int tile, int unit, int element, bool across) {
+  const int first = across ? tile : tile << team.shift, step = (across ? kWarps / 4 : 1) * Units * kPairElements;
+  const float* from = sums + (first * Units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
   const int swap = Units == 4 ? unit / 2 * 4 : 0;
   float4 part[Units / 2] = {};
 #pragma unroll
@@ -246,7 +247,7 @@ __device__ __forceinline__ void gather_columns(float2 (&sum)[Units], const float
     if (w == kWarps / 4 && w == team.parts()) break;
 #pragma unroll
     for (int i = 0; i < Units / 2; ++i) {
-      const float4 value = *reinterpret_cast<const float4*>(from + w * Units * kPairElements + (i * 4 ^ swap));
+      const float4 value = *reinterpret_cast<const float4*>(from + w * step + (i * 4 ^ swap));
       part[i].x += value.x, part[i].y += value.y, part[i].z += value.z, part[i].w += value.w;
     }
   }

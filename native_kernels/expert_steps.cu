@@ -15,9 +15,10 @@
 // that does nothing else (expert_mover.cuh). What is left is latency: six exchanges a layer. They have no barriers: the
 // words that go from block to block say themselves whether they have come (expert_stream.cuh).
 //
-// e4m3 weights meet 16-bit activations in products 1 and 4 (widened in registers: exact) and e4m3 activations in 3
-// and 5. Rows are served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each, and of
-// more than two, products 3 and 5 of e4m3 are taken by pairs of blocks (expert_matrix.cuh). Sums are taken in a fixed
+// e4m3 weights meet 16-bit activations in products 1 and 4 (widened: exact) and e4m3 activations in 3 and 5. Rows are
+// served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each, and of more than two
+// Hopper's matrix unit takes the products of e4m3 weights, those of 3 and 5 shared by pairs of blocks
+// (expert_matrix.cuh). Sums are taken in a fixed
 // order: results are bit-identical from run to run.
 #include "expert_layer.cuh"
 
@@ -28,9 +29,9 @@ namespace {
 
 using namespace expert;
 
-template <bool Fp8, bool One>
-struct Expert : Layer<Fp8, One> {
-  using Base = Layer<Fp8, One>;
+template <bool Fp8, bool One, bool Paired>
+struct Expert : Layer<Fp8, One, Paired> {
+  using Base = Layer<Fp8, One, Paired>;
   using Base::attend;
   using Base::copy_conditions;
   using Base::down;
@@ -204,7 +205,7 @@ __device__ void blank_exchange(const Exchange<One>& exchange) {
   if (!One) blank(exchange.base + last + Unmarked * rows, (kExchangeRowBytes - Unmarked) * rows);
 }
 
-template <bool Fp8, bool One>
+template <bool Fp8, bool One, bool Paired>
 __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
     share = Share(block_id() % kSplits, prefix, p.rows);
   }
   if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8, One>())
-    sources[thread_id()] = source<Fp8, One>(p, thread_id(), kHasMatrixUnit && plan.paired);
+    sources[thread_id()] = source<Fp8, One>(p, thread_id(), kHasMatrixUnit && (Paired || plan.paired));
   __syncthreads();
   const Ring ring{shared, &counters, plan.slots};
   if (thread_id() >= kMoverThread) {
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
     Mover<Fp8, One>{p, ring, full, prefix_full, sources, rows}.run();
     return;
   }
-  Expert<Fp8, One> expert{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}};
+  Expert<Fp8, One, Paired> expert{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}};
   blank_exchange(expert.exchange(0));
   expert.blank_conditions();
   grid_barrier(p.barrier);
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
 }
 
 // Where everything lies in dynamic shared memory; false where it does not fit.
-template <bool Fp8, bool One>
+template <bool Fp8, bool One, bool Paired>
 bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   Layout& attention = plan.attention;
   attention.block_keys = Layout::keys_of_block(p.capacity);
@@ -260,7 +261,7 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
   constexpr int kLeastSlots = 4;     // what is multiplied before anything is given back
   // where there are more tiles, small sums take turns with the big ones
-  const int small_bytes = One ? kSmallBytes : 0, received_bytes = plan.paired ? tiles * 4 * kSentBytes : 0;
+  const int small_bytes = One ? kSmallBytes : 0, received_bytes = Paired ? tiles * 4 * kSentBytes : 0;
   // the scores of all tiles at once, or of half of them
   for (int at_once = tiles; at_once > 0; at_once /= 2) {
     const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
@@ -283,22 +284,22 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   return false;
 }
 
-template <bool Fp8, bool One>
+template <bool Fp8, bool One, bool Paired = false>
 cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
-  int device = 0, shared_limit = 0, multiprocessors = 0, major = 0;
+  int device = 0, shared_limit = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
   if (multiprocessors < kBlocks) return cudaErrorNotSupported;
   Plan plan = {};
-  plan.paired = Fp8 && !One && p.rows > 2 * kTileRows && major == 9;
+  plan.paired = Paired;
   int bytes = 0;
-  if (!lay_out<Fp8, One>(plan, p, shared_limit, bytes)) return cudaErrorNotSupported;
+  if (!lay_out<Fp8, One, Paired>(plan, p, shared_limit, bytes))
+    return Paired ? launch<Fp8, One>(p, stream) : cudaErrorNotSupported;
 
-  auto kernel = expert_steps_kernel<Fp8, One>;
+  auto kernel = expert_steps_kernel<Fp8, One, Paired>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   // blocks wait for each other: all must be on the device at once, and the attribute makes that a condition
@@ -314,12 +315,12 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = plan.paired ? 2 : 1;
-  if (plan.paired) {
+  config.numAttrs = Paired ? 2 : 1;
+  if (Paired) {
     int pairs = 0;
     status = cudaOccupancyMaxActiveClusters(&pairs, kernel, &config);
     if (status != cudaSuccess) return status;
-    if (pairs < kBlocks / 2) plan.paired = false, config.numAttrs = 1;
+    if (pairs < kBlocks / 2) return launch<Fp8, One>(p, stream);
   }
   return cudaLaunchKernelEx(&config, kernel, p, plan);
 }
@@ -351,6 +352,7 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1) || !aligned(p))
     return cudaErrorInvalidValue;
   const bool one = p.rows <= kTileRows;
+  if (p.fp8 && p.rows > 2 * kTileRows && major == 9) return launch<true, false, true>(p, stream);
   if (p.fp8) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
   return one ? launch<false, true>(p, stream) : launch<false, false>(p, stream);
 }

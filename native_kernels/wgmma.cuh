@@ -1,4 +1,5 @@
-// Hopper's asynchronous matrix instructions on bf16 and e4m3: descriptors, ordering, and the shapes that are used.
+// Hopper's asynchronous matrix instructions on bf16, fp16 and e4m3: descriptors, ordering, and the shapes that are
+// used.
 //
 // Operands in shared memory are panels of 128-byte rows (64 bf16, 128 e4m3) in the 128-byte swizzle: the 16-byte piece
 // c of row r lies at piece c ^ (r % 8). A panel starts on a multiple of 1024 bytes.
@@ -143,6 +144,29 @@ __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
       : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16), FLASHRT_F16(d, 32), FLASHRT_F16(d, 48)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+
+// D (64 x 32) += A (64 x 16) B (32 x 16)^T of fp16: A in registers, B from shared memory, rows along the reduction.
+__device__ __forceinline__ void multiply_f16(float (&d)[16], const uint4& a, uint64_t b) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+      : FLASHRT_F16(d, 0)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+#endif
+}
+
+// The same of 64 columns.
+__device__ __forceinline__ void multiply_f16(float (&d)[32], const uint4& a, uint64_t b) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+      : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16)
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
 #endif
 }
 
