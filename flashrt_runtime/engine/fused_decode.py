@@ -121,6 +121,7 @@ def attach(model: Pi0Fast, device: torch.device) -> None:
     if reason is None:
         fused = FusedDecode(model, device)
 
+        @torch.inference_mode()
         def decode_one() -> None:
             model.slot.zero_()  # the kernel traps on one that its cache has not
             fused.hidden(torch.zeros(1, model.paligemma.width, dtype=torch.bfloat16, device=device), 0)

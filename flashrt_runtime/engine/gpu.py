@@ -19,8 +19,7 @@ def refused(
 ) -> str | None:
     """Run kernels once: None where they serve, else what a launcher said. Any other error is raised."""
     try:
-        with torch.inference_mode():
-            run()
+        run()
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         if not any(code in str(error) for code in codes):

