@@ -20,6 +20,7 @@
 // Hopper's matrix unit takes the products of e4m3 weights, those of 3 and 5 shared by pairs of blocks
 // (expert_matrix.cuh). Sums are taken in a fixed
 // order: results are bit-identical from run to run.
+#include "device_limits.h"
 #include "expert_layer.cuh"
 
 #pragma nv_diag_suppress 177  // below sm_90 the kernel is empty and leaves everything here unused
@@ -343,16 +344,15 @@ int64_t expert_exchange_bytes(int rows) {
 }
 
 cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  DeviceLimits limits = {};
+  const cudaError_t status = device_limits(&limits);
   if (status != cudaSuccess) return status;
-  if (major < 9) return cudaErrorNotSupported;  // the bulk copy engine
+  if (limits.capability < 90) return cudaErrorNotSupported;  // the bulk copy engine
   if (p.rows < 1 || p.rows > kExpertMaxRows || p.layers < 1 || p.steps < 1 || p.capacity < p.rows || p.action_dim < 4 ||
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1) || !aligned(p))
     return cudaErrorInvalidValue;
   const bool one = p.rows <= kTileRows;
-  if (p.fp8 && p.rows > 2 * kTileRows && major == 9) return launch<true, false, true>(p, stream);
+  if (p.fp8 && p.rows > 2 * kTileRows && limits.capability == 90) return launch<true, false, true>(p, stream);
   if (p.fp8) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
   return one ? launch<false, true>(p, stream) : launch<false, false>(p, stream);
 }

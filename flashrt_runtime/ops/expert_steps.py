@@ -157,6 +157,12 @@ def expert_steps(
             f"norms: expected the conditioning of 1 or of all {steps} steps, got {norms.shape[0]}: "
             "compute it for the steps that are to be run"
         )
+    shifts = weights.shift_products
+    if shifts is not None and shifts.shape[0] != steps:
+        raise ValueError(
+            f"shift_products: expected those of all {steps} steps, got {shifts.shape[0]}: compute them for "
+            "the steps that are to be run"
+        )
     needed = native.load().expert_exchange_bytes(x.shape[0])
     if buffers.exchange.numel() < needed:
         raise ValueError(

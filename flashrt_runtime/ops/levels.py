@@ -60,7 +60,7 @@ def served(weight: Tensor, dtype: torch.dtype) -> bool:
         and native.available()
         and dtype == torch.bfloat16
         and weight.shape[0] % ALIGNMENT == 0
-        and torch.cuda.get_device_capability(weight.device) == (9, 0)
+        and native.capability(weight.device) == (9, 0)
     )
 
 

@@ -36,7 +36,8 @@ def ada_norm(
     """Adaptive RMSNorm of x or of residual + gate * x. Returns (normed, x or residual + gate * x).
 
     style: (3, width) or (3, *x.shape) float32 rows scale, shift, gate; gate: a row of such a style, given
-    with the residual. Raises ValueError for anything else.
+    with the residual. One style for all rows is read ahead of the kernel in front, which must not have
+    written it. Raises ValueError for anything else.
     """
     factor, shift = style[0], style[1]
     _check("ada_norm", x, scale=scale, style=factor, shift=shift, gate=gate)

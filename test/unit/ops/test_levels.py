@@ -30,3 +30,15 @@ def test_weights_of_nothing() -> None:
     assert not weights.split.any()
     assert torch.equal(weights.table, torch.ones(3, 16))
     assert levels.padded(588) == 592
+
+
+def test_a_build_for_small_gpus_takes_the_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on a Hopper, whose matrix unit its kernels leave alone."""
+
+    class Weight:
+        is_cuda, shape, device = True, (1152, 588), torch.device("cuda")
+
+    monkeypatch.setattr(levels.native, "available", lambda: True)
+    for capability, served in (((9, 0), True), (levels.native.SMALL_CAPABILITY, False)):
+        monkeypatch.setattr(levels.native, "capability", lambda _, found=capability: found)
+        assert levels.served(Weight(), torch.bfloat16) is served  # type: ignore[arg-type]
