@@ -286,22 +286,16 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
 }
 
 template <bool Fp8, bool One, bool Paired = false>
-cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
-  int device = 0, shared_limit = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
-  if (multiprocessors < kBlocks) return cudaErrorNotSupported;
+cudaError_t launch(const ExpertSteps& p, const DeviceLimits& limits, cudaStream_t stream) {
+  if (limits.multiprocessors < kBlocks) return cudaErrorNotSupported;
   Plan plan = {};
   plan.paired = Paired;
   int bytes = 0;
-  if (!lay_out<Fp8, One, Paired>(plan, p, shared_limit, bytes))
-    return Paired ? launch<Fp8, One>(p, stream) : cudaErrorNotSupported;
+  if (!lay_out<Fp8, One, Paired>(plan, p, limits.shared_bytes, bytes))
+    return Paired ? launch<Fp8, One>(p, limits, stream) : cudaErrorNotSupported;
 
   auto kernel = expert_steps_kernel<Fp8, One, Paired>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   // blocks wait for each other: all must be on the device at once, and the attribute makes that a condition
   cudaLaunchAttribute attributes[2] = {};
@@ -321,7 +315,7 @@ cudaError_t launch(const ExpertSteps& p, cudaStream_t stream) {
     int pairs = 0;
     status = cudaOccupancyMaxActiveClusters(&pairs, kernel, &config);
     if (status != cudaSuccess) return status;
-    if (pairs < kBlocks / 2) return launch<Fp8, One>(p, stream);
+    if (pairs < kBlocks / 2) return launch<Fp8, One>(p, limits, stream);
   }
   return cudaLaunchKernelEx(&config, kernel, p, plan);
 }
@@ -352,9 +346,9 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1) || !aligned(p))
     return cudaErrorInvalidValue;
   const bool one = p.rows <= kTileRows;
-  if (p.fp8 && p.rows > 2 * kTileRows && limits.capability == 90) return launch<true, false, true>(p, stream);
-  if (p.fp8) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
-  return one ? launch<false, true>(p, stream) : launch<false, false>(p, stream);
+  if (p.fp8 && p.rows > 2 * kTileRows && limits.capability == 90) return launch<true, false, true>(p, limits, stream);
+  if (p.fp8) return one ? launch<true, true>(p, limits, stream) : launch<true, false>(p, limits, stream);
+  return one ? launch<false, true>(p, limits, stream) : launch<false, false>(p, limits, stream);
 }
 
 }  // namespace flashrt

@@ -25,8 +25,9 @@ from ..ops import E4M3, expert, native
 from ..ops.expert import Epilogue, PackedLinear, StepGuide
 from ..quantization.fp8 import Fp8Linear, scales_in_force
 from .conditioning import Conditioning
-from .gpu import NOT_SERVED, WRONG_SHAPE, Gpu, refused
+from .gpu import Gpu
 from .packed_layer import PackedLayer
+from .probing import NOT_SERVED, WRONG_SHAPE, attach_expert
 
 MAX_ACTIONS = expert.MAX_ROWS
 CAPABILITY = (8, 0)
@@ -243,13 +244,4 @@ class ExpertChain:
 
 def attach(model: FlowPolicy, device: torch.device) -> str | None:
     """Give the model the chain where it can be had; else the reason why not, in one line."""
-    reason = refusal(model.config, model.dtype, Gpu.of(device))
-    if reason is not None:
-        return reason
-    assert isinstance(model, Pi0 | Pi05)
-    chain = ExpertChain(model, device)
-    actions = torch.zeros(model.config.horizon, model.config.action_dim, device=device)
-    reason = refused(lambda: chain.integrate(actions), device, (*NOT_SERVED, WRONG_SHAPE))
-    if reason is None:
-        model.fused_expert = chain
-    return reason
+    return attach_expert(model, device, refusal, ExpertChain, (*NOT_SERVED, WRONG_SHAPE))

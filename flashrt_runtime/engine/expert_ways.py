@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ExpertWay = Literal["auto", "fused", "chain", "loop"]
 TRAINED = "rtc=trained conditions each action by itself, which the kernels do not"
+KERNELS: dict[str, ModuleType] = {"fused": fused_expert, "chain": expert_chain}  # in the order of trial
 DESCRIPTIONS = {
     "fused": "one persistent kernel",
     "chain": "a chain of kernels",
@@ -54,8 +56,8 @@ def choose(config: PolicyConfig, dtype: torch.dtype, gpu: Gpu | None) -> Choice:
     if gpu is None:
         return Choice("loop", ("no GPU",))
     reasons: list[str] = []
-    for way, refusal in (("fused", fused_expert.refusal), ("chain", expert_chain.refusal)):
-        reason = refusal(config, dtype, gpu)
+    for way, kernels in KERNELS.items():
+        reason = kernels.refusal(config, dtype, gpu)
         if reason is None:
             return Choice(way, tuple(reasons))
         reasons.append(_why(way, reason))
@@ -89,10 +91,10 @@ def attach(
     Raises HardwareError where the one that was asked for does not serve.
     """
     reasons = [TRAINED] if rtc == "trained" else []
-    for name, attempt in (("fused", fused_expert.attach), ("chain", expert_chain.attach)):
+    for name, kernels in KERNELS.items():
         if rtc == "trained" or way not in ("auto", name):
             continue
-        reason = attempt(model, device)
+        reason = kernels.attach(model, device)
         if reason is None:
             return _said(Choice(name, tuple(reasons)))
         reasons.append(_why(name, reason))

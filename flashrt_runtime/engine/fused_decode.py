@@ -19,8 +19,8 @@ from ..models import Pi0Fast
 from ..ops import E4M3, expert, native, rms_norm
 from ..ops.expert import Epilogue
 from ..quantization.fp8 import Fp8Linear
-from .gpu import NOT_SERVED, WRONG_SHAPE, refused
 from .packed_layer import PackedLayer
+from .probing import NOT_SERVED, WRONG_SHAPE, refused
 
 logger = logging.getLogger(__name__)
 

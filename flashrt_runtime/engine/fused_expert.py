@@ -22,7 +22,8 @@ from ..ops import expert_steps as steps_op
 from ..ops.expert_steps import PRODUCTS, ExpertBuffers, ExpertWeights
 from ..quantization.fp8 import Fp8Linear, scales_in_force
 from .conditioning import Conditioning
-from .gpu import Gpu, refused
+from .gpu import Gpu
+from .probing import attach_expert
 
 MAX_ACTIONS = steps_op.MAX_ROWS
 CAPABILITY = (9, 0)
@@ -158,16 +159,7 @@ class FusedExpert:
 
 def attach(model: FlowPolicy, device: torch.device) -> str | None:
     """Give the model the fused expert where it can be had; else the reason why not, in one line."""
-    reason = refusal(model.config, model.dtype, Gpu.of(device))
-    if reason is not None:
-        return reason
-    assert isinstance(model, Pi0 | Pi05)
-    fused = FusedExpert(model, device)
-    actions = torch.zeros(model.config.horizon, model.config.action_dim, device=device)
-    reason = refused(lambda: fused.integrate(actions), device)
-    if reason is None:
-        model.fused_expert = fused
-    return reason
+    return attach_expert(model, device, refusal, FusedExpert)
 
 
 def _of_state(model: Pi0, weights: ExpertWeights) -> ExpertWeights:
