@@ -18,7 +18,7 @@ from .errors import CheckpointError, ClosedError, ObservationError, OptionError,
 from .processing.images import fitted_size
 from .processing.prompt import PromptEncoder
 from .processing.state import StateTransform
-from .spec import VIEW_ALIASES, PolicySpec
+from .spec import PolicySpec, view_aliases
 
 Images = Sequence[NDArray[np.uint8]] | Mapping[str, NDArray[np.uint8] | None]
 State = NDArray[np.floating] | Sequence[float]
@@ -153,11 +153,8 @@ class ObservationEncoder:
         size = self._checkpoint.config.vision.image_size
         names = self.spec.views
         if isinstance(images, Mapping):
-            aliases = dict(zip(VIEW_ALIASES, names, strict=False))
-            # a view's own name wins: "image" may be an alias of another view
-            by_name = {
-                name if name in names else aliases.get(name, name): image for name, image in images.items()
-            }
+            aliases = view_aliases(names)
+            by_name = {aliases.get(name, name): image for name, image in images.items()}
             if set(by_name) != set(names) or len(by_name) != len(images):
                 raise ObservationError(f"expected images for the views {list(names)}, got {list(images)}")
             absent = [name for name in names if by_name[name] is None]
@@ -214,10 +211,7 @@ class ObservationEncoder:
             )
         if values.shape != (self.spec.state_dim,):
             raise ObservationError(f"state: expected shape ({self.spec.state_dim},), got {values.shape}")
-        _refuse_non_finite("state", values)
-        normalized = self._state.normalize(values)
-        _refuse_non_finite("state, normalised by the checkpoint's statistics", normalized)
-        return normalized
+        return self._state.normalize(values)
 
     def _start_noise(self, noise: FloatArray | None, seed: int | None) -> torch.Tensor:
         if noise is not None:
@@ -225,7 +219,7 @@ class ObservationEncoder:
                 raise OptionError("noise= and seed= were both given: pass one")
             values = real_array("noise", noise)
             expect_shape("noise", values, self._noise_shape)
-            return torch.from_numpy(values.copy())
+            return torch.from_numpy(values)
         # drawn on the host, so that a seed gives the same noise on every device
         generator = self._noise if seed is None else torch.Generator().manual_seed(checked_seed(seed))
         return self._draw_noise(generator)
@@ -249,7 +243,7 @@ def checked_seed(seed: object) -> int:
 
 
 def real_array(name: str, value: object) -> FloatArray:
-    """`value` as float32. Raises ObservationError for what holds no real numbers."""
+    """A copy of `value` as float32. Raises ObservationError for what holds no real numbers."""
     try:
         array = np.asarray(value)
         if array.dtype.kind in "biuf":
@@ -259,13 +253,6 @@ def real_array(name: str, value: object) -> FloatArray:
     except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths; tensors of the GPU
         kind = f"{type(value).__name__}, which NumPy does not take ({error})"
     raise ObservationError(f"{name}: expected an array of real numbers, got {kind}")
-
-
-def _refuse_non_finite(name: str, values: FloatArray) -> None:
-    if not np.isfinite(values).all():
-        raise ObservationError(
-            f"{name}: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
-        )
 
 
 def expect_shape(name: str, value: object, shape: tuple[int, ...]) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checkpoints.base import Checkpoint
 
 DEFAULT_VIEWS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 VIEW_ALIASES = ("image", "wrist_image", "wrist_image_right")
+
+
+def view_aliases(views: Sequence[str]) -> dict[str, str]:
+    """alias -> view, of the first views; a name that a view is called by itself is nobody's alias."""
+    pairs = zip(VIEW_ALIASES, views, strict=False)
+    return {alias: view for alias, view in pairs if alias not in views}
 
 
 @dataclass(frozen=True)

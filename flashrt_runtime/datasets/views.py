@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import DatasetError, OptionError
-from ..spec import VIEW_ALIASES
+from ..spec import view_aliases
 
 
 def parse_views(arguments: Sequence[str]) -> dict[str, str]:
@@ -40,13 +40,9 @@ def match_views(
             )
         found = {view: named[view] for view in views if view in named}
     else:
-        aliases = dict(zip(views, VIEW_ALIASES, strict=False))
+        aliases = {view: alias for alias, view in view_aliases(views).items()}
         found = {view: view if view in cameras else aliases.get(view, "") for view in views}
-        found = {
-            view: camera
-            for view, camera in found.items()
-            if camera in cameras and (camera == view or camera not in views)
-        }
+        found = {view: camera for view, camera in found.items() if camera in cameras}
     missing = [view for view in views if view not in found]
     if missing:
         raise DatasetError(

@@ -30,18 +30,16 @@ class StateTransform:
     def normalize(self, state: Array) -> NDArray[np.float32]:
         """state: (width,) in the robot's units -> (width,) float32 in model space, not padded, not clipped.
 
-        Raises ObservationError for another shape or values that are not finite.
+        Raises ObservationError for another shape, or values that are not finite here or there.
         """
         values = np.asarray(state)
         if values.ndim != 1 or (self.width is not None and values.shape[0] != self.width):
             raise ObservationError(f"state: expected shape ({self.width},), got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ObservationError(
-                f"state: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
-            )
+        _refuse_non_finite("state", values)
         exact = self.normalizer.forward(values)
-        with np.errstate(over="ignore"):  # what becomes infinite is refused behind this
+        with np.errstate(over="ignore"):
             rounded = exact.astype(np.float32)
+        _refuse_non_finite("state, normalised by the checkpoint's statistics", rounded)
         return _keep_bin(exact, rounded) if self.binned else rounded
 
     @staticmethod
@@ -52,6 +50,13 @@ class StateTransform:
         padded = np.zeros(dim, np.float32)
         padded[: state.shape[0]] = state
         return padded
+
+
+def _refuse_non_finite(name: str, values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise ObservationError(
+            f"{name}: values at {np.flatnonzero(~np.isfinite(values)).tolist()} are not finite"
+        )
 
 
 def discretize(state: Array) -> NDArray[np.int64]:
