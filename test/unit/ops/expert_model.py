@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from flashrt_runtime import models
 from flashrt_runtime.config import GEMMA_300M, GemmaConfig, PolicyConfig, SiglipConfig
 from flashrt_runtime.models import FlowPolicy, Pi05
-from flashrt_runtime.models.flow import Guide
+from flashrt_runtime.models.flow import Guide, guided
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import Fp8Linear, swap_linears
 
@@ -86,3 +88,28 @@ def calibrate(model: FlowPolicy, noise: torch.Tensor, state: torch.Tensor | None
         model.integrate(noise.clone())
     with_prefix(model, length=length)
     calibrator.apply(estimate(collector, "mse", None)[0])
+
+
+def check_guided(
+    model: FlowPolicy, noise: torch.Tensor, given: Guide, attach: Callable[[], object]
+) -> None:
+    """Guided by the kernels that `attach` gives the model as by its loop; without weight as if not at all."""
+    loop, kernels, plain, zero = (noise.clone() for _ in range(4))
+    with guided(model, given):
+        model.integrate(loop)
+    attach()
+    assert model.fused_expert is not None
+    with guided(model, given):
+        model.integrate(kernels)
+    model.integrate(plain)
+    error = ((kernels - loop).norm() / (loop - noise).norm()).item()
+    assert error < 5e-2, f"relative error {error:.2e}"
+    assert torch.equal(kernels[given.frozen], given.target[given.frozen])
+    assert (kernels - plain).norm() > 0.2 * (plain - noise).norm()
+    nothing = Guide(
+        torch.full_like(given.target, float("nan")), torch.zeros_like(given.weight),
+        torch.zeros_like(given.frozen), given.gains, trained=False,
+    )  # fmt: skip
+    with guided(model, nothing):
+        model.integrate(zero)
+    assert torch.equal(zero.view(torch.int32), plain.view(torch.int32))

@@ -9,6 +9,7 @@ from expert_model import (
     DEPTH,
     PREFIX,
     calibrate,
+    check_guided,
     config,
     float32_twin,
     guide,
@@ -20,7 +21,6 @@ from flashrt_runtime.engine import expert_chain, expert_ways
 from flashrt_runtime.engine.expert_chain import ExpertChain
 from flashrt_runtime.engine.packed_layer import PROJECTIONS
 from flashrt_runtime.models import FlowPolicy
-from flashrt_runtime.models.flow import Guide, guided
 from flashrt_runtime.ops import native
 from flashrt_runtime.quantization.fp8 import fp8_linears
 
@@ -125,24 +125,11 @@ def test_a_graph_replays_bit_for_bit(fp8: bool, policy: str, horizon: int, clust
 def test_guided_as_the_loop_is(policy: str, horizon: int) -> None:
     model, noise = ready_model(horizon, policy, False)
     given = guide(horizon)
-    loop, chain, plain, zero = (noise.clone() for _ in range(4))
-    with guided(model, given):
-        model.integrate(loop)
-    model.fused_expert = ExpertChain(model, CUDA)  # type: ignore[arg-type]
-    with guided(model, given):
-        model.integrate(chain)
-    model.integrate(plain)
-    error = ((chain - loop).norm() / (loop - noise).norm()).item()
-    assert error < 5e-2, f"relative error {error:.2e}"
-    assert torch.equal(chain[given.frozen], given.target[given.frozen])
-    assert (chain - plain).norm() > 0.2 * (plain - noise).norm()
-    nothing = Guide(
-        torch.full_like(given.target, float("nan")), torch.zeros_like(given.weight),
-        torch.zeros_like(given.frozen), given.gains, trained=False,
-    )  # fmt: skip
-    with guided(model, nothing):
-        model.integrate(zero)
-    assert torch.equal(zero.view(torch.int32), plain.view(torch.int32))
+
+    def put_chain() -> None:
+        model.fused_expert = ExpertChain(model, CUDA)  # type: ignore[arg-type]
+
+    check_guided(model, noise, given, put_chain)
 
 
 @torch.inference_mode()

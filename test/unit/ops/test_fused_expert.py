@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_model import DEPTH, PREFIX, config, float32_twin, guide, random_model
+from expert_model import DEPTH, PREFIX, check_guided, config, float32_twin, guide, random_model
 
 from flashrt_runtime.engine import fused_expert
 from flashrt_runtime.models import FlowPolicy
-from flashrt_runtime.models.flow import Guide, guided
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import fp8_linears
 
@@ -63,25 +62,7 @@ def test_guided_as_the_loop_is(policy: str, horizon: int) -> None:
     model.cache.length = model.prefix_bound = PREFIX
     model.prefix_length.fill_(PREFIX)
     noise, given = torch.randn(horizon, 32, device="cuda"), guide(horizon)
-    loop, fused, plain, zero = (noise.clone() for _ in range(4))
-    with guided(model, given):
-        model.integrate(loop)
-    fused_expert.attach(model, torch.device("cuda"))
-    assert model.fused_expert is not None
-    with guided(model, given):
-        model.integrate(fused)
-    model.integrate(plain)
-    error = ((fused - loop).norm() / (loop - noise).norm()).item()
-    assert error < 5e-2, f"relative error {error:.2e}"
-    assert torch.equal(fused[given.frozen], given.target[given.frozen])
-    assert (fused - plain).norm() > 0.2 * (plain - noise).norm()
-    nothing = Guide(
-        torch.full_like(given.target, float("nan")), torch.zeros_like(given.weight),
-        torch.zeros_like(given.frozen), given.gains, trained=False,
-    )  # fmt: skip
-    with guided(model, nothing):
-        model.integrate(zero)
-    assert torch.equal(zero.view(torch.int32), plain.view(torch.int32))
+    check_guided(model, noise, given, lambda: fused_expert.attach(model, torch.device("cuda")))
 
 
 @pytest.mark.gpu

@@ -149,11 +149,8 @@ def test_split_qkv_rope(
     assert outside.isnan().all(), "wrote beyond its slots"
 
 
-@pytest.mark.parametrize("rule", ["antialias_uint8", "bilinear_float"])
-@pytest.mark.parametrize(
-    "sizes", [[(480, 640), (224, 224)], [(100, 37)], [(720, 1280), (1, 224), (225, 223)]]
-)
-def test_camera_patches(sizes: list[tuple[int, int]], rule: str) -> None:
+def cameras(sizes: list[tuple[int, int]]) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
+    """Random images of these heights and widths, their bytes on the device, and where each lies."""
     rng = np.random.default_rng()
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
     offsets = np.cumsum([0] + [image.size for image in images])
@@ -161,6 +158,15 @@ def test_camera_patches(sizes: list[tuple[int, int]], rule: str) -> None:
     views = torch.tensor(
         [[offset, *image.shape[:2]] for offset, image in zip(offsets, images, strict=False)]
     ).cuda()
+    return images, frames, views
+
+
+@pytest.mark.parametrize("rule", ["antialias_uint8", "bilinear_float"])
+@pytest.mark.parametrize(
+    "sizes", [[(480, 640), (224, 224)], [(100, 37)], [(720, 1280), (1, 224), (225, 223)]]
+)
+def test_camera_patches(sizes: list[tuple[int, int]], rule: str) -> None:
+    images, frames, views = cameras(sizes)
     got = prefix.camera_patches(frames, views, 224, 14, rule == "antialias_uint8")
     pixels = torch.stack([prepare_image(image, 224, rule) for image in images])
     want = reference.patchify(pixels, 14).cuda()
@@ -173,13 +179,7 @@ def test_camera_patches(sizes: list[tuple[int, int]], rule: str) -> None:
 
 @pytest.mark.parametrize("sizes", [[(480, 640), (224, 224)], [(100, 37)]])
 def test_levels_are_the_patches_pixels(sizes: list[tuple[int, int]]) -> None:
-    rng = np.random.default_rng()
-    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
-    offsets = np.cumsum([0] + [image.size for image in images])
-    frames = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).cuda()
-    views = torch.tensor(
-        [[offset, *image.shape[:2]] for offset, image in zip(offsets, images, strict=False)]
-    ).cuda()
+    _, frames, views = cameras(sizes)
     patches = prefix.camera_patches(frames, views, 224, 14, True)
     levels = prefix.camera_patches(frames, views, 224, 14, True, True).float()
     assert torch.equal(levels[..., :588], ((patches.double() + 1) * 127.5).round().float() - 128)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from flashrt_runtime.errors import DatasetError, ObservationError, OptionError, 
 from flashrt_runtime.untrained import make_checkpoint
 
 STATE = np.zeros(7)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("observations") / "tiny", size="tiny", preset="demo_arm")
-
-
-@pytest.fixture(scope="module")
-def policy(checkpoint: Path) -> Iterator[Policy]:
-    loaded = flashrt_runtime.load_model(checkpoint, hardware="cpu", num_steps=2)
-    yield loaded
-    loaded.close()
 
 
 def pictures(count: int) -> list[np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +22,9 @@ from flashrt_runtime.errors import (
     PromptError,
     PromptTooLongError,
 )
-from flashrt_runtime.untrained.random import make_checkpoint
 
 PROMPT = "pick up the red block"
 VIEWS = ("base_0_rgb", "left_wrist_0_rgb")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("policy") / "tiny", size="tiny", preset="demo_arm")
-
-
-@pytest.fixture(scope="module")
-def policy(checkpoint: Path) -> Iterator[Policy]:
-    loaded = flashrt_runtime.load_model(checkpoint, hardware="cpu", num_steps=2)
-    yield loaded
-    loaded.close()
 
 
 @pytest.fixture
