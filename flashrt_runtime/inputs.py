@@ -262,3 +262,16 @@ def expect_shape(name: str, value: object, shape: tuple[int, ...]) -> None:
         raise ObservationError(f"{name}: expected shape {tuple(shape)}, got {array.shape}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ObservationError(f"{name}: holds values that are not finite")
+
+
+def check_tokens(tokens: NDArray[Any], mask: NDArray[Any], vocab_size: int, room: int) -> None:
+    """Raise ObservationError unless tokens are ids (text,) and at most `room` of them count by the mask."""
+    if tokens.ndim != 1:
+        raise ObservationError(f"tokens: expected shape (text,), got {tokens.shape}")
+    valid = int(np.sum(mask))
+    if valid > room:
+        raise ObservationError(f"{valid} valid tokens do not fit {room}")
+    if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+        raise ObservationError(
+            f"tokens: expected ids from 0 to {vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
+        )

@@ -31,6 +31,7 @@ from .inputs import (
     ModelInputs,
     ObservationEncoder,
     State,
+    check_tokens,
     checked_seed,
     expect_shape,
 )
@@ -39,7 +40,7 @@ from .models.flow import Guide, guided
 from .models.pi0_fast import BROKEN, NOTHING
 from .models.weights import unquantised_weights
 from .options import Target
-from .processing.actions import ActionTransform
+from .processing.actions import ActionTransform, refuse_non_finite
 from .processing.guidance import GuidanceEncoder, GuideArrays
 from .processing.images import prepare_image
 from .quantization.artifact import identity_of
@@ -150,13 +151,15 @@ class Policy(Calibrated):
         ActionTokenError (pi0fast: tokens that are no chunk), DeviceLostError (the process must be started
         again) or ClosedError.
         """
-        with self._exclusive():
+        with self._turn():
             model = self._check_open()
             if self._actions is None:
                 raise CheckpointError(
                     f"{self.spec.checkpoint}: no action statistics (norm_stats), so no actions in the "
                     "robot's units; use sample_actions for model space"
                 )
+            if self._engine is not None:
+                self._engine.expect()
             inputs = self._encode(
                 images, prompt, state, noise, seed, keep_prompt=True, on_views=self._begin
             )
@@ -168,7 +171,7 @@ class Policy(Calibrated):
             raw = None if state is None else np.asarray(state, np.float32)  # real: it was encoded
             guide = None if rtc is None else self._encode_guidance(rtc, raw)
             actions = self._run(model, inputs, guide)
-            self._refuse_non_finite(actions)
+            refuse_non_finite(actions)
             return self._actions.to_physical(actions, raw)
 
     def sample_actions(
@@ -201,8 +204,8 @@ class Policy(Calibrated):
                 self._put(noise, torch.float32),
             )
             self._calibrate_first(lambda: model.sample_actions(*tensors))
-            actions = self._take(model.sample_actions(*tensors))
-            self._refuse_non_finite(actions)
+            actions: FloatArray = model.sample_actions(*tensors).float().cpu().numpy()
+            refuse_non_finite(actions)
             return actions
 
     def sample_tokens(
@@ -258,30 +261,14 @@ class Policy(Calibrated):
         expect_shape("images", images, (model.num_views, 3, size, size))
         expect_shape("image_mask", image_mask, (model.num_views,))
         expect_shape("token_mask", token_mask, np.shape(tokens))
-        self._check_tokens(np.asarray(tokens), np.asarray(token_mask), model.config.vocab_size)
+        room = self.spec.prompt_capacity - self._checkpoint.rules.end_with_bos
+        check_tokens(np.asarray(tokens), np.asarray(token_mask), model.config.vocab_size, room)
         return (
             self._put(images, torch.float32),
             self._put(image_mask, torch.bool),
             self._put(tokens, torch.int64),
             self._put(token_mask, torch.bool),
         )
-
-    def _check_tokens(self, tokens: NDArray[Any], mask: NDArray[Any], vocab_size: int) -> None:
-        if tokens.ndim != 1:
-            raise ObservationError(f"tokens: expected shape (text,), got {tokens.shape}")
-        valid = int(np.sum(mask)) + self._checkpoint.rules.end_with_bos
-        if valid > self.spec.prompt_capacity:
-            raise ObservationError(f"{valid} valid tokens do not fit {self.spec.prompt_capacity}")
-        if tokens.size and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
-            raise ObservationError(
-                f"tokens: expected ids from 0 to {vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
-            )
-
-    @staticmethod
-    def _refuse_non_finite(actions: FloatArray) -> None:
-        if not np.isfinite(actions).all():
-            bad = int((~np.isfinite(actions)).sum())
-            raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
 
     @staticmethod
     def _refuse_broken(tokens: NDArray[np.int64]) -> None:
@@ -309,11 +296,27 @@ class Policy(Calibrated):
         )
 
     def _calibrate_first(self, forward: Callable[[], torch.Tensor]) -> None:
-        if self._calibration is not None:
-            self._calibration.from_first(forward)
+        if self._calibration is not None and not self._calibration.calibrated:
+            with self._settling():
+                self._calibration.from_first(forward)
+
+    @contextlib.contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Nothing that the block runs on the caller's stream is under way behind it, whatever it raises."""
+        try:
+            yield
+        finally:
+            if self._engine is not None and not self._lost:
+                self._engine.settle_caller()
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
+        with self._turn(), self._settling():
+            yield
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """For what runs on the engine's stream alone; all else takes `_exclusive`."""
         with self._lock.one():
             self._check_open()
             if self._calibration is not None and not self._lost:  # a lost GPU says so itself
@@ -358,7 +361,8 @@ class Policy(Calibrated):
         self._calibrate_first(lambda: self._eager(model, inputs))
         # The graphs are captured for every view; without one the definition runs, slower and exact.
         if self._engine is None or len(inputs.views) < model.num_views:
-            return self._decoded(self._eager(model, inputs, guide).cpu().numpy())
+            with self._settling():
+                return self._decoded(self._eager(model, inputs, guide).cpu().numpy())
         if inputs.state is None and self.spec.config == "pi0":
             raise ObservationError("pi0 needs the robot's state with every observation; none was given")
         output = self._engine.run(inputs.views, inputs.tokens, inputs.state, inputs.noise.numpy(), guide)
@@ -392,7 +396,3 @@ class Policy(Calibrated):
 
     def _put(self, array: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=self.device, dtype=dtype)
-
-    def _take(self, actions: torch.Tensor) -> FloatArray:
-        result: FloatArray = actions.float().cpu().numpy()
-        return result

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <memory>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,22 +13,31 @@ namespace py = pybind11;
 
 namespace {
 
-using Rows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+// An array (rows, ...) of bytes, each row of which lies together.
+flashrt::ImageRows rows_of(const py::handle& image, int64_t offset) {
+  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(image).request();
+  int64_t row_bytes = info.itemsize;
+  for (py::ssize_t axis = 1; axis < info.ndim; ++axis) row_bytes *= info.shape[axis];
+  return {static_cast<const uint8_t*>(info.ptr), info.shape.at(0), row_bytes, info.strides.at(0), offset};
+}
 
 class Upload {
  public:
-  Upload(py::object host, py::object device, uintptr_t host_address, uintptr_t device_address, int device_index)
+  Upload(py::object host, py::object device, uintptr_t host_address, uintptr_t device_address, int device_index,
+         int threads)
       : buffers_(py::make_tuple(std::move(host), std::move(device))),
         used_(py::none()),
         upload_(std::make_unique<flashrt::ImageUpload>(pointer<uint8_t>(host_address), pointer<uint8_t>(device_address),
-                                                       device_index)) {}
+                                                       device_index, threads)) {}
+
+  void expect() { upload_->expect(); }
 
   // graph: of torch; raw_graph: its executable's address, 0 for none.
-  void begin(py::object images, const std::vector<Rows>& rows, py::object graph, uintptr_t raw_graph,
+  void begin(py::sequence images, const std::vector<int64_t>& offsets, py::object graph, uintptr_t raw_graph,
              uintptr_t stream) {
+    if (images.size() != offsets.size()) throw py::value_error("an offset for each image");
     std::vector<flashrt::ImageRows> parts;
-    for (const auto& [source, count, bytes, pitch, offset] : rows)
-      parts.push_back({pointer<const uint8_t>(source), count, bytes, pitch, offset});
+    for (size_t index = 0; index < offsets.size(); ++index) parts.push_back(rows_of(images[index], offsets[index]));
     {
       py::gil_scoped_release released;
       upload_->begin(std::move(parts), reinterpret_cast<cudaGraphExec_t>(raw_graph),
@@ -49,7 +57,7 @@ class Upload {
   }
 
  private:
-  py::object buffers_;  // outlive the thread, which is destroyed first
+  py::object buffers_;  // outlive the threads, which are destroyed first
   py::object used_;     // images and graph that it may still read
   std::unique_ptr<flashrt::ImageUpload> upload_;
 };
@@ -58,9 +66,10 @@ class Upload {
 
 void bind_upload(py::module_& module) {
   py::class_<Upload>(module, "ImageUpload")
-      .def(py::init<py::object, py::object, uintptr_t, uintptr_t, int>(), py::arg("host"), py::arg("device"),
-           py::arg("host_address"), py::arg("device_address"), py::arg("device_index"))
-      .def("begin", &Upload::begin, py::arg("images"), py::arg("rows"), py::arg("graph"), py::arg("raw_graph"),
+      .def(py::init<py::object, py::object, uintptr_t, uintptr_t, int, int>(), py::arg("host"), py::arg("device"),
+           py::arg("host_address"), py::arg("device_address"), py::arg("device_index"), py::arg("threads"))
+      .def("expect", &Upload::expect)
+      .def("begin", &Upload::begin, py::arg("images"), py::arg("offsets"), py::arg("graph"), py::arg("raw_graph"),
            py::arg("stream"))
       .def("finish", &Upload::finish);
 }

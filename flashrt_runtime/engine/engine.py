@@ -39,11 +39,12 @@ Result = TypeVar("Result")
 
 BUCKETS = (48, 64, 96, 128)
 TIMED_REPLAYS = 5
-# of an expected replay that the waiting thread sleeps; the rest it polls, without the GIL
-SLEPT_SHARE = 0.7
+# Of a replay the waiting thread polls at least so much, without the GIL, and sleeps most of the rest: a
+# processor that has slept is slow for a while, its caches are empty.
+POLLED_S = 10e-3
+SLEPT_SHARE = 0.9
 # what a capture makes anew: graphs, and the buffers that they read and write
 CAPTURED = ("staging", "guide", "vision_graph", "image_features", "graphs", "graph_ms", "repeats")
-SHORTEST_SLEEP_S = 2e-3
 
 
 def prompt_buckets(capacity: int) -> tuple[int, ...]:
@@ -231,14 +232,18 @@ class Engine:
         self.begun = None
         self.staging.upload()
 
+    def expect(self) -> None:
+        """An observation is about to come: what has to wake up for it does."""
+        self.staging.expect_images()
+
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> None:
         """Start on the next `run`'s images, upload and first graph, while the caller prepares the rest.
 
-        Images that do not fit are left to `run`. Until then the scales in force must stay.
+        Images that do not fit are left to `run`. Until then the scales in force must stay. What the caller's
+        stream does to them or to the model's buffers must be over, see `settle_caller`.
         """
         self._give_up_begun()
         if self._fits(images):
-            self._follow_caller()
             self._start(images)
             self.begun = images
 
@@ -253,8 +258,13 @@ class Engine:
             logger.warning("images of an observation that was given up: %s", error)
         self.stream.synchronize()
 
+    def settle_caller(self) -> None:
+        """Wait for the caller's stream: a calibration there writes scales and buffers that graphs use."""
+        with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
+            torch.cuda.current_stream(self.device).synchronize()
+
     def _follow_caller(self) -> None:
-        """A calibration on the caller's stream writes scales and cache that the graphs read and write."""
+        """The rest of `run` is behind what the caller's stream has under way."""
         self.before.record(torch.cuda.current_stream(self.device))
         self.stream.wait_event(self.before)
 
@@ -321,8 +331,7 @@ class Engine:
                 self.done.record(self.stream)
             stepwise = self.repeats is not None and not self.whole  # has waited for all but the last step
             self._wait(0.0 if stepwise else self.graph_ms[bucket] / 1e3)
-        result: NDArray[np.generic] = self.staging.actions.numpy().copy()
-        return result
+        return self.staging.result.copy()
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
@@ -336,7 +345,7 @@ class Engine:
             raise
 
     def _wait(self, expected_s: float) -> None:
-        """Sleep through most of a replay, then poll: waking up from a blocking wait takes longer."""
-        if expected_s > SHORTEST_SLEEP_S:
-            time.sleep(expected_s * SLEPT_SHARE)
+        """Sleep through what a replay takes beyond `POLLED_S`, then poll: waking up takes longer."""
+        if expected_s > POLLED_S:
+            time.sleep((expected_s - POLLED_S) * SLEPT_SHARE)
         self.done.synchronize()

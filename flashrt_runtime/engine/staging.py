@@ -74,6 +74,10 @@ class Staging:
             name: part(self.host, name).numpy() for name in layout
         }
         self.actions = torch.zeros(output.shape, dtype=output.dtype, pin_memory=device.type == "cuda")
+        self.result: NDArray[np.generic] = self.actions.numpy()  # the same memory
+        self._geometry: list[tuple[tuple[int, ...], tuple[int, ...]]] | None = None  # of the last images
+        self._offsets: list[int] = []  # of them, behind `images_offset`
+        self._whole_rows = False
         self.uploader = (
             native.image_upload(self.host[self.images_offset :], self.device[self.images_offset :])
             if device.type == "cuda" and native.available()
@@ -93,14 +97,14 @@ class Staging:
     ) -> None:
         """Start the copy of the images (H, W, 3) uint8 to the device, and a graph behind it, on a stream.
 
-        With our kernels' module a thread without the interpreter does it, and must be waited for by
+        With our kernels' module threads without the interpreter do it, and must be waited for by
         `finish_images`; images and graph must not change until then.
         """
+        self._arrange(images)
         launchable = graph is None or hasattr(graph, "raw_cuda_graph_exec")  # not in older torch
-        if self.uploader is not None and launchable and all(map(_whole_rows, images)):
-            rows = self._place(images)
+        if self.uploader is not None and launchable and self._whole_rows:
             raw_graph = 0 if graph is None else graph.raw_cuda_graph_exec()
-            self.uploader.begin(images, rows, graph, raw_graph, stream.cuda_stream)
+            self.uploader.begin(images, self._offsets, graph, raw_graph, stream.cuda_stream)
             return
         self.finish_images()
         count = self.write_images(images)
@@ -114,25 +118,29 @@ class Staging:
         if self.uploader is not None:
             self.uploader.finish()
 
-    def _place(self, images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int, int, int, int]]:
-        """Note where each image will lie.
+    def expect_images(self) -> None:
+        """Images are about to come: wakes the threads that copy them."""
+        if self.uploader is not None:
+            self.uploader.expect()
 
-        Returns (address, rows, bytes of a row, pitch, offset behind `images_offset`) of each.
-        """
+    def _arrange(self, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Note where each image will lie: behind one another, as the last ones if they were alike."""
+        geometry = [(image.shape, image.strides) for image in images]
+        if geometry == self._geometry:
+            return
+        self._geometry = None  # until all is written
         before = self.frames_offset - self.images_offset
-        rows, offset = [], 0
+        ends = np.cumsum([0, *(image.size for image in images)])
         for index, image in enumerate(images):
-            height, width, channels = image.shape
-            self.host_parts["views"][index] = (offset, height, width)
-            address = image.__array_interface__["data"][0]
-            rows.append((address, height, width * channels, image.strides[0], before + offset))
-            offset += image.size
-        return rows
+            self.host_parts["views"][index] = (ends[index], *image.shape[:2])
+        self._offsets = [before + int(start) for start in ends[:-1]]
+        self._whole_rows = all(map(_whole_rows, images))
+        self._geometry = geometry
 
     def write_images(self, images: Sequence[NDArray[np.uint8]]) -> int:
         """Write the images (H, W, 3) uint8 into the pinned block. Returns how many bytes they take."""
         count = 0
-        self._place(images)
+        self._arrange(images)
         for image in images:
             offset, count = count, count + image.size
             # Into the image's own shape: flattening rows with padding, or a crop, would copy them once more.

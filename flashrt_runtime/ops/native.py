@@ -23,7 +23,7 @@ MODULE = "flashrt_runtime._native"
 # Directory of a `_native` module to use instead of the installed one.
 DIRECTORY_VARIABLE = "FLASHRT_NATIVE_DIR"
 # kInterfaceVersion of native_kernels/flashrt_native.h.
-INTERFACE_VERSION = 8
+INTERFACE_VERSION = 9
 SMALL_CAPABILITY = (8, 9)
 BUILD_COMMANDS = "colcon build (make kernels in a source checkout)"
 
@@ -123,15 +123,18 @@ def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
         getattr(load(), kernel)(*plain, torch.cuda.current_stream(device).cuda_stream)
 
 
-def image_upload(host: Tensor, device: Tensor) -> Any:
-    """A thread that copies images into `host`, pinned uint8, and on to `device`, of the same size.
+def image_upload(host: Tensor, device: Tensor, threads: int = 0) -> Any:
+    """Threads that copy images into `host`, pinned uint8, and on to `device`, of the same size; 0: as many as
+    half of the processors, four at most.
 
-    `begin(images, rows, graph, raw_graph, stream)`: rows (address, rows, bytes of a row, pitch, offset) of
-    each image; what lies in front of an image goes along to the device; behind them a graph and its
-    executable's address, or None and 0. Keeps images and graph alive; returns at once. `finish()`: waits
-    until all is queued on the stream, raises RuntimeError when a part was refused.
+    `expect()`: images come in a moment, so that threads wake up. `begin(images, offsets, graph, raw_graph,
+    stream)`: images (H, W, 3) uint8 whose rows lie together, and where each goes, behind one another; what
+    lies in front of an image goes along to the device; behind them a graph and its executable's address, or
+    None and 0. Keeps images and graph alive; returns at once. `finish()`: waits until all is queued on the
+    stream, raises RuntimeError when a part was refused.
     """
-    return load().ImageUpload(host, device, host.data_ptr(), device.data_ptr(), device.device.index or 0)
+    addresses = host.data_ptr(), device.data_ptr()
+    return load().ImageUpload(host, device, *addresses, device.device.index or 0, threads)
 
 
 def add_rms_norm(

@@ -9,8 +9,15 @@ from numpy.typing import NDArray
 
 from ..checkpoints.base import FeatureStats
 from ..config import FamilyRules
-from ..errors import CheckpointError, ObservationError
+from ..errors import ActionError, CheckpointError, ObservationError
 from .normalize import Array, Normalizer
+
+
+def refuse_non_finite(actions: NDArray[np.float32]) -> None:
+    """Raise ActionError unless all actions are finite numbers."""
+    if not np.isfinite(actions).all():
+        bad = int((~np.isfinite(actions)).sum())
+        raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
 
 
 class ActionTransform:

@@ -16,6 +16,7 @@ import flashrt_runtime
 from flashrt_runtime.errors import PromptTooLongError
 from flashrt_runtime.ops import variants
 from flashrt_runtime.policy import Policy
+from flashrt_runtime.quantization.calibration import Calibrator
 from flashrt_runtime.untrained.random import make_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -152,6 +153,43 @@ def test_a_loaded_calibration_reaches_the_captured_graph(path: Path, tmp_path: P
     policy.load_calibration(file)
     assert np.array_equal(policy.predict(images(0), "start", STATE, seed=0), one)
     assert engine.captures == captures
+    policy.close()
+
+
+def test_nothing_of_the_callers_stream_is_under_way_behind_a_call(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The next observation's first graph does not wait for that stream: whoever writes there what it reads
+    (scales, buffers, weights) has waited, also when it fails.
+    """
+    policy = load(path, "fp8")
+    engine, model = policy._engine, policy._model
+    assert engine is not None
+    assert model is not None
+    observation = {"images": images(5), "prompt": "stop", "state": STATE, "seed": 9}
+    calibrated = Calibrator.apply
+
+    def slow(*arguments: object) -> None:
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
+        calibrated(*arguments)  # type: ignore[arg-type]
+
+    def failing(*arguments: object) -> None:
+        slow(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibrator, "apply", slow)
+    stream = torch.cuda.current_stream()
+    policy._calibrate_first(lambda: policy._eager(model, policy._encode(**observation)))
+    assert stream.query()
+    policy.calibrate([observation])
+    assert stream.query()
+    file = policy.save_calibration(tmp_path / "scales.safetensors")
+    policy.load_calibration(file)
+    assert stream.query()
+    monkeypatch.setattr(Calibrator, "apply", failing)
+    with pytest.raises(KeyboardInterrupt):
+        policy.calibrate([observation])
+    assert stream.query()
     policy.close()
 
 

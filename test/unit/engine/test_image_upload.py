@@ -1,6 +1,8 @@
-"""Images on their way to the device, by the thread of our kernels' module and without it."""
+"""Images on their way to the device, by the threads of our kernels' module and without them."""
 
 from __future__ import annotations
+
+import time
 
 import numpy as np
 import pytest
@@ -14,9 +16,15 @@ pytestmark = pytest.mark.gpu
 FRAME_BYTES = 2 * 640 * 480 * 3
 
 
-def staging() -> Staging:
+def staging(threads: int = -1) -> Staging:
+    """threads: that copy images, 0 for none but the caller's; -1: as many as there are by themselves."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return Staging(2, 8, 32, (10, 32), torch.zeros(10, 32), FRAME_BYTES, device)
+    block = Staging(2, 8, 32, (10, 32), torch.zeros(10, 32), FRAME_BYTES, device)
+    assert block.uploader is not None
+    if threads >= 0:
+        images = block.host[block.images_offset :], block.device[block.images_offset :]
+        block.uploader = native.image_upload(*images, threads) if threads else None
+    return block
 
 
 def frames(seed: int) -> dict[str, list[np.ndarray]]:
@@ -42,13 +50,9 @@ def check(block: Staging, images: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("kind", list(frames(0)))
-@pytest.mark.parametrize("thread", [True, False])
-def test_every_layout_arrives(kind: str, thread: bool) -> None:
-    block, stream = staging(), torch.cuda.Stream()
-    assert native.available()
-    assert block.uploader is not None
-    if not thread:
-        block.uploader = None
+@pytest.mark.parametrize("threads", [0, 1, 2, 5])
+def test_every_layout_arrives(kind: str, threads: int) -> None:
+    block, stream = staging(threads), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for seed in range(5):
             block.frames.fill_(255)
@@ -58,11 +62,9 @@ def test_every_layout_arrives(kind: str, thread: bool) -> None:
             check(block, images)
 
 
-@pytest.mark.parametrize("thread", [True, False])
-def test_a_graph_sees_all_images_and_where_they_lie(thread: bool) -> None:
-    block, stream = staging(), torch.cuda.Stream()
-    if not thread:
-        block.uploader = None
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_a_graph_sees_all_images_and_where_they_lie(threads: int) -> None:
+    block, stream = staging(threads), torch.cuda.Stream()
     seen = torch.empty_like(block.frames), torch.empty_like(block.views)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -92,15 +94,33 @@ def test_images_of_an_abandoned_observation_are_replaced() -> None:
     del block  # with a copy on its way
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_that_expect_images_take_them_or_go_back_to_sleep(threads: int) -> None:
+    block, stream = staging(threads), torch.cuda.current_stream()
+    for seed in range(20):
+        images = frames(seed)["padded" if seed % 3 else "whole"]
+        for _ in range(seed % 3):  # none, one, or one that nothing came of
+            block.expect_images()
+        if seed % 5 == 4:
+            time.sleep(2e-3)  # longer than they look out for
+        block.start_images(images, stream)
+        block.expect_images()  # while they are at work
+        block.finish_images()
+        check(block, images)
+    block.expect_images()
+    used = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - used < 0.1  # nobody looks out for ever
+    block.expect_images()
+    del block  # while they do
+
+
 def test_refused_copy_is_told_once() -> None:
-    block = staging()
-    assert block.uploader is not None
     beyond = torch.cuda.get_device_properties(0).total_memory
-    image = frames(0)["one row"][0]
-    address = image.__array_interface__["data"][0]
+    image = frames(0)["one row"][0][:, :5]  # 15 bytes
     host = torch.zeros(16, dtype=torch.uint8, pin_memory=True)
-    upload = native.load().ImageUpload(host, host, host.data_ptr(), beyond, 0)
-    upload.begin([image], [(address, 1, 16, 16, 0)], None, 0, torch.cuda.current_stream().cuda_stream)
+    upload = native.load().ImageUpload(host, host, host.data_ptr(), beyond, 0, 2)
+    upload.begin([image], [0], None, 0, torch.cuda.current_stream().cuda_stream)
     with pytest.raises(RuntimeError, match="image upload"):
         upload.finish()
     upload.finish()
