@@ -39,9 +39,13 @@ def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "gpu_report.json"
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for row in content.values():
+        if isinstance(row, dict):
+            row.setdefault("gpu", content["gpu"])  # of a report that named it once for all
     content |= header
     for key, row in rows.items():
         content[key] = row | {
+            "gpu": header["gpu"],
             "commit": header["commit"],
             "command": header["command"],
             "date": header["date"],
@@ -69,7 +73,7 @@ def table(content: dict[str, Any], directory: Path) -> str:
     lines = [
         "# GPU report",
         "",
-        f"{content['gpu']}, torch {content['torch']}, last run {content['date']}; a row has its own commit. "
+        f"Torch {content['torch']}, last run {content['date']}; a row has its own commit and GPU. "
         "Written by `benchmarks/bench_policy.py`; random weights of the published dimensions, random images.",
         "",
         "| policy | graph p50 | p95 | p99 | wall p50 | p99 | host | GiB | load s | first action s | of |",
@@ -81,7 +85,7 @@ def table(content: dict[str, Any], directory: Path) -> str:
             "peak_gib", "load_s", "first_action_s",
         )  # fmt: skip
         cells = [f"{row[name]:.2f}" for name in names]
-        lines.append(f"| {key} | {' | '.join(cells)} | {row['commit']} |")
+        lines.append(f"| {key} | {' | '.join(cells)} | {origin(content, row)} |")
     lines += ["", "Times in ms. Stages, each a graph of its own (staging is host work):", ""]
     lines += [f"| policy | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
     for key, row in latencies.items():
@@ -94,15 +98,16 @@ def table(content: dict[str, Any], directory: Path) -> str:
             f"| {key} | {change['extra_ms']:.3f} | {change['device_allocations']} | {change['captures']} |"
         )
     if peers:
-        lines += ["", "| peer | wall p50 ms | p99 | first call s | over ours, same run |"]
-        lines += ["|---|---|---|---|---|"]
-        lines += [peer_line(key, row) for key, row in peers.items()]
+        lines += ["", "| peer | wall p50 ms | p99 | first call s | over ours, same run | of |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [f"{peer_line(key, row)} {origin(content, row)} |" for key, row in peers.items()]
     rates = content.get("rates")
     if rates:
         ceilings = ", ".join(f"{name} {value:.4g}" for name, value in rates["ceilings"].items())
         lines += [
             "",
-            f"Rates in {rates['precision']}, weights rotated out of L2. Ceilings measured: {ceilings}.",
+            f"Rates in {rates['precision']}, weights rotated out of L2 ({origin(content, rates)}). Ceilings "
+            f"measured: {ceilings}.",
             "",
         ]
         lines += ["| operation | us | TFLOP/s | TB/s |", "|---|---|---|---|"]
@@ -118,6 +123,11 @@ def table(content: dict[str, Any], directory: Path) -> str:
     lines += ["", "## Commands", ""]
     commands = dict.fromkeys(row["command"] for row in content.values() if isinstance(row, dict))
     return "\n".join([*lines, *(f"- `{command}`" for command in commands)]) + "\n"
+
+
+def origin(content: dict[str, Any], row: dict[str, Any]) -> str:
+    """Commit and GPU of a row."""
+    return f"{row['commit']}, {row.get('gpu', content['gpu'])}"
 
 
 def peer_line(key: str, row: dict[str, Any]) -> str:
