@@ -303,11 +303,14 @@ class Policy(Calibrated):
     @contextlib.contextmanager
     def _settling(self) -> Iterator[None]:
         """Nothing that the block runs on the caller's stream is under way behind it, whatever it raises."""
+        settle = contextlib.nullcontext if self._engine is None else self._engine.settle_caller
         try:
             yield
-        finally:
-            if self._engine is not None and not self._lost:
-                self._engine.settle_caller()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
+                settle()
+            raise
+        settle()
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -379,13 +382,12 @@ class Policy(Calibrated):
         """The definition, at the observation's own lengths."""
         size, resize = model.config.vision.image_size, self._checkpoint.rules.resize
         pixels = torch.stack([prepare_image(view, size, resize, self.device) for view in inputs.views])
-        every = torch.ones
         with guided(model, None if guide is None else self._guide(guide)):
             return model.sample(
                 pixels,
-                every(len(inputs.views), dtype=torch.bool, device=self.device),
+                torch.ones(len(inputs.views), dtype=torch.bool, device=self.device),
                 self._put(inputs.tokens, torch.int64),
-                every(len(inputs.tokens), dtype=torch.bool, device=self.device),
+                torch.ones(len(inputs.tokens), dtype=torch.bool, device=self.device),
                 None if inputs.state is None else self._put(inputs.state, torch.float32),
                 inputs.noise.to(self.device),
             )

@@ -1,8 +1,10 @@
 // Python binding of image_upload.h. The object keeps alive what it copies from and to.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <memory>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -30,11 +32,20 @@ class Upload {
         upload_(std::make_unique<flashrt::ImageUpload>(pointer<uint8_t>(host_address), pointer<uint8_t>(device_address),
                                                        device_index, threads)) {}
 
-  void expect() { upload_->expect(); }
+  // A forked process has the object without its threads: nothing could be waited for.
+  ~Upload() {
+    if (forked()) upload_.release();
+  }
+
+  void expect() {
+    check_process();
+    upload_->expect();
+  }
 
   // graph: of torch; raw_graph: its executable's address, 0 for none.
   void begin(py::sequence images, const std::vector<int64_t>& offsets, py::object graph, uintptr_t raw_graph,
              uintptr_t stream) {
+    check_process();
     if (images.size() != offsets.size()) throw py::value_error("an offset for each image");
     std::vector<flashrt::ImageRows> parts;
     for (size_t index = 0; index < offsets.size(); ++index) parts.push_back(rows_of(images[index], offsets[index]));
@@ -47,6 +58,7 @@ class Upload {
   }
 
   void finish() {
+    check_process();
     cudaError_t status;
     {
       py::gil_scoped_release released;
@@ -57,6 +69,15 @@ class Upload {
   }
 
  private:
+  bool forked() const { return getpid() != process_; }
+  void check_process() const {
+    if (forked())
+      throw std::runtime_error(
+          "image upload: this process was forked from the one that loaded the policy, and CUDA "
+          "does not go along: load it here, or start the process by spawn");
+  }
+
+  const pid_t process_ = getpid();
   py::object buffers_;  // outlive the threads, which are destroyed first
   py::object used_;     // images and graph that it may still read
   std::unique_ptr<flashrt::ImageUpload> upload_;

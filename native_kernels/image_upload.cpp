@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 namespace flashrt {
@@ -25,8 +26,12 @@ void copy_rows(uint8_t* target, const ImageRows& part) {
 ImageUpload::ImageUpload(uint8_t* host, uint8_t* device, int device_index, int threads)
     : host_(host), device_(device), device_index_(device_index) {
   if (threads <= 0) threads = std::clamp(std::thread::hardware_concurrency() / 2, 1u, kMostThreads);
+  threads_.reserve(threads);
   threads_.emplace_back([this] { lead(); });
-  while (static_cast<int>(threads_.size()) < threads) threads_.emplace_back([this] { help(); });
+  try {
+    while (static_cast<int>(threads_.size()) < threads) threads_.emplace_back([this] { help(); });
+  } catch (const std::system_error&) {  // no more to be had: fewer copy
+  }
 }
 
 ImageUpload::~ImageUpload() {

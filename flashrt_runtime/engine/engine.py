@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ BUCKETS = (48, 64, 96, 128)
 TIMED_REPLAYS = 5
 # Of a replay the waiting thread polls at least so much, without the GIL, and sleeps most of the rest: a
 # processor that has slept is slow for a while, its caches are empty.
-POLLED_S = 10e-3
+POLLED_S = 10e-3 if (os.cpu_count() or 1) > 4 else 2e-3
 SLEPT_SHARE = 0.9
 # what a capture makes anew: graphs, and the buffers that they read and write
 CAPTURED = ("staging", "guide", "vision_graph", "image_features", "graphs", "graph_ms", "repeats")
@@ -260,8 +261,7 @@ class Engine:
 
     def settle_caller(self) -> None:
         """Wait for the caller's stream: a calibration there writes scales and buffers that graphs use."""
-        with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
-            torch.cuda.current_stream(self.device).synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
 
     def _follow_caller(self) -> None:
         """The rest of `run` is behind what the caller's stream has under way."""
@@ -316,6 +316,8 @@ class Engine:
                 self._allocate(needed)
                 self.capture()
             except BaseException:  # the graphs in force read the buffers they were captured with
+                with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
+                    self.stream.synchronize()
                 for name, value in saved.items():
                     setattr(self, name, value)
                 raise
@@ -330,7 +332,7 @@ class Engine:
                 self.staging.actions.copy_(self.actions, non_blocking=True)
                 self.done.record(self.stream)
             stepwise = self.repeats is not None and not self.whole  # has waited for all but the last step
-            self._wait(0.0 if stepwise else self.graph_ms[bucket] / 1e3)
+            self._wait(None if stepwise else bucket)
         return self.staging.result.copy()
 
     @contextlib.contextmanager
@@ -344,8 +346,11 @@ class Engine:
                 self.stream.synchronize()
             raise
 
-    def _wait(self, expected_s: float) -> None:
-        """Sleep through what a replay takes beyond `POLLED_S`, then poll: waking up takes longer."""
-        if expected_s > POLLED_S:
-            time.sleep((expected_s - POLLED_S) * SLEPT_SHARE)
+    def _wait(self, bucket: int | None) -> None:
+        """Sleep through what a bucket's replay takes beyond `POLLED_S`, then poll: waking up takes longer."""
+        beyond_s = 0.0 if bucket is None else self.graph_ms[bucket] / 1e3 - POLLED_S
+        if bucket is not None and beyond_s > 0:
+            time.sleep(beyond_s * SLEPT_SHARE)
+            if self.done.query():  # slept too long: the GPU was slower when this was captured
+                self.graph_ms[bucket] *= SLEPT_SHARE
         self.done.synchronize()

@@ -95,7 +95,8 @@ class CalibrationInForce:
         with collector.observe():
             forward()
         scales, _ = estimate(collector, "max", 100.0)
-        self.calibrator.apply(scales)
+        with self.calibrator.restoring():  # an interrupt leaves all of them or none
+            self.calibrator.apply(scales)
         report = CalibrationReport(
             1, "max", 100.0, scales, collector.maxima, source="the first observation"
         )  # weights are nearest where no calibration is in force

@@ -163,33 +163,49 @@ def test_nothing_of_the_callers_stream_is_under_way_behind_a_call(
     (scales, buffers, weights) has waited, also when it fails.
     """
     policy = load(path, "fp8")
-    engine, model = policy._engine, policy._model
-    assert engine is not None
-    assert model is not None
     observation = {"images": images(5), "prompt": "stop", "state": STATE, "seed": 9}
-    calibrated = Calibrator.apply
+    stream = torch.cuda.current_stream()
 
-    def slow(*arguments: object) -> None:
-        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]
-        calibrated(*arguments)  # type: ignore[arg-type]
-
-    def failing(*arguments: object) -> None:
-        slow(*arguments)
+    def interrupted(*_: object, **__: object) -> torch.Tensor:
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+        assert not stream.query()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Calibrator, "apply", slow)
-    stream = torch.cuda.current_stream()
-    policy._calibrate_first(lambda: policy._eager(model, policy._encode(**observation)))
-    assert stream.query()
+    with monkeypatch.context() as patched:
+        patched.setattr(policy, "_eager", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # uncalibrated: scales are taken from the first observation
+            policy.predict(**observation)
+        assert stream.query()
+        with pytest.raises(KeyboardInterrupt):
+            policy.calibrate([observation])
+        assert stream.query()
     policy.calibrate([observation])
-    assert stream.query()
     file = policy.save_calibration(tmp_path / "scales.safetensors")
-    policy.load_calibration(file)
-    assert stream.query()
-    monkeypatch.setattr(Calibrator, "apply", failing)
-    with pytest.raises(KeyboardInterrupt):
-        policy.calibrate([observation])
-    assert stream.query()
+    apply = Calibrator.apply
+
+    def slow(*arguments: object) -> None:
+        apply(*arguments)  # type: ignore[arg-type]
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+        assert not stream.query()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibrator, "apply", slow)
+        policy.load_calibration(file)
+        assert stream.query()
+    policy.close()
+
+
+def test_a_replay_that_got_faster_is_not_slept_through(path: Path) -> None:
+    """A capture's time is that of a GPU whose clock was low, or which was shared."""
+    policy = load(path, "bf16")
+    policy.predict(images(0), "go", STATE, seed=0)
+    engine = policy._engine
+    assert engine is not None
+    bucket = engine.bucket_of(len(policy._encode(images(0), "go", STATE, seed=0).tokens))
+    engine.graph_ms[bucket] = 100.0
+    for seed in range(60):
+        policy.predict(images(0), "go", STATE, seed=seed)
+    assert engine.graph_ms[bucket] < 40
     policy.close()
 
 

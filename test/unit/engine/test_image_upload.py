@@ -83,7 +83,7 @@ def test_a_graph_sees_all_images_and_where_they_lie(threads: int) -> None:
 
 def test_images_of_an_abandoned_observation_are_replaced() -> None:
     """Begun, never waited for, their arrays let go: the next ones arrive whole."""
-    block, stream = staging(), torch.cuda.current_stream()
+    block, stream = staging(), torch.cuda.Stream()
     for seed in range(20):
         block.start_images([image.copy() for image in frames(seed)["padded"]], stream)
         images = frames(seed + 100)["whole"]

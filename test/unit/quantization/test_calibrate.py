@@ -19,6 +19,7 @@ from flashrt_runtime.errors import (
     ObservationError,
     OptionError,
 )
+from flashrt_runtime.quantization import calibration
 from flashrt_runtime.quantization.calibration import action_error
 from flashrt_runtime.quantization.fp8 import fp8_linears
 
@@ -61,6 +62,30 @@ def test_the_first_observation_gives_its_maxima(load, observations) -> None:
     (observation,) = observations(1)
     policy.predict(**observation)
     assert scales_of(policy) == other.calibrate([observation], percentile=100).scales
+
+
+def test_an_interrupted_first_observation_leaves_no_scales(load, observations, monkeypatch) -> None:
+    """Not some of them, by which the next would run as if calibrated."""
+    policy = load()
+    (observation,) = observations(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration, "settle", interrupt_once())
+        with pytest.raises(KeyboardInterrupt):
+            policy.predict(**observation)
+    assert not policy.calibrated
+    policy.predict(**observation)
+    assert policy.calibrated
+
+
+def interrupt_once():
+    calls = []
+
+    def settle(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    return settle
 
 
 def test_the_stream_is_taken_one_by_one(load, observations) -> None:
