@@ -1,5 +1,6 @@
 """Unit tests run in a plain checkout too: without an installed package, its sources are used."""
 
+import functools
 import importlib.util
 import os
 import sys
@@ -14,6 +15,20 @@ for package in ("flashrt_runtime", "flashrt_ros"):
         sys.path.append(str(ROOT))
 
 SCHEDULING = os.sched_getscheduler(0), os.sched_getparam(0)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and item.get_closest_marker("hopper") and not _has_hopper():
+        pytest.skip("of kernels for compute capability 9.0 alone, which this GPU or build has not")
+
+
+@functools.cache
+def _has_hopper():
+    import torch
+
+    from flashrt_runtime.ops import native
+
+    return not torch.cuda.is_available() or native.capability(torch.device("cuda")) == (9, 0)
 
 
 @pytest.hookimpl(wrapper=True)

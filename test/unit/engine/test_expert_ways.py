@@ -73,7 +73,7 @@ def test_a_chain_of_kernels(name: str, precision: str, wide_path: Callable[[str]
     assert np.array_equal(chain, results["chain", "guided"])
 
 
-@pytest.mark.parametrize("way", ["fused", "chain"])
+@pytest.mark.parametrize("way", [pytest.param("fused", marks=pytest.mark.hopper), "chain"])
 def test_a_captured_graph_follows_guidance(way: str, wide_path: Callable[[str], Path]) -> None:
     """Gains, weights and targets are read where they stand when it runs, not when it was captured."""
     policy = load(wide_path("pi05"), "bf16", "guided", way)

@@ -183,6 +183,7 @@ def test_a_product_norms_up_to_16_rows(fp8: bool, norm: tuple[torch.Tensor, torc
         expert.skinny_gemm(x, case.linear, Epilogue.GEGLU, out, norm=norm, out_scale=scale)
 
 
+@pytest.mark.hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefix", [1, 17, 300, 560, 710, 955])
 @pytest.mark.parametrize("rows", ROWS)

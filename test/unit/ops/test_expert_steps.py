@@ -12,6 +12,8 @@ from flashrt_runtime.ops import reference
 from flashrt_runtime.ops.expert import E4M3_MAX
 from flashrt_runtime.ops.expert_steps import PRODUCTS, SHAPES, ExpertBuffers, ExpertWeights
 
+pytestmark = pytest.mark.hopper
+
 EPS = 1e-6
 
 

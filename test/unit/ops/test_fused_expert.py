@@ -11,6 +11,8 @@ from flashrt_runtime.models import FlowPolicy
 from flashrt_runtime.quantization.calibration import Calibrator, estimate
 from flashrt_runtime.quantization.fp8 import fp8_linears
 
+pytestmark = pytest.mark.hopper
+
 
 def test_refused_without_gpu() -> None:
     assert fused_expert.refusal(config(), torch.bfloat16, None) == "it needs a GPU"

@@ -186,11 +186,10 @@ def test_levels_are_the_patches_pixels(sizes: list[tuple[int, int]]) -> None:
     assert not levels[..., 588:].any()
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize(("width", "depth"), [(1152, 588), (144, 588), (16, 27)])
 @pytest.mark.parametrize(("views", "tokens"), [(1, 1), (1, 256), (2, 256), (3, 256), (2, 77)])
 def test_embed_levels(views: int, tokens: int, width: int, depth: int) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("compiled for compute capability 9.0 only")
     weight, bias = torch.randn(width, depth, device="cuda") * 0.05, torch.randn(width, device="cuda")
     position = torch.randn(tokens, width, device="cuda")
     weights = ops.LevelWeights.of(weight, bias, position)
@@ -241,13 +240,13 @@ def test_scaled_linear_against_definition() -> None:
         assert (got - want).norm() / want.norm() < 5e-3
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(
     ("keys", "valid"), [(1, None), (64, None), (65, 65), (200, 129), (560, 530), (824, 17)]
 )
 @pytest.mark.parametrize("tokens", [1, 10, 77, 560])
 def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -> None:
-    attention_or_skip()
     q = (torch.randn(tokens, 8, 256, device="cuda") * 2).bfloat16()
     k, v = torch.randn(2, keys, 1, 256, device="cuda").bfloat16()
     if valid is not None:  # what is not attended may be anything
@@ -266,14 +265,9 @@ def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -
     assert (plain - want).norm() / want.norm() < (4e-2 if quantised else 6e-3)
 
 
-def attention_or_skip() -> None:
-    if not prefix.attention_supported(*(torch.empty(1, 1, 256, device="cuda", dtype=torch.bfloat16),) * 2):
-        pytest.skip("compiled for compute capability 9.0 only")
-
-
+@pytest.mark.hopper
 @pytest.mark.parametrize("quantised", [False, True])
 def test_attention_to_nothing_is_zero(quantised: bool) -> None:
-    attention_or_skip()
     q, k, v = (torch.randn(77, heads, 256, device="cuda").bfloat16() for heads in (8, 1, 1))
     nothing, scale = torch.zeros((), dtype=torch.int32, device="cuda"), torch.ones((), device="cuda")
     out = torch.full((77, 2048), float("nan"), device="cuda", dtype=torch.bfloat16)
@@ -281,11 +275,11 @@ def test_attention_to_nothing_is_zero(quantised: bool) -> None:
     assert not prefix.attention(q, k, v, nothing, scale if quantised else None).float().any()
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("broken", ["q", "k", "v"])
 def test_broken_attention_shows(broken: str, quantised: bool) -> None:
     """NaN among what is attended is NaN in what comes of it, and nowhere else."""
-    attention_or_skip()
     q, k, v = (torch.randn(200, heads, 256, device="cuda").bfloat16() for heads in (8, 1, 1))
     {"q": q, "k": k, "v": v}[broken].view(200, -1)[130, 5] = float("nan")
     scale = torch.ones((), device="cuda") if quantised else None
@@ -300,9 +294,9 @@ def test_broken_attention_shows(broken: str, quantised: bool) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.hopper
 def test_attention_behind_the_kernel_that_writes_its_operands() -> None:
     """Launched while that one still runs, it waits for what it reads: as with all launched one by one."""
-    attention_or_skip()
     tokens, rounds = 560, 20
     qkv = torch.randn(rounds, tokens, 2560, device="cuda").bfloat16()
     tables = rope_tables(tokens, 256, qkv.device)
