@@ -110,8 +110,8 @@ void guide_velocity(uintptr_t velocity, uintptr_t x, uintptr_t target, uintptr_t
         "guide_velocity");
 }
 
-void expert_steps(bool fp8, bool fill, int rows, int layers, int steps, int action_dim, uintptr_t qkv, uintptr_t out,
-                  uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
+void expert_steps(bool fp8, bool fill, bool unpaired, int rows, int layers, int steps, int action_dim, uintptr_t qkv,
+                  uintptr_t out, uintptr_t gate_up, uintptr_t down, uintptr_t weight_scale, uintptr_t input_scale,
                   uintptr_t norm_scale, uintptr_t norm_shift, uintptr_t gate, int64_t step_stride, int64_t norm_stride,
                   uintptr_t shift_products, float eps, uintptr_t rope_cos, uintptr_t rope_sin, uintptr_t prefix_length,
                   uintptr_t k_cache, uintptr_t v_cache, int capacity, uintptr_t x, uintptr_t in_weight,
@@ -121,6 +121,7 @@ void expert_steps(bool fp8, bool fill, int rows, int layers, int steps, int acti
   flashrt::ExpertSteps problem = {};
   problem.fp8 = fp8;
   problem.fill = fill;
+  problem.unpaired = unpaired;
   problem.rows = rows;
   problem.layers = layers;
   problem.steps = steps;
@@ -197,13 +198,13 @@ PYBIND11_MODULE(_native, module) {
   module.def("guide_velocity", &guide_velocity, py::arg("velocity"), py::arg("x"), py::arg("target"), py::arg("weight"),
              py::arg("gain"), py::arg("time"), py::arg("out"), py::arg("rows"), py::arg("width"), py::arg("stream"));
   module.def(
-      "expert_steps", &expert_steps, py::arg("fp8"), py::arg("fill"), py::arg("rows"), py::arg("layers"),
-      py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"), py::arg("down"),
-      py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"), py::arg("gate"),
-      py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"), py::arg("rope_cos"),
-      py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"), py::arg("capacity"),
-      py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"), py::arg("out_weight"),
-      py::arg("out_bias"), py::arg("mix_weights"), py::arg("mix_bias"), py::arg("guide_gain"), py::arg("guide_weight"),
-      py::arg("guide_target"), py::arg("exchange"), py::arg("barrier"), py::arg("stream"));
+      "expert_steps", &expert_steps, py::arg("fp8"), py::arg("fill"), py::arg("unpaired"), py::arg("rows"),
+      py::arg("layers"), py::arg("steps"), py::arg("action_dim"), py::arg("qkv"), py::arg("out"), py::arg("gate_up"),
+      py::arg("down"), py::arg("weight_scale"), py::arg("input_scale"), py::arg("norm_scale"), py::arg("norm_shift"),
+      py::arg("gate"), py::arg("step_stride"), py::arg("norm_stride"), py::arg("shift_products"), py::arg("eps"),
+      py::arg("rope_cos"), py::arg("rope_sin"), py::arg("prefix_length"), py::arg("k_cache"), py::arg("v_cache"),
+      py::arg("capacity"), py::arg("x"), py::arg("in_weight"), py::arg("in_bias"), py::arg("in_bias_stride"),
+      py::arg("out_weight"), py::arg("out_bias"), py::arg("mix_weights"), py::arg("mix_bias"), py::arg("guide_gain"),
+      py::arg("guide_weight"), py::arg("guide_target"), py::arg("exchange"), py::arg("barrier"), py::arg("stream"));
   module.def("expert_exchange_bytes", &flashrt::expert_exchange_bytes, py::arg("rows"));
 }

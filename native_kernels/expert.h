@@ -95,7 +95,8 @@ constexpr int kExpertMaxRows = 64;
 
 struct ExpertSteps {
   bool fp8;
-  bool fill;  // one step that leaves the rows' keys and values behind the prefix in the cache, and x as it is
+  bool fill;      // one step that leaves the rows' keys and values behind the prefix in the cache, and x as it is
+  bool unpaired;  // blocks share nothing in pairs, as where the device cannot hold all pairs at once: for tests of that
   int rows, layers, steps, action_dim;  // width 1024, mlp 4096, 8 heads of 256, 1 kv head
   const void* weights[kProducts];       // packed chunks, layer after layer
   const float* weight_scale;            // fp8: (layers, kProducts)

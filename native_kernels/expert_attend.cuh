@@ -9,6 +9,7 @@ namespace expert {
 
 constexpr int kHeadVectors = kHeadRowBytes / 16;
 constexpr int kSlices = kHeadRowBytes / kBlockBytes;  // of a dot product, for different warps
+constexpr int kOwnRows = kExpertMaxRows / kSplits;    // of the actions' keys, at most a block's
 constexpr int kLaneKeys = 4;                          // keys of a block a lane of the softmax holds: at most 128 in all
 static_assert(kWarps == kTileRows && kWarps == 2 * kSlices && kHeadVectors == kWarpSize);
 
@@ -19,25 +20,35 @@ struct Layout {
   int tiles_at_once;  // of rows, whose scores lie there
   int k, v, score, probability, row_maximum;
 
-  __host__ static int keys_of_block(int capacity) { return ((capacity + kSplits - 1) / kSplits + 15) / 16 * 16; }
+  // The most that a block can have. Of several tiles the actions' own keys are shared out by themselves.
+  template <bool One>
+  __host__ static int keys_of_block(int capacity, int rows) {
+    const int keys = One ? share_of(capacity) : share_of(capacity - rows) + share_of(rows);
+    return (keys + 15) / 16 * 16;
+  }
+  __host__ __device__ static int share_of(int keys) { return (keys + kSplits - 1) / kSplits; }
   __host__ __device__ int score_stride() const { return block_keys + 4; }        // floats
   __host__ __device__ int probability_stride() const { return block_keys + 8; }  // bf16
 };
 
-// The keys [first, first + keys) of this block, of which the first `prefix_keys` belong to the prefix; the first
-// `active` blocks of a head have keys.
+// The keys of this block: `prefix_keys` of the prefix from `first` on, behind them some of the actions' own. With one
+// tile of rows they are the keys [first, first + keys) of all, and the first `active` blocks of a head have any. With
+// more, where a block waits longer for each of the actions' keys that is its, every block has every 16th of them.
 struct Share {
   int prefix, first, keys, padded_keys, prefix_keys, active;
 
   Share() = default;
-  __device__ Share(int rank, int prefix_length, int rows) {
-    prefix = prefix_length;
-    const int total = prefix + rows, share = ((total + kSplits - 1) / kSplits + 15) / 16 * 16;
-    active = (total + share - 1) / share;
-    first = rank * share;
-    keys = max(0, min(share, total - first));
-    padded_keys = (keys + 15) / 16 * 16;
-    prefix_keys = max(0, min(keys, prefix - first));
+  template <bool One>
+  static __device__ Share of(int rank, int prefix, int rows) {
+    const int total = prefix + rows, share = One ? (Layout::share_of(total) + 15) / 16 * 16 : Layout::share_of(prefix);
+    Share s;
+    s.prefix = prefix;
+    s.active = One ? (total + share - 1) / share : kSplits;
+    s.first = rank * share;
+    s.prefix_keys = max(0, min(share, prefix - s.first));
+    s.keys = One ? max(0, min(share, total - s.first)) : s.prefix_keys + (rows - rank + kSplits - 1) / kSplits;
+    s.padded_keys = (s.keys + 15) / 16 * 16;
+    return s;
   }
 };
 
@@ -48,28 +59,21 @@ __device__ __forceinline__ void blank_values(unsigned char* shared, const Layout
         make_uint4(0, 0, 0, 0);
 }
 
-// The keys (`kind` 0) or values (1) of the actions themselves, as far as they are this block's: a warp a row.
-template <bool One>
-struct SuffixRows {
-  static constexpr int Most = One ? 1 : kExpertMaxRows / kWarps;  // of a warp
-  uint4 value[Most];
+// The values of the actions themselves, as far as they are this block's, of one tile: a warp a row.
+struct SuffixValues {
+  uint4 value;
   const unsigned char* from;
   int row, keys;
 
-  __device__ __forceinline__ void ask(const Share& share, const unsigned char* kv, int kind) {
+  __device__ __forceinline__ void ask(const Share& share, const unsigned char* kv) {
     row = share.prefix_keys + thread_id() / kHeadVectors, keys = share.keys;
-    from = kv + ((share.first + row - share.prefix) * 2 + kind) * kHeadRowBytes + thread_id() % kHeadVectors * 16;
-#pragma unroll
-    for (int i = 0; i < Most; ++i) value[i] = row + i * kWarps < keys ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
+    from = kv + ((share.first + row - share.prefix) * 2 + 1) * kHeadRowBytes + thread_id() % kHeadVectors * 16;
+    value = row < keys ? look(from) : make_uint4(0, 0, 0, 0);
   }
-  static __device__ __forceinline__ int offset(int i) { return i * kWarps * 2 * kHeadRowBytes; }
-  __device__ __forceinline__ void settle(unsigned char* target, int stride) {
-#pragma unroll
-    for (int i = 0; i < Most; ++i) {
-      if (row + i * kWarps >= keys) break;
-      for (int polls = 0; absent(value[i]); count_poll(polls)) value[i] = look(from + offset(i));
-      *reinterpret_cast<uint4*>(target + (row + i * kWarps) * stride + thread_id() % kHeadVectors * 16) = value[i];
-    }
+  __device__ __forceinline__ void settle(unsigned char* target) {
+    if (row >= keys) return;
+    for (int polls = 0; absent(value); count_poll(polls)) value = look(from);
+    *reinterpret_cast<uint4*>(target + row * kValueStride + thread_id() % kHeadVectors * 16) = value;
   }
 };
 
@@ -129,72 +133,6 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
   }
 }
 
-// The queries of a warp of a team: its tile's, of its part of the dot product.
-struct Queries {
-  static constexpr int Most = 4;  // operands
-  uint4 operand[Most];
-  const unsigned char* from;
-  int count, rows;
-  uint32_t second;
-
-  // q: of this head.
-  __device__ __forceinline__ void ask(const unsigned char* q, const Team<false>& team, int all_rows) {
-    const int lane = thread_id() % kWarpSize;
-    count = 2 * kSlices >> team.shift;
-    rows = all_rows - team.tile * kTileRows;
-    const int pair = max(0, min(lane / 4, (rows - 1) / 2)), tile = rows > 0 ? team.tile : 0;  // as of activations
-    from = q + tile * kTileRows * kHeadRowBytes + team.part * count * kOperandBytes + (pair * 4 + lane % 4) * 16;
-    second = pair * 2 + 1 < rows ? kAbsent : 0;
-#pragma unroll
-    for (int i = 0; i < Most; ++i) operand[i] = i < count ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
-  }
-  __device__ __forceinline__ void settle() {
-    for (int polls = 0;; count_poll(polls)) {
-      if (!__any_sync(0xffffffffu, any_absent(operand, second))) break;
-#pragma unroll
-      for (int i = 0; i < Most; ++i)
-        if (absent(operand[i], second)) operand[i] = look(from + i * kOperandBytes);
-    }
-  }
-};
-
-// The same where there are more tiles, of all keys, which lie in shared memory. `place`: of the tile among those whose
-// scores are taken at once.
-__device__ __forceinline__ void scores(unsigned char* shared, const Layout& layout, const Share& share,
-                                       const Queries& queries, const Team<false>& team, int place) {
-  const int lane = thread_id() % kWarpSize, stride = layout.score_stride(), keys = share.keys;
-  const bool two = queries.count == 4;  // blocks of 64 bytes
-  const uint4(&a)[Queries::Most] = queries.operand;
-  const unsigned char* k_row = shared + layout.k + team.part * (queries.count / 2) * kBlockBytes + lane % 4 * 16;
-  float* target = reinterpret_cast<float*>(shared + layout.score) +
-                  (((place << team.shift) + team.part) * kTileRows + lane / 4 * 2) * stride + lane % 4 * 2;
-  constexpr int kGroups = 2;  // of 8 keys, at once
-#pragma unroll 1
-  for (int first = 0; first < keys; first += kGroups * 8) {
-    uint4 b[kGroups][2];
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int key = first + i * 8 + lane / 4;
-#pragma unroll
-      for (int block = 0; block < 2; ++block)
-        b[i][block] = key < keys && (block == 0 || two)
-                          ? *reinterpret_cast<const uint4*>(k_row + key * kKeyStride + block * kBlockBytes)
-                          : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      float sum[4] = {}, odd[4] = {};
-      mma_bf16(sum, a[0].x, a[0].y, a[0].z, a[0].w, b[i][0].x, b[i][0].y);
-      mma_bf16(odd, a[1].x, a[1].y, a[1].z, a[1].w, b[i][0].z, b[i][0].w);
-      mma_bf16(sum, a[2].x, a[2].y, a[2].z, a[2].w, b[i][1].x, b[i][1].y);
-      mma_bf16(odd, a[3].x, a[3].y, a[3].z, a[3].w, b[i][1].z, b[i][1].w);
-      const int key = first + i * 8;  // scores past the keys are not looked at
-      *reinterpret_cast<float2*>(target + key) = make_float2(sum[0] + odd[0], sum[1] + odd[1]);
-      *reinterpret_cast<float2*>(target + stride + key) = make_float2(sum[2] + odd[2], sum[3] + odd[3]);
-    }
-  }
-}
-
 // The same order as of floats; NaN is more than anything or less.
 __device__ __forceinline__ int ordered(float value) {
   const int bits = __float_as_int(value);
@@ -235,48 +173,6 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
   if (lane == 0) reinterpret_cast<float*>(shared + layout.row_maximum)[row] = maximum;
 }
 
-// The same where there are more tiles, of those from `first` on whose scores are taken at once: a warp has four rows,
-// eight lanes each.
-__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
-                                        const Team<false>& team, int first, int rows) {
-  constexpr int kLanes = 8, kSteps = kLaneKeys * kWarpSize / (2 * kLanes);
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4, place = tile - first;
-  if (place < 0 || place >= layout.tiles_at_once || tile * kTileRows >= rows) return;
-  const int slot = warp % 4 * 4 + lane / kLanes, own = lane % kLanes * 2, keys = share.keys;
-  const int row = tile * kTileRows + slot, stride = layout.score_stride();
-  const float* score =
-      reinterpret_cast<const float*>(shared + layout.score) + ((place << team.shift) * kTileRows + slot) * stride + own;
-  float2 value[kSteps];
-  float maximum = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    value[i] = make_float2(-INFINITY, -INFINITY);
-    const int key = i * 2 * kLanes + own;
-    if (i * 2 * kLanes >= keys) continue;
-    float2 sum[2] = {};
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      if (slice == kSlices / 2 && slice == team.parts()) break;
-      const float2 part = *reinterpret_cast<const float2*>(score + slice * kTileRows * stride + i * 2 * kLanes);
-      sum[slice % 2].x += part.x, sum[slice % 2].y += part.y;
-    }
-    if (key < keys) value[i].x = (sum[0].x + sum[1].x) * kScoreScale;  // NaN past the keys
-    if (key + 1 < keys) value[i].y = (sum[0].y + sum[1].y) * kScoreScale;
-    maximum = fmaxf(maximum, fmaxf(value[i].x, value[i].y));
-  }
-#pragma unroll
-  for (int offset = 1; offset < kLanes; offset *= 2)
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-  unsigned char* probability = shared + layout.probability + (row * layout.probability_stride() + own) * 2;
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    if (i * 2 * kLanes >= keys) break;
-    *reinterpret_cast<uint32_t*>(probability + i * 4 * kLanes) =
-        pack_bf16(__expf(value[i].x - maximum), __expf(value[i].y - maximum));
-  }
-  if (own == 0) reinterpret_cast<float*>(shared + layout.row_maximum)[row] = maximum;
-}
-
 // Sixteen keys of P V.
 __device__ __forceinline__ void add_values(float (&values)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   mma_bf16(values[0], a[0], a[1], a[2], a[3], b[0], b[1]);
@@ -295,10 +191,11 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
   if (!One && rows <= 0) return;
   const unsigned char* p_row =
       shared + layout.probability + (first + Post::row(lane % 16)) * layout.probability_stride() * 2 + lane / 16 * 16;
-  uint32_t a[kSteps][4];
+  uint32_t a[kSteps][4] = {};
   float sums[4] = {};
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
+    if (!One && i > 1 && i * 16 >= padded_keys) break;
     load_matrix(a[i], p_row + i * 32);
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[i][j] = i * 16 < padded_keys ? a[i][j] : 0;  // times the first keys
@@ -326,12 +223,17 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
     const unsigned char* v_row =
         shared + layout.v + lane % 16 * kValueStride + (receiver * kSplitColumns + lane / 16 * 8) * 2;
     float values[2][4] = {};
-    uint32_t b[kSteps][4];
+    uint32_t b[kSteps][4] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
+    for (int step = 0; step < kSteps; ++step) {
+      if (!One && step > 1 && step * 16 >= padded_keys) break;
       load_matrix_transposed(b[step], v_row + (step * 16 < padded_keys ? step * 16 : 0) * kValueStride);
+    }
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) add_values(values, a[step], b[step]);
+    for (int step = 0; step < kSteps; ++step) {
+      if (!One && step > 1 && step * 16 >= padded_keys) break;
+      add_values(values, a[step], b[step]);
+    }
 #pragma unroll 1
     for (int key = kSteps * 16; key < padded_keys; key += 16) {
       uint32_t more[4];

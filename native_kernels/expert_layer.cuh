@@ -179,7 +179,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
       send_attended(team, head, letters);
       Mail mail(team, p.rows);
       if (mail.rows > 0) {
-        mail.collect(letters, team, share.active);
+        mail.collect(letters, team);
         publish_attended(Merged(mail, team), mail.rows, team.tile * kTileRows, head * kHeadDim + rank * kSplitColumns);
       }
     }
@@ -216,27 +216,25 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const Layout& layout = plan.attention;
     const unsigned char* kv = exchange().template buffer<kKv>();
     const bool last = thread_id() / kWarpSize == kWarps - 1;
-    SuffixRows<One> values;
-    values.ask(share, kv, 1);
     if constexpr (One) {
+      SuffixValues values;
+      values.ask(share, kv);
       scores(shared, layout, share, queries(head), kv, p.rows);
-      values.settle(shared + layout.v, kValueStride);
+      values.settle(shared + layout.v);
       block_sync();
       softmax(shared, layout, share, p.rows);
       if (last) await_phase(this->prefix_full + 1, visit & 1);
       block_sync();
     } else {
-      SuffixRows<false> keys;
       Queries own;
-      keys.ask(share, kv, 0);
-      own.ask(queries(head), team, p.rows);
-      keys.settle(shared + layout.k, kKeyStride);
-      values.settle(shared + layout.v, kValueStride);
-      if (share.prefix_keys < share.keys) block_sync();
+      OwnValues values;
+      own.ask(queries(head), kv, share, team, p.rows);
+      values.ask(kv, share);
       own.settle();
       for (int first = 0; first < tiles(); first += layout.tiles_at_once) {
         const int place = team.tile - first;
         if (own.rows > 0 && place >= 0 && place < layout.tiles_at_once) scores(shared, layout, share, own, team, place);
+        if (first == 0) values.settle(shared + layout.v, share);
         block_sync();
         softmax(shared, layout, share, team, first, p.rows);
         if (last) await_phase(this->prefix_full + 1, visit & 1);

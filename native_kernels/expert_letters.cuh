@@ -2,7 +2,7 @@
 // most of what the blocks write.
 #pragma once
 
-#include "expert_attend.cuh"
+#include "expert_attend_tiles.cuh"
 
 namespace flashrt {
 namespace expert {
@@ -71,7 +71,6 @@ struct Mail {
     word = team.part * lanes + lane % lanes, sender = (lane >> (5 - team.shift)) * senders, row = word / 4 * 2;
     rows = all_rows - team.tile * kTileRows;
   }
-  __device__ __forceinline__ bool has(int i, int active) const { return i < senders && sender + i < active; }
   __device__ __forceinline__ void ask(const Letters& letters, const Team<false>& team, int i) {
     const int first = team.tile * kTileRows + row;
     part[i] = look(letters.letter(letters.rank, team.tile, sender + i) + word * 16);
@@ -84,17 +83,17 @@ struct Mail {
     return ((upper | (row + 1 < rows ? lower : 0)) & 1) != 0;
   }
   // Until all has come.
-  __device__ __forceinline__ void collect(const Letters& letters, const Team<false>& team, int active) {
+  __device__ __forceinline__ void collect(const Letters& letters, const Team<false>& team) {
 #pragma unroll
     for (int i = 0; i < Most; ++i) {
       part[i] = make_uint4(0, 0, 0, 0), sum[i] = make_uint2(0xff800000u, 0xff800000u);  // -infinity
-      if (has(i, active) && row < rows) ask(letters, team, i);
+      if (i < senders && row < rows) ask(letters, team, i);
     }
     for (int polls = 0;; count_poll(polls)) {
       bool any = false;
 #pragma unroll
       for (int i = 0; i < Most; ++i) {
-        if (!has(i, active) || row >= rows || !missing(letters, i)) continue;
+        if (i >= senders || row >= rows || !missing(letters, i)) continue;
         any = true;
         ask(letters, team, i);
       }

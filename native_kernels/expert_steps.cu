@@ -21,7 +21,7 @@
 // (expert_matrix.cuh). Sums are taken in a fixed
 // order: results are bit-identical from run to run.
 #include "device_limits.h"
-#include "expert_layer.cuh"
+#include "expert_seam.cuh"
 
 #pragma nv_diag_suppress 177  // below sm_90 the kernel is empty and leaves everything here unused
 
@@ -31,147 +31,19 @@ namespace {
 using namespace expert;
 
 template <bool Fp8, bool One, bool Paired>
-struct Expert : Layer<Fp8, One, Paired> {
-  using Base = Layer<Fp8, One, Paired>;
+struct Expert : Seam<Fp8, One, Paired> {
+  using Base = Seam<Fp8, One, Paired>;
   using Base::attend;
   using Base::copy_conditions;
   using Base::down;
-  using Base::exchange;
   using Base::gate_up;
-  using Base::h;
   using Base::out;
   using Base::p;
   using Base::plan;
   using Base::qkv;
-  using Base::scratch;
+  using Base::seam;
   using Base::share;
   using Base::shared;
-  using Base::style;
-
-  // Between two steps: x += dt * (norm(h) W_out + b), some blocks a row; then h = W_in x + b, every block its columns.
-  __device__ void seam(int step) {
-    if (step > 0 && !p.fill) {
-      project_out(step - 1);
-    }
-    if (step == p.steps) return;
-    project_in(step);
-  }
-
-  __device__ void project_out(int step) {
-    const int blocks = p.rows <= kBlocks / 8 ? 8 : 2;  // of a row
-    const int row = block_id() / blocks, first = block_id() % blocks;
-    if (row >= p.rows) return;
-    const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize;
-    constexpr int Quarters = 4, Outputs = kWarps / Quarters;  // at once
-    const int column = warp / Outputs * (kWidth / Quarters) + lane * 8;
-    const float *scale = style(p.norm_scale, step, 2 * p.layers), *shift = style(p.norm_shift, step, 2 * p.layers);
-    const unsigned char* from = exchange(step % kCopies).template buffer<kLast>() + (row * kWidth + column) * 2;
-    for (int base = 0; base < p.action_dim; base += blocks * Outputs) {
-      const int output = base + warp % Outputs * blocks + first;
-      float dot = 0.0f, shifted = 0.0f, squares = 0.0f;
-      if (output < p.action_dim) {
-        float w[8], s[8], t[8] = {};
-        load_eight(w, p.out_weight + output * kWidth + column);
-        load_eight(s, scale + column);
-        if (shift != nullptr) load_eight(t, shift + column);
-        const uint4 raw = await(from);
-        const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float value = i % 2 == 0 ? low_bf16(pairs[i / 2]) : high_bf16(pairs[i / 2]);
-          dot += value * (1.0f + s[i]) * w[i];
-          shifted += t[i] * w[i];
-          squares += value * value;
-        }
-      }
-      __syncwarp();
-#pragma unroll
-      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-        dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-        shifted += __shfl_xor_sync(0xffffffffu, shifted, offset);
-        squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-      }
-      block_sync();
-      if (lane == 0) scratch[warp * 3] = dot, scratch[warp * 3 + 1] = shifted, scratch[warp * 3 + 2] = squares;
-      block_sync();
-      if (lane == 0 && warp < Outputs && output < p.action_dim) {
-        for (int quarter = 1; quarter < Quarters; ++quarter) {
-          const float* part = scratch + (quarter * Outputs + warp) * 3;
-          dot += part[0], shifted += part[1], squares += part[2];
-        }
-        const float velocity = dot * rsqrtf(squares * (1.0f / kWidth) + p.eps) + shifted + p.out_bias[output];
-        advance(step, row, output, velocity);
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void load_eight(float (&value)[8], const float* from) {
-    const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-    value[0] = low.x, value[1] = low.y, value[2] = low.z, value[3] = low.w;
-    value[4] = high.x, value[5] = high.y, value[6] = high.z, value[7] = high.w;
-  }
-
-  // One Euler step of one coordinate, with the pull of the guidance where there is one.
-  __device__ __forceinline__ void advance(int step, int row, int output, float velocity) {
-    const int index = row * p.action_dim + output;
-    const float before = p.x[index], change = -velocity / p.steps;
-    float after = before + change;
-    // where the weight is zero every bit stays as it is, whatever the target holds
-    if (p.guide_gain != nullptr && p.guide_weight[index] != 0.0f) {
-      const float time = 1.0f - static_cast<float>(step) / p.steps;
-      after += p.guide_gain[step] / p.steps * p.guide_weight[index] *
-               (p.guide_target[index] - before - time * p.steps * change);
-    }
-    p.x[index] = after;
-    if (step + 1 < p.steps)
-      publish(exchange(step % kCopies).template buffer<kActions>() + (row * kMaxActionDim + output) * 4,
-              exchange(step % kCopies).other, __float_as_uint(after));
-  }
-
-  __device__ void project_in(int step) {
-    const int m = this->row_of_thread(), n = block_id() * kTileFeatures + thread_id() % kTileFeatures;
-    const float factor = style(p.norm_scale, step, 0)[n] + 1.0f;
-    const float mix_bias = p.mix_weights == nullptr ? 0.0f : p.mix_bias[n];
-    float value = m < p.rows ? in_product(step, m, n) : 0.0f;
-    if (p.mix_weights != nullptr) {
-      value = __fdividef(value, 1.0f + __expf(-value));
-      const float next = __shfl_down_sync(0xffffffffu, value, 1);
-      if (m < p.rows && n % 2 == 0)
-        publish(exchange(step % kCopies).template buffer<kMixed>() + activation_offset<Fp8, kMix>(m, n * 2),
-                exchange(step % kCopies).other, pack_bf16(value, next));
-      block_sync();  // the sums of the last product have been read
-      this->template narrow_product<kMix>(exchange(step % kCopies).template buffer<kMixed>(), step, 0,
-                                          [&](float sum) { value = sum + mix_bias; });
-    }
-    h = round_bf16(value);
-    this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(exchange(), factor);
-  }
-
-  __device__ __forceinline__ float in_product(int step, int m, int n) {
-    const float* weight = p.in_weight + n * p.action_dim;
-    const unsigned char* actions =
-        step == 0 ? reinterpret_cast<const unsigned char*>(p.x + m * p.action_dim)
-                  : exchange((step - 1) % kCopies).template buffer<kActions>() + m * kMaxActionDim * 4;
-    constexpr int kPieces = 4;
-    float sum = p.in_bias[step * p.in_bias_stride + n];
-    for (int first = 0; first < p.action_dim / 4; first += kPieces) {
-      float4 w[kPieces];
-      uint4 x[kPieces];
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const bool has = first + i < p.action_dim / 4;
-        w[i] = has ? reinterpret_cast<const float4*>(weight)[first + i] : make_float4(0, 0, 0, 0);
-        x[i] = has ? look(actions + (first + i) * 16) : make_uint4(0, 0, 0, 0);
-      }
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        if (step > 0 && absent(x[i])) x[i] = await(actions + (first + i) * 16);
-        sum += w[i].x * __uint_as_float(x[i].x) + w[i].y * __uint_as_float(x[i].y) + w[i].z * __uint_as_float(x[i].z) +
-               w[i].w * __uint_as_float(x[i].w);
-      }
-    }
-    return sum;
-  }
 
   __device__ __forceinline__ void run() {
     if (thread_id() / kWarpSize == kWarps - 3) copy_conditions(0, 0, 0);
@@ -206,8 +78,15 @@ __device__ void blank_exchange(const Exchange<One>& exchange) {
   if (!One) blank(exchange.base + last + Unmarked * rows, (kExchangeRowBytes - Unmarked) * rows);
 }
 
+// Beside the threads that compute: the warp that moves the weights; with pairs, where registers are short, it has a
+// warpgroup of its own, as only whole warpgroups can give theirs away.
+template <bool Paired>
+constexpr int kAllThreads = kThreads + (Paired ? 4 : 1) * kWarpSize;
+constexpr int kMoverRegisters = 32, kComputingRegisters = 112;
+static_assert(kComputingRegisters * kThreads + kMoverRegisters * 4 * kWarpSize <= 96 * kAllThreads<true>);
+
 template <bool Fp8, bool One, bool Paired>
-__global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
+__global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t full[kMaxSlots], prefix_full[3];
@@ -223,13 +102,18 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
     counters = {};
     const int prefix = *p.prefix_length;
     if (prefix < 0 || prefix > p.capacity - p.rows) __trap();  // rows that the caches do not have
-    share = Share(block_id() % kSplits, prefix, p.rows);
+    share = Share::of<One>(block_id() % kSplits, prefix, p.rows);
   }
   if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8, One>())
     sources[thread_id()] = source<Fp8, One>(p, thread_id(), kHasMatrixUnit && (Paired || plan.paired));
   __syncthreads();
   const Ring ring{shared, &counters, plan.slots};
-  if (thread_id() >= kMoverThread) {
+  // by thread_id() the compiler would not see that whole warpgroups go one way
+  if (Paired ? threadIdx.x / kThreads == 1 : thread_id() >= kMoverThread) {
+    if constexpr (Paired) {
+      give_registers<kMoverRegisters>();
+      if (threadIdx.x / kWarpSize != kWarps) return;
+    }
     const int64_t first = int64_t(share.first) * kHeadRowBytes;
     const PrefixRows rows{static_cast<const unsigned char*>(p.k_cache) + first,
                           static_cast<const unsigned char*>(p.v_cache) + first,
@@ -240,7 +124,8 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
     Mover<Fp8, One>{p, ring, full, prefix_full, sources, rows}.run();
     return;
   }
-  Expert<Fp8, One, Paired> expert{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}};
+  if constexpr (Paired) take_registers<kComputingRegisters>();
+  Expert<Fp8, One, Paired> expert{{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}}};
   blank_exchange(expert.exchange(0));
   expert.blank_conditions();
   grid_barrier(p.barrier);
@@ -254,7 +139,7 @@ __global__ void __launch_bounds__(kThreads + kWarpSize, 1) expert_steps_kernel(c
 template <bool Fp8, bool One, bool Paired>
 bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   Layout& attention = plan.attention;
-  attention.block_keys = Layout::keys_of_block(p.capacity);
+  attention.block_keys = Layout::keys_of_block<One>(p.capacity, p.rows);
   if (attention.block_keys > kLaneKeys * kWarpSize) return false;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, slices = tiles <= 2 ? kSlices : kSlices / 2;
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
@@ -306,7 +191,7 @@ cudaError_t launch(const ExpertSteps& p, const DeviceLimits& limits, cudaStream_
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kBlocks);
-  config.blockDim = dim3(kThreads + kWarpSize);
+  config.blockDim = dim3(kAllThreads<Paired>);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = attributes;
@@ -346,7 +231,8 @@ cudaError_t expert_steps(const ExpertSteps& p, cudaStream_t stream) {
       p.action_dim > kMaxActionDim || p.action_dim % 4 != 0 || (p.fill && p.steps != 1) || !aligned(p))
     return cudaErrorInvalidValue;
   const bool one = p.rows <= kTileRows;
-  if (p.fp8 && p.rows > 2 * kTileRows && limits.capability == 90) return launch<true, false, true>(p, limits, stream);
+  if (p.fp8 && p.rows > 2 * kTileRows && limits.capability == 90 && !p.unpaired)
+    return launch<true, false, true>(p, limits, stream);
   if (p.fp8) return one ? launch<true, true>(p, limits, stream) : launch<true, false>(p, limits, stream);
   return one ? launch<false, true>(p, limits, stream) : launch<false, false>(p, limits, stream);
 }

@@ -141,15 +141,17 @@ def expert_steps(
     eps: float = 1e-6,
     guidance: Guidance | None = None,
     fill: bool = False,
+    unpaired: bool = False,
 ) -> None:
     """Integrate x over all denoise steps, as one kernel on the current stream.
 
     x: (rows, action_dim) float32, noise in, actions out; rope: (cos, sin) float32 (positions, 128);
     prefix_length: int32 scalar on the device; k_cache, v_cache: bf16 (layers, capacity, 1, 256), read up to
     prefix_length (the keys and values of the actions stay in `buffers`). fill: a single step that leaves the
-    keys and values of the rows in the caches, behind the prefix, and x as it is. Raises RuntimeError where
-    the device cannot run the kernel (cudaErrorNotSupported), ValueError where the norms are neither of one
-    step nor of all, or the buffers are of fewer rows.
+    keys and values of the rows in the caches, behind the prefix, and x as it is. unpaired: what runs where
+    the device cannot hold all pairs of blocks at once, for tests of that. Raises RuntimeError where the
+    device cannot run the kernel (cudaErrorNotSupported), ValueError where the norms are neither of one step
+    nor of all, or the buffers are of fewer rows.
     """
     norms = weights.norms
     if norms.shape[0] not in (1, steps):
@@ -179,6 +181,7 @@ def expert_steps(
         x.device,
         products["qkv"].dtype == torch.float8_e4m3fn,
         fill,
+        unpaired,
         x.shape[0],
         products["qkv"].shape[0],
         steps,

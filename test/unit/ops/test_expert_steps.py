@@ -147,7 +147,12 @@ LAYERS, STEPS = 3, 2
 
 
 def check(
-    expert: RandomExpert, rows: int, prefix: int, tolerance: float, guidance: steps_op.Guidance | None = None
+    expert: RandomExpert,
+    rows: int,
+    prefix: int,
+    tolerance: float,
+    guidance: steps_op.Guidance | None = None,
+    unpaired: bool = False,
 ) -> None:
     """Three launches over poisoned scratch: bit-identical, and close to the reference."""
     capacity = prefix + steps_op.MAX_ROWS  # a block's keys lie closer where there are fewer
@@ -163,7 +168,7 @@ def check(
         buffers.exchange.fill_(poison)
         x = noise.clone()
         steps_op.expert_steps(
-            expert.weights, buffers, x, expert.steps, rope, length, k, v, guidance=guidance
+            expert.weights, buffers, x, expert.steps, rope, length, k, v, guidance=guidance, unpaired=unpaired
         )
         outputs.append(x)
     torch.cuda.synchronize()
@@ -181,12 +186,18 @@ def check(
     ("rows", "prefix"),
     [
         (10, 560), (1, 1), (16, 700), (17, 255), (50, 560), (33, 130), (64, 300),
-        (10, 816), (50, 816), (20, 1100), (64, 1100),
+        (10, 816), (50, 816), (20, 1100), (64, 1100), (40, 560), (33, 1000), (48, 1100),
     ],
 )  # fmt: skip
 def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None:
     expert = RandomExpert(LAYERS, STEPS, fp8, adaptive)
     check(expert, rows, prefix, 4e-2 if fp8 else 1.5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "prefix"), [(33, 130), (50, 560), (64, 1100)])
+def test_without_pairs_of_blocks(rows: int, prefix: int) -> None:
+    check(RandomExpert(LAYERS, STEPS, True, True), rows, prefix, 4e-2, unpaired=True)
 
 
 @pytest.mark.gpu
