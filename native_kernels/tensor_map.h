@@ -35,4 +35,20 @@ inline cudaError_t describe_matrix(CUtensorMap& map, const void* data, int64_t r
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Boxes of `box_rows` x 128 bytes out of one of the `slices` pieces of `slice_bytes` that make a row, in the 128-byte
+// swizzle: what lies outside the slice arrives as zeros. `data` on 16 bytes, slice_bytes a multiple of 16.
+inline cudaError_t describe_slices(CUtensorMap& map, const void* data, int64_t rows, int slices, int slice_bytes,
+                                   int box_rows) {
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(slice_bytes), static_cast<cuuint64_t>(slices),
+                               static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[2] = {sizes[0], sizes[0] * sizes[1]};
+  const cuuint32_t box[3] = {128, 1, static_cast<cuuint32_t>(box_rows)}, steps[3] = {1, 1, 1};
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(data), sizes, pitch, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace flashrt

@@ -7,13 +7,15 @@
 // What bounds it is latency: one block loads, multiplies, exponentiates 256 scores a row and multiplies again.
 //
 // A block is a head of a view and 64 query rows a warpgroup, one or two of them: the fewest that the chip holds at
-// once. All 256 keys are in shared memory together, so the softmax is that of the definition, in one pass, fp32 and
-// base 2; probabilities are rounded to bf16 for the product. 72 columns are a panel of 64 and one of 8, zeros behind
-// them.
+// once. Blocks in pairs have one head and copy half of its keys and values each into both. All 256 keys are in shared
+// memory together, so the softmax is that of the definition, in one pass, fp32 and base 2; probabilities are rounded to
+// bf16 for the product. 72 columns are a panel of 64 and one of 8, zeros behind them.
 #include "dependent_launch.h"
 #include "device_limits.h"
 #include "prefix.h"
 #include "quantise.cuh"
+#include "tensor_copy.cuh"
+#include "tensor_map.h"
 #include "tile_copies.cuh"
 #include "wgmma.cuh"
 
@@ -24,30 +26,24 @@ namespace {
 
 constexpr int kDim = 72, kPieces = kDim / 8, kTokens = 256;
 constexpr int kGroupRows = 64, kGroupThreads = 128, kMaxGroups = 2;
+constexpr int kCluster = 2;  // blocks that share a head
 constexpr int kQueryPanel = kGroupRows * 128, kKeyPanel = kTokens * 128;
 constexpr int kShared = 4 * kKeyPanel + 1024;  // K and V; alignment; q of each warpgroup comes on top
 
 struct Problem {
-  const __nv_bfloat16* qkv;
+  CUtensorMap queries, keys;  // boxes of 64 and of 128 rows of a head; of keys and values the latter
   const float* scale;
   void* out;
   int heads;
 };
 
-// Start the copy of `rows` rows of 72 elements into two panels; `padded` also writes the zeros of columns 72-79.
-template <bool Padded>
-__device__ __forceinline__ void load(uint32_t shared, const __nv_bfloat16* source, int64_t stride, int rows,
-                                     uint32_t panel) {
-  constexpr int Pieces = kPieces + (Padded ? 1 : 0);
-  for (int i = threadIdx.x; i < rows * Pieces; i += blockDim.x) {
-    const int row = i / Pieces, piece = i % Pieces;
-    const bool inside = piece < kPieces;
-    copy_or_zero(swizzled(shared, row, piece, panel), source + row * stride + (inside ? piece * 8 : 0), inside);
-  }
-}
+struct Barriers {
+  uint64_t scores, values;  // q and K have come; V
+};
 
 // q k^T of 64 queries and all keys; the fifth step of the reduction is the second panel.
-__device__ __forceinline__ void scores(float (&score)[128], uint32_t q, uint32_t k) {
+__device__ __forceinline__ void scores(float (&score)[128], uint32_t q, uint32_t k, Barriers& come) {
+  barrier_wait(&come.scores, 0);
   wgmma::fence();
 #pragma unroll
   for (int d = 0; d < 5; ++d) {
@@ -74,7 +70,7 @@ __device__ __forceinline__ float2 exponentiate(float (&score)[128]) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int at = 4 * i + 2 * r + j;
-        score[at] = exp2f(fmaf(score[at], kFactor, -offset));
+        score[at] = power_of_two(fmaf(score[at], kFactor, -offset));
         sum[r] += score[at];
       }
     }
@@ -107,41 +103,59 @@ __device__ __forceinline__ void store(const float (&value)[36], float2 sum, Out*
 }
 
 template <typename Out>
-__global__ void __launch_bounds__(kMaxGroups* kGroupThreads, 1) vision_attention_kernel(const Problem p) {
+__global__ void __launch_bounds__(kMaxGroups* kGroupThreads, 1)
+    vision_attention_kernel(const __grid_constant__ Problem p) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   extern __shared__ unsigned char raw[];
+  __shared__ Barriers come;
   unsigned char* base = raw + (1024 - shared_address(raw) % 1024) % 1024;
   const uint32_t k = shared_address(base), v = k + 2 * kKeyPanel, queries = v + 2 * kKeyPanel;
   const int group = threadIdx.x / kGroupThreads, groups = blockDim.x / kGroupThreads;
   const int blocks = kTokens / (groups * kGroupRows), width = p.heads * kDim;
   const int first = blockIdx.x % blocks * groups * kGroupRows, head = blockIdx.x / blocks % p.heads;
-  const int64_t token = int64_t(blockIdx.x / blocks / p.heads) * kTokens, stride = 3 * width;
-  const __nv_bfloat16* source = p.qkv + token * stride + head * kDim;
+  const int token = blockIdx.x / blocks / p.heads * kTokens;
+  if (threadIdx.x == 0) {
+    prefetch_map(&p.queries);
+    prefetch_map(&p.keys);
+    barrier_init(&come.scores, 1);
+    barrier_init(&come.values, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  cluster_arrive();  // this block's barriers may be counted on
+  cluster_wait();
   dependency_wait();
   dependency_release();
 
-  for (int g = 0; g < groups; ++g)
-    load<true>(queries + g * 2 * kQueryPanel, source + (first + g * kGroupRows) * stride, stride, kGroupRows,
-               kQueryPanel);
-  load<true>(k, source + width, stride, kTokens, kKeyPanel);
-  commit_copies();
-  load<false>(v, source + 2 * width, stride, kTokens, kKeyPanel);
-  commit_copies();
-  wait_copies<1>();
-  wgmma::operand_fence();
-  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int rank = blockIdx.x % kCluster, share = rank * kKeyPanel / kCluster;
+    const int share_token = token + rank * kTokens / kCluster;
+    barrier_expect(&come.scores, 2 * (groups * kQueryPanel + kKeyPanel));
+#pragma unroll
+    for (int panel = 0; panel < 2; ++panel) {
+      for (int g = 0; g < groups; ++g)
+        tensor_copy(queries + (2 * g + panel) * kQueryPanel, &p.queries, panel * 128, head,
+                    token + first + g * kGroupRows, &come.scores);
+      tensor_copy_to_all<kCluster>(k + panel * kKeyPanel + share, &p.keys, panel * 128, p.heads + head, share_token,
+                                   &come.scores);
+    }
+    barrier_expect(&come.values, 2 * kKeyPanel);
+#pragma unroll
+    for (int panel = 0; panel < 2; ++panel)
+      tensor_copy_to_all<kCluster>(v + panel * kKeyPanel + share, &p.keys, panel * 128, 2 * p.heads + head, share_token,
+                                   &come.values);
+  }
+  const float inverse_scale = inverse_scale_of<Out>(p.scale);
   const uint32_t q = queries + group * 2 * kQueryPanel;
   float score[128], value[36];
-  scores(score, q, k);
+  scores(score, q, k, come);
   const float2 sum = exponentiate(score);
-  wait_copies<0>();
-  wgmma::operand_fence();
-  __syncthreads();
   uint32_t probability[kTokens / 16][4];
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step)
 #pragma unroll
     for (int i = 0; i < 4; ++i) probability[step][i] = pack_bf16(score[8 * step + 2 * i], score[8 * step + 2 * i + 1]);
+  barrier_wait(&come.values, 0);
   wgmma::fence();
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step)
@@ -153,23 +167,20 @@ __global__ void __launch_bounds__(kMaxGroups* kGroupThreads, 1) vision_attention
   const int warp = threadIdx.x % kGroupThreads / kWarpSize;
   // a quarter of this warpgroup's q, which has been read
   Out* staged = reinterpret_cast<Out*>(base + (q - k) + warp * 16 * 128 * 2);
-  Out* out = static_cast<Out*>(p.out) + (token + first + group * kGroupRows + warp * 16) * width + head * kDim;
-  store<Out>(value, sum, staged, out, width, inverse_scale_of<Out>(p.scale));
+  Out* out = static_cast<Out*>(p.out) + int64_t(token + first + group * kGroupRows + warp * 16) * width + head * kDim;
+  store<Out>(value, sum, staged, out, width, inverse_scale);
 #endif
 }
 
 template <typename Out>
-cudaError_t launch(const Problem& problem, int views, cudaStream_t stream) {
-  int multiprocessors = 0;
-  cudaError_t status = hopper_multiprocessors(&multiprocessors);
-  if (status != cudaSuccess) return status;
+cudaError_t launch(const Problem& problem, int views, int multiprocessors, cudaStream_t stream) {
   const int tiles = views * problem.heads * (kTokens / kGroupRows);
   const int groups = tiles <= multiprocessors ? 1 : kMaxGroups;
   const int bytes = kShared + groups * 2 * kQueryPanel;
   const auto kernel = vision_attention_kernel<Out>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  return launch_dependent(kernel, tiles / groups, groups * kGroupThreads, bytes, stream, problem);
+  return launch_dependent_clusters(kernel, kCluster, tiles / groups, groups * kGroupThreads, bytes, stream, problem);
 }
 
 }  // namespace
@@ -179,9 +190,17 @@ cudaError_t vision_attention(const void* qkv, const float* scale, void* out, int
   if (views < 0 || heads < 1 || views * heads > INT32_MAX / kTokens) return cudaErrorInvalidValue;
   if (views == 0) return cudaSuccess;
   if (!aligned_to_16_bytes(qkv) || !aligned_to_16_bytes(out)) return cudaErrorInvalidValue;
-  const Problem problem = {static_cast<const __nv_bfloat16*>(qkv), scale, out, static_cast<int>(heads)};
-  const int count = static_cast<int>(views);
-  return scale == nullptr ? launch<__nv_bfloat16>(problem, count, stream) : launch<E4M3>(problem, count, stream);
+  int multiprocessors = 0;
+  cudaError_t status = hopper_multiprocessors(&multiprocessors);
+  if (status != cudaSuccess) return status;
+  Problem problem = {{}, {}, scale, out, static_cast<int>(heads)};
+  const int count = static_cast<int>(views), slices = 3 * problem.heads, bytes = kDim * 2;
+  status = describe_slices(problem.queries, qkv, views * kTokens, slices, bytes, kGroupRows);
+  if (status == cudaSuccess)
+    status = describe_slices(problem.keys, qkv, views * kTokens, slices, bytes, kTokens / kCluster);
+  if (status != cudaSuccess) return status;
+  return scale == nullptr ? launch<__nv_bfloat16>(problem, count, multiprocessors, stream)
+                          : launch<E4M3>(problem, count, multiprocessors, stream);
 }
 
 }  // namespace flashrt
