@@ -180,8 +180,8 @@ __device__ __forceinline__ void add_values(float (&values)[2][4], const uint32_t
 }
 
 // P V of this warp's tile, the columns of its part. The sums of a row's probabilities are one more product, with ones.
-// `Post` sends them.
-template <typename Post, bool One>
+// `Post` sends them, those of `AtOnce` receivers behind each other.
+template <int AtOnce, typename Post, bool One>
 __device__ __forceinline__ void send_values(unsigned char* shared, const Layout& layout, const Share& share,
                                             const Post& post, const Team<One>& team, int all_rows) {
   constexpr int kSteps = 4;  // of 16 keys, at once
@@ -217,7 +217,7 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
     }
   }
   const int receivers = kSplits >> team.shift;
-#pragma unroll(One ? 1 : 2)
+#pragma unroll(AtOnce)
   for (int i = 0; i < receivers; ++i) {
     const int receiver = team.part * receivers + i;
     const unsigned char* v_row =

@@ -20,7 +20,8 @@ struct Queries {
   int count, rows, keys;  // keys: of the actions
   uint32_t second;
 
-  // q: of this head; kv: of the actions.
+  // q: of this head; kv: of the actions. `KeysFirst`: the queries when the keys, which are few, have come.
+  template <bool KeysFirst>
   __device__ __forceinline__ void ask(const unsigned char* q, const unsigned char* kv, const Share& share,
                                       const Team<false>& team, int all_rows) {
     const int lane = thread_id() % kWarpSize;
@@ -31,9 +32,10 @@ struct Queries {
     second = pair * 2 + 1 < rows ? kAbsent : 0;
     key_from = kv + own_row(lane / 4) * 2 * kHeadRowBytes + team.part * (count / 2) * kBlockBytes + lane % 4 * 16;
 #pragma unroll
-    for (int i = 0; i < Most; ++i) operand[i] = i < count ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
-#pragma unroll
     for (int i = 0; i < Most / 2; ++i) key[i] = has_key(i) ? look(key_from + i * kBlockBytes) : make_uint4(0, 0, 0, 0);
+    if (KeysFirst) settle_keys();
+#pragma unroll
+    for (int i = 0; i < Most; ++i) operand[i] = i < count ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
   }
   __device__ __forceinline__ bool has_key(int i) const {
     return static_cast<int>(thread_id()) % kWarpSize / 4 < keys && i < count / 2;

@@ -179,7 +179,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
       send_attended(team, head, letters);
       Mail mail(team, p.rows);
       if (mail.rows > 0) {
-        mail.collect(letters, team);
+        mail.template collect<Paired>(letters, team);
         publish_attended(Merged(mail, team), mail.rows, team.tile * kTileRows, head * kHeadDim + rank * kSplitColumns);
       }
     }
@@ -189,7 +189,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   __device__ __forceinline__ void send_attended(const Team<One>& team, int head, const Post& post) {
     if (share.keys == 0) return;
     take_scores(team, head);
-    send_values(shared, plan.attention, share, post, team, p.rows);
+    send_values<One ? 1 : Paired ? 4 : 2>(shared, plan.attention, share, post, team, p.rows);
   }
 
   // Two columns of a row; four are a word where they are e4m3. By whole warps.
@@ -200,7 +200,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     bool has = merged.sole && merged.row < rows;
     if constexpr (Fp8) {
       const float inverse_scale = inverse_of(input_scale(kOut));
-      word = to_e4m3(merged.value[0] * inverse_scale) | to_e4m3(merged.value[1] * inverse_scale) << 8;
+      word = pack_e4m3(merged.value[0] * inverse_scale, merged.value[1] * inverse_scale);
       word |= __shfl_down_sync(0xffffffffu, word, 1) << 16;
       has = has && column % 4 == 0;
     } else {
@@ -228,14 +228,15 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     } else {
       Queries own;
       OwnValues values;
-      own.ask(queries(head), kv, share, team, p.rows);
+      own.template ask<Paired>(queries(head), kv, share, team, p.rows);
       values.ask(kv, share);
       own.settle();
       for (int first = 0; first < tiles(); first += layout.tiles_at_once) {
         const int place = team.tile - first;
         if (own.rows > 0 && place >= 0 && place < layout.tiles_at_once) scores(shared, layout, share, own, team, place);
         if (first == 0) values.settle(shared + layout.v, share);
-        block_sync();
+        // scores meet among the warps of a tile
+        (Paired && layout.tiles_at_once >= tiles()) ? warpgroup_sync() : block_sync();
         softmax(shared, layout, share, team, first, p.rows);
         if (last) await_phase(this->prefix_full + 1, visit & 1);
         block_sync();
@@ -352,20 +353,20 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row_of_slot(slot));
     float2 sum[Group];
     gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column, across);
-    float value[Group];
+    float value[Group], gate_shift[Group], up_shift[Group];
+    this->condition_columns(gate_shift, kGateShift + unit * kTileFeatures + column);
+    this->condition_columns(up_shift, kUpShift + unit * kTileFeatures + column);
 #pragma unroll
-    for (int i = 0; i < Group; ++i) {
-      const int shift = unit * kTileFeatures + column + i;
-      const float gate = sum[i].x * factor + condition(kGateShift + shift);
-      value[i] = round_bf16(gelu(gate) * (sum[i].y * factor + condition(kUpShift + shift)));
-    }
+    for (int i = 0; i < Group; ++i)
+      value[i] = round_bf16(gelu(sum[i].x * factor + gate_shift[i]) * (sum[i].y * factor + up_shift[i]));
     if (m >= p.rows) return;
     const int n = (block_id() * kGateUpUnits + unit) * kTileFeatures + column;
     uint32_t word = 0;
     if constexpr (Fp8) {
       const float inverse_scale = inverse_of(input_scale(kDown));
 #pragma unroll
-      for (int i = 0; i < Group; ++i) word |= static_cast<uint32_t>(to_e4m3(value[i] * inverse_scale)) << (8 * i);
+      for (int i = 0; i < Group; i += 2)
+        word |= pack_e4m3(value[i] * inverse_scale, value[i + 1] * inverse_scale) << (8 * i);
     } else {
       word = pack_bf16(value[0], value[1]);
     }

@@ -21,6 +21,13 @@ struct PrefixRows {
 
 constexpr unsigned kInFlight = 3;  // chunks asked for that have not come
 
+// Where there are more tiles the blocks wait for so much that one chunk at a time is enough, and stands least in the
+// way of their words; and keys and values can wait for the end of the visit before. Bf16 weights are twice the bytes.
+template <bool Fp8, bool One>
+__device__ __forceinline__ bool at_leisure(int rows) {
+  return !One && (Fp8 || rows > 2 * kTileRows);
+}
+
 template <bool Fp8, bool One>
 struct Mover {
   const ExpertSteps& p;
@@ -46,6 +53,8 @@ struct Mover {
     const unsigned visits = p.steps * p.layers;
     const unsigned chunks = visits * visit_sources + (p.mix_weights != nullptr ? p.steps : 0);
     const uint64_t policy = evict_first_policy();
+    const bool leisure = at_leisure<Fp8, One>(p.rows);
+    const unsigned in_flight = leisure ? 1 : kInFlight;
     unsigned asked = 0, come = 0, fenced = 0, phase = 0;
     int next = 0, slot = 0;                                    // slots: that comes next, that is asked for next
     int layer = 0, index = p.mix_weights == nullptr ? 0 : -1;  // of the chunk asked for next; index -1 is the mix
@@ -54,7 +63,7 @@ struct Mover {
 #pragma unroll 1
     while (come < chunks || fenced < visits) {
       // what a lane sees all must see: one that looks later could miss a phase of a barrier, and with it a copy
-      if (asked < chunks && asked - come < kInFlight &&
+      if (asked < chunks && asked - come < in_flight &&
           static_cast<int>(asked - of_first_lane(peek(&counters.used))) < ring.slots) {
         const Source& from = sources[index < 0 ? visit_sources : index];
         if (leader) {
@@ -85,7 +94,8 @@ struct Mover {
         if (leader) exchange_fence();
         ++fenced;
         if (leader) poke(&counters.fenced, fenced);
-      } else if (prefixes < visits && prefixes <= ordered) {
+      } else if (prefixes < visits && prefixes <= ordered &&
+                 (!leisure || static_cast<int>(of_first_lane(peek(&counters.used)) - prefixes * visit_sources) >= 0)) {
         ask_rows(kind, prefix_layer, row);
         row += kRowsAtOnce;
         if (row >= prefix.rows) {

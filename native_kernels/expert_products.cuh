@@ -273,6 +273,9 @@ __device__ __forceinline__ uint32_t pack_f16(float first, float second) {
   return static_cast<uint32_t>(__half_as_ushort(__float2half_rn(first))) |
          static_cast<uint32_t>(__half_as_ushort(__float2half_rn(second))) << 16;
 }
+__device__ __forceinline__ uint32_t pack_e4m3(float first, float second) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
+}
 __device__ __forceinline__ float2 unpack_f16(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }

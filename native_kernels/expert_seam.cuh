@@ -96,6 +96,7 @@ struct Seam : Layer<Fp8, One, Paired> {
 #pragma unroll
         for (int j = 0; j < 8; ++j) shifted += t[j] * weight[i][j], weight[i][j] *= 1.0f + s[j];
       }
+      const float bias = p.out_bias[output], before = p.x[row * p.action_dim + output];
       uint4 raw[kPieces];
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) raw[i] = look(from + i * kWarpSize * 16);
@@ -116,8 +117,8 @@ struct Seam : Layer<Fp8, One, Paired> {
         shifted += __shfl_xor_sync(0xffffffffu, shifted, offset);
         squares += __shfl_xor_sync(0xffffffffu, squares, offset);
       }
-      const float velocity = dot * rsqrtf(squares * (1.0f / kWidth) + p.eps) + shifted + p.out_bias[output];
-      if (lane == 0) advance(step, row, output, velocity);
+      const float velocity = dot * rsqrtf(squares * (1.0f / kWidth) + p.eps) + shifted + bias;
+      if (lane == 0) advance(step, row, output, before, velocity);
     }
   }
 
@@ -141,8 +142,11 @@ struct Seam : Layer<Fp8, One, Paired> {
 
   // One Euler step of one coordinate, with the pull of the guidance where there is one.
   __device__ __forceinline__ void advance(int step, int row, int output, float velocity) {
+    advance(step, row, output, p.x[row * p.action_dim + output], velocity);
+  }
+  __device__ __forceinline__ void advance(int step, int row, int output, float before, float velocity) {
     const int index = row * p.action_dim + output;
-    const float before = p.x[index], change = -velocity / p.steps;
+    const float change = -velocity / p.steps;
     float after = before + change;
     // where the weight is zero every bit stays as it is, whatever the target holds
     if (p.guide_gain != nullptr && p.guide_weight[index] != 0.0f) {
