@@ -101,7 +101,8 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
       shared + layout.k + team.part * (queries.count / 2) * kBlockBytes + lane / 4 * kKeyStride + lane % 4 * 16;
   float* target = reinterpret_cast<float*>(shared + layout.score) +
                   (((place << team.shift) + team.part) * kTileRows + lane / 4 * 2) * stride + lane % 4 * 2;
-  constexpr int kGroups = 3;  // of 8 keys, at once
+  // of 8 keys, at once; the last are read up to 16 rows past a block's keys, where its values lie
+  constexpr int kGroups = 3;
 #pragma unroll 1
   for (int first = 0; first < prefix_keys; first += kGroups * 8) {
     uint4 b[kGroups][2];
