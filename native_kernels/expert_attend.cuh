@@ -20,12 +20,8 @@ struct Layout {
   int tiles_at_once;  // of rows, whose scores lie there
   int k, v, score, probability, row_maximum;
 
-  // The most that a block can have. Of several tiles the actions' own keys are shared out by themselves.
-  template <bool One>
-  __host__ static int keys_of_block(int capacity, int rows) {
-    const int keys = One ? share_of(capacity) : share_of(capacity - rows) + share_of(rows);
-    return (keys + 15) / 16 * 16;
-  }
+  // The most that a block can have.
+  __host__ static int keys_of_block(int capacity) { return (share_of(capacity) + 15) / 16 * 16; }
   __host__ __device__ static int share_of(int keys) { return (keys + kSplits - 1) / kSplits; }
   __host__ __device__ int score_stride() const { return block_keys + 4; }        // floats
   __host__ __device__ int probability_stride() const { return block_keys + 8; }  // bf16
@@ -33,20 +29,23 @@ struct Layout {
 
 // The keys of this block: `prefix_keys` of the prefix from `first` on, behind them some of the actions' own. With one
 // tile of rows they are the keys [first, first + keys) of all, and the first `active` blocks of a head have any. With
-// more, where a block waits longer for each of the actions' keys that is its, every block has every 16th of them.
+// more, where a block waits longer for each of the actions' keys that is its, every block has every 16th of them, and
+// so many less of the prefix.
 struct Share {
   int prefix, first, keys, padded_keys, prefix_keys, active;
 
   Share() = default;
   template <bool One>
   static __device__ Share of(int rank, int prefix, int rows) {
-    const int total = prefix + rows, share = One ? (Layout::share_of(total) + 15) / 16 * 16 : Layout::share_of(prefix);
+    const int total = prefix + rows, most = One ? (Layout::share_of(total) + 15) / 16 * 16 : Layout::share_of(total);
+    const int own = One ? 0 : (rows - rank + kSplits - 1) / kSplits;
+    const int own_ahead = One ? 0 : rank * (rows / kSplits) + min(rank, rows % kSplits);  // of the blocks before
     Share s;
     s.prefix = prefix;
-    s.active = One ? (total + share - 1) / share : kSplits;
-    s.first = rank * share;
-    s.prefix_keys = max(0, min(share, prefix - s.first));
-    s.keys = One ? max(0, min(share, total - s.first)) : s.prefix_keys + (rows - rank + kSplits - 1) / kSplits;
+    s.active = One ? (total + most - 1) / most : kSplits;
+    s.first = rank * most - own_ahead;
+    s.prefix_keys = max(0, min(most - own, prefix - s.first));
+    s.keys = One ? max(0, min(most, total - s.first)) : s.prefix_keys + own;
     s.padded_keys = (s.keys + 15) / 16 * 16;
     return s;
   }

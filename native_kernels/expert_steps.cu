@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
 template <bool Fp8, bool One, bool Paired>
 bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   Layout& attention = plan.attention;
-  attention.block_keys = Layout::keys_of_block<One>(p.capacity, p.rows);
+  attention.block_keys = Layout::keys_of_block(p.capacity);
   if (attention.block_keys > kLaneKeys * kWarpSize) return false;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, slices = tiles <= 2 ? kSlices : kSlices / 2;
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroupThreads, 1)
   wgmma::settle(value);
 
   const int warp = threadIdx.x % kGroupThreads / kWarpSize;
-  // a quarter of this warpgroup's q, which has been read
+  // a quarter of this warpgroup's q: read, as its products are over for all four warps once P V has begun
   Out* staged = reinterpret_cast<Out*>(base + (q - k) + warp * 16 * 128 * 2);
   Out* out = static_cast<Out*>(p.out) + int64_t(token + first + group * kGroupRows + warp * 16) * width + head * kDim;
   store<Out>(value, sum, staged, out, width, inverse_scale);

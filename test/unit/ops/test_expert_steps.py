@@ -187,6 +187,7 @@ def check(
     [
         (10, 560), (1, 1), (16, 700), (17, 255), (50, 560), (33, 130), (64, 300),
         (10, 816), (50, 816), (20, 1100), (64, 1100), (40, 560), (33, 1000), (48, 1100),
+        (50, 1211), (20, 5), (50, 9), (64, 15), (17, 1),
     ],
 )  # fmt: skip
 def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None:
@@ -231,14 +232,15 @@ def test_guidance(rows: int) -> None:
 
 
 @pytest.mark.gpu
-def test_broken_weights_give_nan_and_no_hang() -> None:
-    expert = RandomExpert(LAYERS, STEPS, False, True)
+@pytest.mark.parametrize(("rows", "fp8"), [(10, False), (20, False), (50, False), (50, True)])
+def test_broken_weights_give_nan_and_no_hang(rows: int, fp8: bool) -> None:
+    expert = RandomExpert(LAYERS, STEPS, fp8, True)
     expert.weights.norms[1, 2, 0, 5] = float("nan")
     length = torch.tensor(100, dtype=torch.int32, device="cuda")
     capacity = 200
     k, v = (torch.randn(LAYERS, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
-    x = torch.randn(10, 32, device="cuda")
-    buffers, rope = ExpertBuffers.allocate(10, x.device), rope_tables(capacity, 256, x.device)
+    x = torch.randn(rows, 32, device="cuda")
+    buffers, rope = ExpertBuffers.allocate(rows, x.device), rope_tables(capacity, 256, x.device)
     steps_op.expert_steps(expert.weights, buffers, x, STEPS, rope, length, k, v)
     assert x.isnan().all()
 
