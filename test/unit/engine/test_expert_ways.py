@@ -87,7 +87,7 @@ def test_a_captured_graph_follows_guidance(way: str, wide_path: Callable[[str], 
         guide = policy._encode_guidance(Guidance(plan, delay, schedule=schedule), STATE)
         got = policy._run(model, inputs, guide)
         want = policy._eager(model, inputs, guide).cpu().numpy()
-        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-2
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 3e-2  # bf16, as without guidance
         np.testing.assert_array_equal(got[:delay], guide.target[:delay])
         results.add(got.tobytes())
     assert len(results) == 3
