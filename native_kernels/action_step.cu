@@ -20,12 +20,6 @@ constexpr int kMaxWidth = 2048;
 constexpr int kMaxActionDim = 64;
 constexpr int kWarpActions = kMaxActionDim / kWarps;
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 // Calls this block's share of a weight into L2.
 __device__ __forceinline__ void prefetch_share(const float* weight, int floats) {
   constexpr int kLine = 32;

@@ -1,5 +1,5 @@
-// What the attention kernels on Hopper's matrix unit share: asynchronous copies into swizzled panels, and reductions
-// over the four threads that hold a row of an accumulator.
+// What the attention kernels on Hopper's matrix unit share: places in swizzled panels, reductions over the four threads
+// that hold a row of an accumulator, powers of two.
 #pragma once
 
 #include <cuda_bf16.h>

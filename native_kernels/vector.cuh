@@ -46,19 +46,22 @@ inline bool aligned_to_16_bytes(const void* pointer) { return reinterpret_cast<u
 constexpr int kWarpSize = 32;
 constexpr int kMaxWarpsPerBlock = 32;
 
-// Sum over the block, known to every thread. blockDim.x must be a multiple of 32; `scratch` holds one float per warp.
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
+// Sum over the warp, known to every lane.
+__device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// Sum over the block, known to every thread. blockDim.x must be a multiple of 32; `scratch` holds one float per warp.
+__device__ __forceinline__ float block_sum(float value, float* scratch) {
+  value = warp_sum(value);
   const int warps = blockDim.x / kWarpSize;
   if (warps == 1) return value;
   if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   const int lane = threadIdx.x % kWarpSize;
-  value = lane < warps ? scratch[lane] : 0.0f;
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
+  return warp_sum(lane < warps ? scratch[lane] : 0.0f);
 }
 
 }  // namespace flashrt
