@@ -43,8 +43,6 @@ def check(block: Staging, images: list[np.ndarray]) -> None:
 def test_images_of_one_shape_and_any_layout_follow_each_other(threads: int) -> None:
     """Where images lie is written down once for those that are alike: in shape and in layout."""
     block, rng = staging(threads), np.random.default_rng(0)
-    with contextlib.suppress(RuntimeError):
-        block.finish_images()
     for turn in range(40):
         plain = rng.integers(0, 256, (200, 300, 3), dtype=np.uint8)
         wide = rng.integers(0, 256, (200, 400, 3), dtype=np.uint8)

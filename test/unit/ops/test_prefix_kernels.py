@@ -12,7 +12,7 @@ import torch
 
 from flashrt_runtime import ops
 from flashrt_runtime.layers.rope import rope_tables
-from flashrt_runtime.ops import native, prefix, reference
+from flashrt_runtime.ops import prefix, reference
 from flashrt_runtime.processing.images import prepare_image
 
 EPS = 1e-6
@@ -20,16 +20,7 @@ ROWS = [1, 3, 64, 560]
 WIDTHS = [2048, 1152, 1028, 77]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _kernels() -> None:
-    # Not a skip: on a machine with a GPU the kernels have to be there.
-    assert native.unavailable_reason() is None
-    # what torch.empty hands out is full of NaN: an output that was not written shows
-    poison = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
-    del poison
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 
 def scale_for(x: torch.Tensor, margin: float = 1.0) -> torch.Tensor:

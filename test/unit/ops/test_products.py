@@ -7,7 +7,7 @@ import torch
 
 from flashrt_runtime import ops
 from flashrt_runtime.layers.linear import Linear
-from flashrt_runtime.ops import native, prefix, products, reference
+from flashrt_runtime.ops import prefix, products, reference
 from flashrt_runtime.quantization.fp8 import Fp8Linear
 
 EPS = 1e-6
@@ -15,15 +15,6 @@ pytestmark = pytest.mark.hopper
 ROWS = [1, 64, 127, 192, 256, 304, 340, 512, 560, 816]
 # gate_up's widths shrunk; then widths and depths that no tile divides
 SIZES = [(1024, 2048), (144, 400), (16, 16), (1040, 1168)]
-
-
-@pytest.fixture
-def hopper() -> None:
-    # Not a skip: on a machine with a GPU the kernels have to be there.
-    assert native.unavailable_reason() is None
-    # what torch.empty hands out is full of NaN: an output that was not written shows
-    poison = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
-    del poison
 
 
 class Case:
@@ -95,7 +86,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("width", "depth"), SIZES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_sweep(hopper: None, rows: int, width: int, depth: int, gated: bool) -> None:
+def test_sweep(poisoned: None, rows: int, width: int, depth: int, gated: bool) -> None:
     case = Case(rows, width, depth, gated=gated)
     got = case.got()
     case.check(got)
@@ -110,7 +101,7 @@ def test_sweep(hopper: None, rows: int, width: int, depth: int, gated: bool) -> 
         *((views * 256, 4304, 1152, False) for views in (1, 2, 3)),
     ],
 )
-def test_full_size(hopper: None, rows: int, width: int, depth: int, gated: bool) -> None:
+def test_full_size(poisoned: None, rows: int, width: int, depth: int, gated: bool) -> None:
     case = Case(rows, width, depth, gated=gated)
     case.check(case.got())
 
@@ -121,7 +112,7 @@ def test_full_size(hopper: None, rows: int, width: int, depth: int, gated: bool)
     ("width", "depth"), [*SIZES, (1152, 1152), (3456, 1152), (1152, 4304), (2048, 2048), (144, 4112)]
 )
 @pytest.mark.parametrize("rows", ROWS)
-def test_plain(hopper: None, rows: int, width: int, depth: int, biased: bool) -> None:
+def test_plain(poisoned: None, rows: int, width: int, depth: int, biased: bool) -> None:
     case = Case(rows, width, depth, gated=False)
     case.bias = case.bias if biased else None
     operands = case.x, case.weight, case.x_scale, case.weight_scale, case.bias
@@ -136,7 +127,7 @@ def test_plain(hopper: None, rows: int, width: int, depth: int, biased: bool) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width"), [(256, 1152), (512, 1152), (768, 1152), (70, 144)])
-def test_split_product_in_a_graph(hopper: None, rows: int, width: int) -> None:
+def test_split_product_in_a_graph(poisoned: None, rows: int, width: int) -> None:
     """Two or four blocks share k and send each other sums, launched while the kernel in front still runs."""
     case = Case(rows, width, 4304, gated=False)
     values = torch.randn(rows, 4304, device="cuda").bfloat16()
@@ -167,7 +158,7 @@ def test_split_product_in_a_graph(hopper: None, rows: int, width: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
-def test_broken_input_shows(hopper: None, gated: bool) -> None:
+def test_broken_input_shows(poisoned: None, gated: bool) -> None:
     case = Case(70, 128, 256, gated=gated)
     case.x.view(torch.uint8)[66, 5] = 0x7F  # NaN in e4m3
     got = case.got().float()
@@ -177,7 +168,7 @@ def test_broken_input_shows(hopper: None, gated: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
-def test_in_a_graph_behind_the_norm(hopper: None, gated: bool) -> None:
+def test_in_a_graph_behind_the_norm(poisoned: None, gated: bool) -> None:
     """Launched before the norm has ended; reads what the norm writes and scales written between replays."""
     case = Case(560, 1024, 1152, gated=gated)
     rows, weight = torch.randn(560, 1152, device="cuda").bfloat16(), torch.randn(1152, device="cuda") * 0.1
@@ -208,7 +199,7 @@ def test_in_a_graph_behind_the_norm(hopper: None, gated: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_refuses_what_does_not_fit(hopper: None) -> None:
+def test_refuses_what_does_not_fit(poisoned: None) -> None:
     case = Case(4, 64, 64, gated=True)
     scales = case.x_scale, case.weight_scale, case.scale
     for bad in (case.x.float(), case.x.cpu(), case.x[:, :32], case.x.t()):
@@ -225,7 +216,7 @@ def test_refuses_what_does_not_fit(hopper: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("width", [64, 72])  # 72: not served, in two kernels
-def test_operation_on_the_gpu(hopper: None, width: int, gated: bool) -> None:
+def test_operation_on_the_gpu(poisoned: None, width: int, gated: bool) -> None:
     case = Case(33, width, 64, gated=gated)
     case.check(case.operation(torch.bfloat16), 0.1)
 

@@ -64,28 +64,18 @@ def test_the_first_observation_gives_its_maxima(load, observations) -> None:
     assert scales_of(policy) == other.calibrate([observation], percentile=100).scales
 
 
-def test_an_interrupted_first_observation_leaves_no_scales(load, observations, monkeypatch) -> None:
+def test_an_interrupted_first_observation_leaves_no_scales(load, observations) -> None:
     """Not some of them, by which the next would run as if calibrated."""
     policy = load()
     (observation,) = observations(1)
-    with monkeypatch.context() as patched:
-        patched.setattr(calibration, "settle", interrupt_once())
-        with pytest.raises(KeyboardInterrupt):
-            policy.predict(**observation)
+    with (
+        patch.object(calibration, "settle", side_effect=[KeyboardInterrupt, None]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        policy.predict(**observation)
     assert not policy.calibrated
     policy.predict(**observation)
     assert policy.calibrated
-
-
-def interrupt_once():
-    calls = []
-
-    def settle(*_: object) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-
-    return settle
 
 
 def test_the_stream_is_taken_one_by_one(load, observations) -> None:
