@@ -39,9 +39,6 @@ def write(directory: Path, header: dict[str, str], rows: dict[str, Any]) -> None
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "gpu_report.json"
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for row in content.values():
-        if isinstance(row, dict):
-            row.setdefault("gpu", content["gpu"])  # of a report that named it once for all
     content |= header
     for key, row in rows.items():
         content[key] = row | {
@@ -85,7 +82,7 @@ def table(content: dict[str, Any], directory: Path) -> str:
             "peak_gib", "load_s", "first_action_s",
         )  # fmt: skip
         cells = [f"{row[name]:.2f}" for name in names]
-        lines.append(f"| {key} | {' | '.join(cells)} | {origin(content, row)} |")
+        lines.append(f"| {key} | {' | '.join(cells)} | {origin(row)} |")
     lines += ["", "Times in ms. Stages, each a graph of its own (staging is host work):", ""]
     lines += [f"| policy | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
     for key, row in latencies.items():
@@ -100,13 +97,13 @@ def table(content: dict[str, Any], directory: Path) -> str:
     if peers:
         lines += ["", "| peer | wall p50 ms | p99 | first call s | over ours, same run | of |"]
         lines += ["|---|---|---|---|---|---|"]
-        lines += [f"{peer_line(key, row)} {origin(content, row)} |" for key, row in peers.items()]
+        lines += [f"{peer_line(key, row)} {origin(row)} |" for key, row in peers.items()]
     rates = content.get("rates")
     if rates:
         ceilings = ", ".join(f"{name} {value:.4g}" for name, value in rates["ceilings"].items())
         lines += [
             "",
-            f"Rates in {rates['precision']}, weights rotated out of L2 ({origin(content, rates)}). Ceilings "
+            f"Rates in {rates['precision']}, weights rotated out of L2 ({origin(rates)}). Ceilings "
             f"measured: {ceilings}.",
             "",
         ]
@@ -125,9 +122,9 @@ def table(content: dict[str, Any], directory: Path) -> str:
     return "\n".join([*lines, *(f"- `{command}`" for command in commands)]) + "\n"
 
 
-def origin(content: dict[str, Any], row: dict[str, Any]) -> str:
+def origin(row: dict[str, Any]) -> str:
     """Commit and GPU of a row."""
-    return f"{row['commit']}, {row.get('gpu', content['gpu'])}"
+    return f"{row['commit']}, {row['gpu']}"
 
 
 def peer_line(key: str, row: dict[str, Any]) -> str:

@@ -300,17 +300,9 @@ class Policy(Calibrated):
             with self._settling():
                 self._calibration.from_first(forward)
 
-    @contextlib.contextmanager
-    def _settling(self) -> Iterator[None]:
-        """Nothing that the block runs on the caller's stream is under way behind it, whatever it raises."""
-        settle = contextlib.nullcontext if self._engine is None else self._engine.settle_caller
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
-                settle()
-            raise
-        settle()
+    def _settling(self) -> contextlib.AbstractContextManager[None]:
+        """For what runs on the caller's stream, which the engine's graphs then need not wait for."""
+        return contextlib.nullcontext() if self._engine is None else self._engine.caller_settled()
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -241,7 +241,7 @@ class Engine:
         """Start on the next `run`'s images, upload and first graph, while the caller prepares the rest.
 
         Images that do not fit are left to `run`. Until then the scales in force must stay. What the caller's
-        stream does to them or to the model's buffers must be over, see `settle_caller`.
+        stream does to them or to the model's buffers must be over, see `caller_settled`.
         """
         self._give_up_begun()
         if self._fits(images):
@@ -259,8 +259,17 @@ class Engine:
             logger.warning("images of an observation that was given up: %s", error)
         self.stream.synchronize()
 
-    def settle_caller(self) -> None:
-        """Wait for the caller's stream: a calibration there writes scales and buffers that graphs use."""
+    @contextlib.contextmanager
+    def caller_settled(self) -> Iterator[None]:
+        """Nothing that the block runs on the caller's stream is under way behind it, whatever it raises: a
+        calibration there writes scales and buffers that graphs use.
+        """
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a lost GPU: what was raised says so
+                torch.cuda.current_stream(self.device).synchronize()
+            raise
         torch.cuda.current_stream(self.device).synchronize()
 
     def _follow_caller(self) -> None:
@@ -348,8 +357,7 @@ class Engine:
 
     def _wait(self, bucket: int | None) -> None:
         """Sleep through what a bucket's replay takes beyond `POLLED_S`, then poll: waking up takes longer."""
-        beyond_s = 0.0 if bucket is None else self.graph_ms[bucket] / 1e3 - POLLED_S
-        if bucket is not None and beyond_s > 0:
+        if bucket is not None and (beyond_s := self.graph_ms[bucket] / 1e3 - POLLED_S) > 0:
             time.sleep(beyond_s * SLEPT_SHARE)
             if self.done.query():  # slept too long: the GPU was slower when this was captured
                 self.graph_ms[bucket] *= SLEPT_SHARE

@@ -83,11 +83,9 @@ class CalibrationInForce:
         return report
 
     def from_first(self, forward: Callable[[], torch.Tensor]) -> None:
-        """Without scales take them from the observation at hand, and say so. Its maxima: how much further
-        others go, one cannot tell.
+        """Take the scales from the observation at hand, as there are none, and say so. Its maxima: how much
+        further others go, one cannot tell.
         """
-        if self.calibrated:
-            return
         logger.warning(
             "not calibrated: activation scales are those of this one observation; call calibrate()"
         )
