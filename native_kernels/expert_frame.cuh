@@ -16,7 +16,6 @@ struct Plan {
 };
 
 constexpr int kSmallBytes = kWarps * kTileElements * 4, kBigBytes = 2 * kGateUpUnits * kSmallBytes;
-static_assert(4 * kPanelBytes == kBigBytes);  // panels and sums take turns
 
 // What the epilogues of a visit need of the conditioning, and its scales: where each lies in a table of floats. It is
 // copied a visit ahead, as it comes from DRAM, where a load would stand behind the weights asked for before it.
@@ -47,11 +46,12 @@ struct Frame {
   const Share& share;
   uint64_t* prefix_full;  // of keys and of values; behind them that of the sums of the other block
   float* inverse;         // parts of the sums of squares: (warp, row)
-  float* scratch;         // three floats a warp
+  float* scratch;         // three floats a warp; `Paired`: the power of a step's first norm by row
   float* conditions;      // of each copy's visit
   Cursor chunk = {};
   int visit = 0, copy = 0;  // copy: visit % kCopies
   float h = 0.0f;           // row row_of_thread(), column block_id() * 8 + thread_id() % 8
+  float power = 0.0f;       // `Paired`: of two, what that row's values behind the next norm are published times
 
   // Of h and of the epilogues of products 3 and 5.
   static __device__ __forceinline__ int row_of_thread() {
@@ -138,21 +138,16 @@ struct Frame {
       }
   }
 
-  // Every warp's part of the sums of its tile's rows; behind the next barrier inverse_rms() has the whole.
-  __device__ __forceinline__ void add_squares(Squares<One>& squares) {
-    const float sum = squares.settle();
-    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares<One>::settled_row()] = sum;
-  }
-
-  // r / kHeadroom of a row of a tile, by eight neighbouring lanes of that row.
-  __device__ __forceinline__ float inverse_rms(const Team<One>& team, int tile, int row) const {
-    const int part = thread_id() % 8;
-    const float* from = inverse + ((tile << team.shift) + part) * kTileRows + row;
-    float sum = One || part < team.parts() ? from[0] : 0.0f;
-    if (One) sum += from[8 * kTileRows];
-#pragma unroll
-    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
+  // Where block `block` of k of unit `unit` lies in the ring, of those from `chunk` on. Of products whose halves of k
+  // lie apart those of gate-up lie so of two units, a chunk each, which are one operand of the matrix unit.
+  template <int P>
+  __device__ __forceinline__ int unit_place(int unit, int block) const {
+    using S = Shape<Fp8, P>;
+    if (!S::Halved) return place<P>(unit * S::UnitBlocks + block);
+    const int half = block / kHalfBlocks, rest = block % kHalfBlocks * kTileBytes;
+    constexpr int HalfBytes = S::UnitBytes / 2;
+    if (P == kQkv) return place<P>(unit * S::UnitBlocks) + half * HalfBytes + rest;
+    return place<P>((unit / 2 * 2 + half) * S::UnitBlocks) + unit % 2 * HalfBytes + rest;
   }
 
   // Where block `block` of k lies in the ring, of those from `chunk` on.
@@ -174,9 +169,10 @@ struct Frame {
     int offset[Units];
 #pragma unroll
     for (int unit = 0; unit < Units; ++unit) {
-      // the block of k, of all in the ring
-      const int block = unit * (S::UnitBlocks / Quarters) + team.part * (S::UnitBlocks / Quarters >> team.shift);
-      offset[unit] = place<P>(block) + weight_lane<Fp8, P>() * 16;
+      const int block = team.part * (S::UnitBlocks / Quarters >> team.shift);
+      // by quarters: the block of k, of all in the ring
+      const int from = Quarters > 1 ? place<P>(unit * (S::UnitBlocks / Quarters) + block) : unit_place<P>(unit, block);
+      offset[unit] = from + weight_lane<Fp8, P>() * 16;
     }
     if constexpr (One) {
 #pragma unroll
@@ -217,7 +213,7 @@ struct Frame {
   template <int P>
   __device__ __forceinline__ int tile_offset(int row, int byte) const {
     if (kOnMatrixUnit<Fp8, P, Paired> || (kMayPair<Fp8, P, One> && plan.paired))
-      return matrix_offset(row, Shape<Fp8, P>::RowBytes, byte);
+      return matrix_offset(row, Shape<Fp8, P, kOnMatrixUnit<Fp8, P, Paired>>::RowBytes, byte);
     return activation_offset<Fp8, P>(row, byte);
   }
 
@@ -226,39 +222,6 @@ struct Frame {
   __device__ __forceinline__ void give_back(int count) {
     for (int i = 0; i < count; ++i) chunk.advance(ring.slots);
     if (thread_id() == kThreads - kWarpSize) poke(&ring.counters->used, chunk.chunk);
-  }
-
-  // h (1 + scale) of this thread's element and the sum of squares of its eight for the given buffers of a copy.
-  // All threads of a warp take part; those of rows past the end publish nothing.
-  template <int P, int Normed, int SquaresOf>
-  __device__ __forceinline__ void publish_normed(const Exchange<One>& to, float factor) {
-    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
-    const float scaled = h * factor * kHeadroom, next = __shfl_down_sync(0xffffffffu, scaled, 1);
-    const bool has = m < p.rows;
-    if constexpr (kOnMatrixUnit<Fp8, P, Paired>) {
-      if (has && column % 2 == 0)
-        publish(to.template buffer<Normed>() + tile_offset<P>(m, (block_id() * kTileFeatures + column) * 2), to.other,
-                pack_f16(scaled, next));
-    } else if (has && column % 2 == 0) {
-      publish(to.template buffer<Normed>() + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
-              to.other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
-    }
-    float squares = h * h;
-#pragma unroll
-    for (int offset = kTileFeatures / 2; offset > 0; offset /= 2)
-      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-    if (has && column == 1)
-      publish(to.template buffer<SquaresOf>() + square_offset(m) + block_id() * kTileRows * 4, to.other,
-              __float_as_uint(squares));
-  }
-
-  // The last h of a step, for the seam.
-  __device__ __forceinline__ void publish_last(const Exchange<One>& to) {
-    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
-    const float next = __shfl_down_sync(0xffffffffu, h, 1);
-    if (m < p.rows && column % 2 == 0)
-      publish(to.template buffer<kLast>() + (m * kWidth + block_id() * kTileFeatures + column) * 2, to.other,
-              pack_bf16(h, next));
   }
 
   // The down projection by quarters: this block's of four units, of which it sends three to their blocks. Every

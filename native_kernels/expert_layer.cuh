@@ -19,11 +19,12 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   using Base::Half;
   using Base::input_scale;
   using Base::inverse_rms;
-  using Base::kPanelUnits;
+  using Base::kSumUnits;
   using Base::p;
   using Base::plan;
   using Base::publish_last;
   using Base::ring;
+  using Base::row_factor;
   using Base::row_team;
   using Base::share;
   using Base::shared;
@@ -87,7 +88,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   __device__ __forceinline__ void finish_qkv(const Team<One>& team, const RopeOperands (&operands)[Most], int own,
                                              int tile, int element, int units, int places, bool across) {
     const int row = row_of_slot(element / kTileFeatures), m = tile * kTileRows + row;
-    const float factor = weight_scale(kQkv) * inverse_rms(team, tile, row);
+    const float factor = weight_scale(kQkv) * row_factor(team, tile, row);
 #pragma unroll
     for (int i = One ? 0 : 1; i >= 0; --i) {  // others wait longest for k and v
       if (i >= units) continue;
@@ -114,7 +115,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     async_copy_wait_committed();  // the conditions
     block_sync();
     give_back(2 * Shape<Fp8, kQkv>::Chunks);
-    if (busy) finish_qkv(team, operands, tile, tile, element, units, kPanelUnits, true);
+    if (busy) finish_qkv(team, operands, tile, tile, element, units, kSumUnits, true);
     if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->prefix_full, visit & 1);
     block_sync();
   }
@@ -350,7 +351,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const int slot = warp % 4 * 4 + lane / 8, own = lane % 8 * Group / kTileFeatures;
     const int column = lane * Group % kTileFeatures, unit = first + own, m = tile * kTileRows + row_of_slot(slot);
     if (tile >= tiles()) return;
-    const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row_of_slot(slot));
+    const float factor = weight_scale(kGateUp) * row_factor(team, tile, row_of_slot(slot));
     float2 sum[Group];
     gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column, across);
     float value[Group], gate_shift[Group], up_shift[Group];

@@ -1,13 +1,12 @@
 // The persistent expert's products with e4m3 weights on Hopper's matrix unit, where there are more than two tiles of
-// rows: a warpgroup takes a quarter of a block's k of all tiles, a warp a tile.
+// rows: a warpgroup takes a quarter of a block's k of all tiles, a warp a tile. It multiplies e4m3 as it is; the
+// instruction for one warp widens both operands.
 //
-// Those with activations of 16 bits: a warpgroup widens its weights to fp16 once, into a panel of its own, while the
-// activations are on their way; by the instruction for one warp every tile's warps widen them for themselves.
+// The normed rows, which all other kernels multiply in 16 bits, are e4m3 here too: with so many rows what bounds their
+// products is the way of the activations from L2 and the unit's rate, and both are half.
 //
-// Those with e4m3 activations are shared by pairs of blocks. What bounds these products is the way of the activations
-// from L2 and the instructions: a block takes half of k for the units of both blocks, so that it reads half of the
-// activations, and sends the other its sums through distributed shared memory. The matrix unit multiplies e4m3 as it
-// is; the instruction for one warp widens both operands.
+// Out and down are shared by pairs of blocks: a block takes half of k for the units of both blocks, so that it reads
+// half of the activations, and sends the other its sums through distributed shared memory.
 #pragma once
 
 #include "expert_products.cuh"
@@ -111,52 +110,32 @@ __device__ __forceinline__ float gather_received(const unsigned char* received, 
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// Weights of a warpgroup as fp16: by 64 of k and 8 features 8 rows of 128 bytes, in the 128-byte swizzle.
-constexpr int kPanelBytes = kChunkBytes, kAtomBytes = kTileFeatures * 128;
-
 // The threads of a warpgroup; the barriers 2 to 5.
 __device__ __forceinline__ void warpgroup_sync() {
   asm volatile("bar.sync %0, 128;" ::"r"(2 + thread_id() / (4 * kWarpSize)) : "memory");
 }
 
-// A warp's part of a panel of 4 * Tiles tiles: `Tiles` of them, which lie `tile_bytes` apart, and 4 / Tiles blocks of k
-// from `weights` on. The last barrier is behind the fence of all.
-template <int Tiles>
-__device__ __forceinline__ void widen_panel(unsigned char* panel, const unsigned char* weights, int tile_bytes) {
-  const int lane = thread_id() % kWarpSize, warp = thread_id() / kWarpSize % 4, row = lane / 4;
-  const int first = row * 128 + ((lane % 4 * 2) ^ row) * 16;
-  uint4 packed[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    packed[i] = *reinterpret_cast<const uint4*>(weights + i % Tiles * tile_bytes + i / Tiles * kTileBytes + lane * 16);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    unsigned char* atom = panel + (i / Tiles * 4 * Tiles + warp * Tiles + i % Tiles) * kAtomBytes;
-    uint32_t wide[8];
-    widen(packed[i], wide);
-    *reinterpret_cast<uint4*>(atom + first) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
-    *reinterpret_cast<uint4*>(atom + (first ^ 16)) = make_uint4(wide[4], wide[5], wide[6], wide[7]);
-  }
-  wgmma::operand_fence();
-  warpgroup_sync();
-}
-
-// Two blocks of k of a panel of 4 or 8 tiles; the operands may be overwritten behind it.
-template <int Sums>
-__device__ __forceinline__ void multiply_blocks(float (&sum)[Sums], uint4 (&operand)[2][kGroupOperands],
-                                                const unsigned char* panel, int block_bytes) {
+// All of a warp's operands and `Parts` parts of as many tiles of weights, which lie kHalfBlocks apart.
+template <int Parts, int Sums>
+__device__ __forceinline__ void multiply_parts(float (&sum)[Parts][Sums], uint4 (&operand)[2][kGroupOperands],
+                                               const uint32_t (&weights)[Parts]) {
+  constexpr uint64_t kUpper = uint64_t(2) << 62 | uint64_t(kHalfBlocks * kTileBytes >> 4) << 32;  // the 64-byte swizzle
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 2 * kGroupOperands; ++i) renew(operand[i / 4][i % 4]);
-  wgmma::settle(sum);
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) wgmma::settle(sum[part]);
   wgmma::fence();
 #pragma unroll
   for (int i = 0; i < 2 * kGroupOperands; ++i)
-    wgmma::multiply_f16(sum, operand[i / 4][i % 4],
-                        wgmma::descriptor(shared_address(panel) + i / 4 * block_bytes + i % 4 * 32, 0));
+#pragma unroll
+    for (int part = 0; part < Parts; ++part)
+      wgmma::multiply_e4m3(sum[part], operand[i / 4][i % 4],
+                           kUpper | (weights[part] + ((i / 2 * kTileBytes + i % 2 * 32) >> 4)));
   wgmma::commit();
   wgmma::wait();
-  wgmma::settle(sum);
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) wgmma::settle(sum[part]);
 }
 
 }  // namespace expert

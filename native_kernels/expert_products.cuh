@@ -68,9 +68,9 @@ struct Team {
 // block of k is read by one warp of a team only: each activation is read once. Where there are more tiles, lanes of
 // rows past the end read the last pair again, which takes fewer instructions than zeros: what comes of it stays in its
 // rows.
-template <bool Fp8, int P, bool One>
+template <bool Fp8, int P, bool One, bool Narrow = false>
 struct Activations {
-  using S = Shape<Fp8, P>;
+  using S = Shape<Fp8, P, Narrow>;
   static constexpr int kGroupBytes = kGroupOperands * kOperandBytes;
   uint4 operand[2][kGroupOperands];
   const unsigned char* from;  // this thread's first
@@ -153,7 +153,7 @@ __device__ __forceinline__ void multiply_group(Sums<Fp8, P, Units, One>& sums, i
     const uint4* x = operand + block * S::Operands;
 #pragma unroll
     for (int t = 0; t < S::Tiles; ++t) {
-      const uint4 packed = *reinterpret_cast<const uint4*>(weights + (t * S::Blocks + block) * kTileBytes);
+      const uint4 packed = *reinterpret_cast<const uint4*>(weights + t * S::TileStride + block * kTileBytes);
       float (&even)[4] = sums.chain[unit][t][0];
       float (&odd)[4] = sums.chain[unit][t][Last];
       if constexpr (S::Wide) {
@@ -174,12 +174,12 @@ __device__ __forceinline__ void multiply_group(Sums<Fp8, P, Units, One>& sums, i
   }
 }
 
-// The 16 bytes of a tile and k block that are this lane's. Those of e4m3 products with e4m3 activations lie in the
-// 64-byte swizzle of Hopper's matrix unit.
+// The 16 bytes of a tile and k block that are this lane's. Those of e4m3 lie in the 64-byte swizzle of Hopper's matrix
+// unit.
 template <bool Fp8, int P>
 __device__ __forceinline__ int weight_lane() {
   const int lane = thread_id() % kWarpSize;
-  return Shape<Fp8, P>::E4m3 && !Shape<Fp8, P>::Wide ? lane ^ lane / 8 : lane;
+  return Shape<Fp8, P>::E4m3 ? lane ^ lane / 8 : lane;
 }
 
 constexpr int kTileElements = kTileRows * kTileFeatures;

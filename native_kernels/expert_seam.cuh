@@ -176,7 +176,35 @@ struct Seam : Layer<Fp8, One, Paired> {
                                           [&](float sum) { value = sum + mix_bias; });
     }
     h = round_bf16(value);
+    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) {
+      if (step == 0) {
+        const int column = thread_id() % kTileFeatures;
+        this->template publish_squares<kSquaresQkv>(exchange(), m, column);
+        this->power = first_power();
+        this->template publish_row<kQkv, kNormedQkv>(exchange(), factor, m, column);
+        return;
+      }
+      this->power = scratch[m];
+    }
     this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(exchange(), factor);
+  }
+
+  // That of a launch's first norm, which has none before it: of its own squares, for which everybody waits once more.
+  __device__ float first_power() {
+    const Team<One> team = this->row_team();
+    if (team.tile < this->tiles()) {
+      Squares<One> squares;
+      squares.ask(exchange().template buffer<kSquaresQkv>(), team, p.rows);
+      this->add_squares(squares);
+    }
+    block_sync();
+    const float inverse = this->inverse_rms(team, team.tile, this->row_of_thread() % kTileRows);
+    block_sync();
+    return this->power_of(inverse);
+  }
+  // Behind the product of a step's first norm: x changes little from step to step.
+  __device__ __forceinline__ void keep_power() const {
+    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) scratch[this->row_of_thread()] = this->power;
   }
 
   __device__ __forceinline__ float in_product(int step, int m, int n) {

@@ -15,7 +15,8 @@
 // that does nothing else (expert_mover.cuh). What is left is latency: six exchanges a layer. They have no barriers: the
 // words that go from block to block say themselves whether they have come (expert_stream.cuh).
 //
-// e4m3 weights meet 16-bit activations in products 1 and 4 (widened: exact) and e4m3 activations in 3 and 5. Rows are
+// e4m3 weights meet 16-bit activations in products 1 and 4 (widened: exact; of more than two tiles of rows on Hopper's
+// matrix unit e4m3 ones) and e4m3 activations in 3 and 5. Rows are
 // served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each, and of more than two
 // Hopper's matrix unit takes the products of e4m3 weights, those of 3 and 5 shared by pairs of blocks
 // (expert_matrix.cuh). Sums are taken in a fixed
@@ -52,6 +53,7 @@ struct Expert : Seam<Fp8, One, Paired> {
       seam(step);
       for (int layer = 0; layer < p.layers; ++layer, this->end_visit()) {
         qkv();
+        if (layer == 0) this->keep_power();
         attend();
         out(step, layer);
         gate_up();
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
   __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
-  __shared__ __align__(16) float inverse[kWarps * kTileRows], conditions[kCopies * kConditions], scratch[kWarps * 3];
+  __shared__ __align__(16) float inverse[kWarps * kTileRows], conditions[kCopies * kConditions],
+      scratch[Paired ? kExpertMaxRows : kWarps * 3];
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
@@ -125,7 +128,7 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
     return;
   }
   if constexpr (Paired) take_registers<kComputingRegisters>();
-  Expert<Fp8, One, Paired> expert{{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}}};
+  Expert<Fp8, One, Paired> expert{{{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}}}};
   blank_exchange(expert.exchange(0));
   expert.blank_conditions();
   grid_barrier(p.barrier);

@@ -33,11 +33,14 @@ __device__ constexpr Product kShapes[kProducts + 1] = {{kWidth, kQkvHeads * kHea
                                                        {kWidth, kWidth, 1}};
 
 constexpr int kGroupOperands = 4;  // of activations, 16 bytes a lane each
+constexpr int kHalfBlocks = kWidth / 2 / kBlockBytes;
 
-template <bool Fp8, int P>
+// `Narrow`: products with e4m3 activations that in the other kernels have those of 16 bits.
+template <bool Fp8, int P, bool Narrow = false>
 struct Shape {
-  static constexpr bool E4m3 = Fp8 && P != kMix;               // the weights
-  static constexpr bool Wide = E4m3 && kShapes[P].tiles == 2;  // met by activations of 16 bits
+  static constexpr bool E4m3 = Fp8 && P != kMix;                 // the weights
+  static constexpr bool Halved = E4m3 && kShapes[P].tiles == 2;  // halves of k apart: kHalfBlocks of each tile together
+  static constexpr bool Wide = Halved && !Narrow;                // met by activations of 16 bits
   static constexpr int Tiles = kShapes[P].tiles;
   static constexpr int Units = kShapes[P].n / (Tiles * kTileFeatures);
   static constexpr int UnitBytes = Tiles * kTileFeatures * kShapes[P].k * (E4m3 ? 1 : 2);
@@ -48,7 +51,9 @@ struct Shape {
   static constexpr int RowBytes = kShapes[P].k * (E4m3 && !Wide ? 1 : 2);  // of the activations
   static constexpr int GroupBlocks = kGroupOperands / Operands;  // k blocks a warp reads and multiplies at once
   static constexpr int Groups = UnitBlocks / GroupBlocks;
-  static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0 && Groups % kWarps == 0);
+  static constexpr int TileStride = (Halved ? kHalfBlocks : Blocks) * kTileBytes;  // of a chunk
+  static_assert(UnitBytes % kChunkBytes == 0 && Blocks % kWarps == 0 && (Narrow || Groups % kWarps == 0));
+  static_assert(!Halved || UnitBlocks == 2 * kHalfBlocks);
 };
 
 // Asked for where they are used: what the compiler derives from them it would otherwise keep in registers through the

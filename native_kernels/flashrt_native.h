@@ -9,7 +9,7 @@
 namespace flashrt {
 
 // Raise it with every change of a launcher's arguments: ops/native.py refuses a module built from other sources.
-constexpr int kInterfaceVersion = 10;
+constexpr int kInterfaceVersion = 11;
 
 // Codes that ops/native.py passes for torch dtypes.
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };

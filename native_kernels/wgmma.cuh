@@ -147,25 +147,24 @@ __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (
 #endif
 }
 
-// D (64 x 32) += A (64 x 16) B (32 x 16)^T of fp16: A in registers, B from shared memory, rows along the reduction.
-__device__ __forceinline__ void multiply_f16(float (&d)[16], const uint4& a, uint64_t b) {
+// D (64 x 16) += A (64 x 32) B (16 x 32)^T of e4m3: A in registers, B from shared memory, rows along the reduction.
+__device__ __forceinline__ void multiply_e4m3(float (&d)[8], const uint4& a, uint64_t b) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-      : FLASHRT_F16(d, 0)
+      "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1;"
+      : FLASHRT_F4(d, 0), FLASHRT_F4(d, 4)
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
 #endif
 }
 
-// The same of 64 columns.
-__device__ __forceinline__ void multiply_f16(float (&d)[32], const uint4& a, uint64_t b) {
+// The same of 32 columns.
+__device__ __forceinline__ void multiply_e4m3(float (&d)[16], const uint4& a, uint64_t b) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-      : FLASHRT_F16(d, 0), FLASHRT_F16(d, 16)
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1;"
+      : FLASHRT_F16(d, 0)
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
 #endif
 }

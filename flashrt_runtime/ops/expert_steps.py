@@ -18,10 +18,10 @@ BLOCKS = 128  # kBlocks of native_kernels/expert_stream.cuh: all of them on the 
 TILE_BLOCK_BYTES = 512
 PRODUCTS = ("qkv", "out", "gate_up", "down")
 WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256
-# e4m3 weights that meet e4m3 activations
-SWIZZLED = ("out", "down")
 # tiles of 8 features that share an epilogue
 UNIT_TILES = {"qkv": 2, "out": 1, "gate_up": 2, "down": 1}
+# e4m3: of as many tiles one half of k, so many blocks of 64, behind the other
+HALVED = {"qkv": (2, 8), "gate_up": (4, 8)}
 SHAPES = {"qkv": (2560, WIDTH), "out": (WIDTH, 2048), "gate_up": (2 * MLP, WIDTH), "down": (WIDTH, MLP)}
 
 
@@ -31,17 +31,14 @@ def pack_chunks(weight: Tensor, product: str) -> Tensor:
         raise ValueError(f"{product}: expected weights of shape {SHAPES[product]}, got {tuple(weight.shape)}")
     orders = {"qkv": rope_order(HEADS + 2, HEAD_DIM), "gate_up": geglu_order(MLP)}
     order = orders[product].to(weight.device) if product in orders else None
+    fp8 = weight.dtype == torch.float8_e4m3fn
     tiles = UNIT_TILES[product]
-    blocks = CHUNK_BYTES // TILE_BLOCK_BYTES // tiles
-    raw = (
-        pack_tiles(weight, order)
-        .view(torch.uint8)
-        .view(-1, tiles, weight.shape[1] * weight.element_size() // 64, 512)
-    )
-    raw = raw.view(raw.shape[0], tiles, -1, blocks, TILE_BLOCK_BYTES).permute(0, 2, 1, 3, 4)
-    if weight.dtype == torch.float8_e4m3fn and product in SWIZZLED:
-        raw = swizzle(raw)
-    return raw.reshape(-1).view(weight.dtype)
+    tiles, blocks = HALVED.get(product, (tiles, 0)) if fp8 else (tiles, 0)
+    blocks = blocks or CHUNK_BYTES // TILE_BLOCK_BYTES // tiles
+    k_blocks = weight.shape[1] * weight.element_size() // 64
+    raw = pack_tiles(weight, order).view(torch.uint8)
+    raw = raw.view(-1, tiles, k_blocks // blocks, blocks, TILE_BLOCK_BYTES).permute(0, 2, 1, 3, 4)
+    return (swizzle(raw) if fp8 else raw).reshape(-1).view(weight.dtype)
 
 
 def swizzle(raw: Tensor) -> Tensor:

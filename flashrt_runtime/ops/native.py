@@ -23,7 +23,7 @@ MODULE = "flashrt_runtime._native"
 # Directory of a `_native` module to use instead of the installed one.
 DIRECTORY_VARIABLE = "FLASHRT_NATIVE_DIR"
 # kInterfaceVersion of native_kernels/flashrt_native.h.
-INTERFACE_VERSION = 10
+INTERFACE_VERSION = 11
 SMALL_CAPABILITY = (8, 9)
 BUILD_COMMANDS = "colcon build (make kernels in a source checkout)"
 

@@ -39,11 +39,17 @@ def quantised(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def inverse_rms(h: torch.Tensor) -> torch.Tensor:
+    """1 / sqrt(mean square + eps) of rows h (rows, width): (rows, 1) float32."""
+    return (h.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+
 class RandomExpert:
     """An expert of random weights: packed for the kernel, and as the float32 values that the kernel sees."""
 
     def __init__(self, layers: int, steps: int, fp8: bool, adaptive: bool, mixed: bool = False) -> None:
         self.layers, self.steps, self.fp8, self.adaptive = layers, steps, fp8, adaptive
+        self.growth: list[float] = []  # of rows from norm to norm, where they are rounded to e4m3
         self.dense: dict[str, torch.Tensor] = {}
         packed: dict[str, torch.Tensor] = {}
         scales = torch.ones(layers, 4, device="cuda")
@@ -93,6 +99,22 @@ class RandomExpert:
             return reference.ada_rms_norm(h, style, EPS)
         return reference.rms_norm(h, style[0], EPS)
 
+    def normed(self, h: torch.Tensor, step: int, index: int, before: torch.Tensor | None) -> torch.Tensor:
+        """The rows of qkv or gate-up as the tensor cores see them.
+
+        before: (rows, 1) `inverse_rms` of the norm whose power of two the rows are rounded by, or None where
+        they are not rounded to e4m3.
+        """
+        if before is None:
+            return self.norm(h, step, index).float()
+        style = self.weights.norms[step if self.adaptive else 0, index]
+        power = (2.0 ** (before.log2().floor() - 3)).clamp(max=32)
+        self.growth.append((before / inverse_rms(h)).mean().item())
+        rows = h.float() * (1 + style[0]) * power
+        rows = torch.where(rows.abs() <= E4M3_MAX, rows, torch.nan).to(torch.float8_e4m3fn)
+        shift = style[1] if self.adaptive else 0.0
+        return rows.float() / power * inverse_rms(h) + shift
+
     def gate(self, step: int, index: int) -> torch.Tensor | float:
         return self.weights.norms[step, index, 2] if self.adaptive else 1.0
 
@@ -110,6 +132,7 @@ class RandomExpert:
         v: torch.Tensor,
         prefix: int,
         guidance: steps_op.Guidance | None = None,
+        unpaired: bool = False,
     ) -> torch.Tensor:
         """The same steps in float32 torch, activations rounded where the kernel rounds them."""
         cos, sin = rope_tables(k.shape[1], 256, x.device)
@@ -117,11 +140,17 @@ class RandomExpert:
         angles = cos[prefix : prefix + rows], sin[prefix : prefix + rows]
         k, v, x = k.float(), v.float(), x.clone()
         w_out, b_out = self.weights.project_out
+        narrow = self.fp8 and rows > 32 and not unpaired  # these rows are e4m3 too
+        first = before = None
         for step in range(self.steps):
             h = self.tokens(x, step)
+            if narrow:
+                before = inverse_rms(h) if first is None else first
+                first = inverse_rms(h)
             for layer in range(self.layers):
                 dense = {name: self.dense[name][layer] for name in PRODUCTS}
-                normed = self.norm(h, step, 2 * layer).float()
+                normed = self.normed(h, step, 2 * layer, before)
+                before = inverse_rms(h) if narrow else None
                 qkv = (normed @ dense["qkv"].T).view(rows, 10, 256)
                 q, suffix = reference.apply_rope(qkv[:, :8], *angles), slice(prefix, prefix + rows)
                 k[layer, suffix] = reference.apply_rope(qkv[:, 8:9], *angles).bfloat16().float()
@@ -131,7 +160,8 @@ class RandomExpert:
                 attended = (q @ keys.T / 16).softmax(-1) @ values
                 attended = self.seen(attended.transpose(0, 1).reshape(rows, -1), layer, 0)
                 h = (h.float() + self.gate(step, 2 * layer) * (attended @ dense["out"].T)).bfloat16()
-                normed = self.norm(h, step, 2 * layer + 1).float()
+                normed = self.normed(h, step, 2 * layer + 1, before)
+                before = inverse_rms(h) if narrow else None
                 hidden = self.seen(reference.geglu(normed @ dense["gate_up"].T), layer, 1)
                 h = (h.float() + self.gate(step, 2 * layer + 1) * (hidden @ dense["down"].T)).bfloat16()
             change = -F.linear(self.norm(h, step, 2 * self.layers).float(), w_out, b_out) / self.steps
@@ -146,23 +176,19 @@ class RandomExpert:
 LAYERS, STEPS = 3, 2
 
 
-def check(
+def launches(
     expert: RandomExpert,
-    rows: int,
+    noise: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
     prefix: int,
-    tolerance: float,
     guidance: steps_op.Guidance | None = None,
     unpaired: bool = False,
-) -> None:
-    """Three launches over poisoned scratch: bit-identical, and close to the reference."""
-    capacity = prefix + steps_op.MAX_ROWS  # a block's keys lie closer where there are fewer
-    k, v = (torch.randn(expert.layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
-    k[:, prefix:], v[:, prefix:] = float("nan"), float("nan")
-    noise = torch.randn(rows, 32, device="cuda")
-    want = expert.integrate(noise, k, v, prefix, guidance)
-    buffers = ExpertBuffers.allocate(rows, noise.device)
+) -> torch.Tensor:
+    """Three launches over poisoned scratch, bit-identical."""
+    k, v = cache
+    buffers = ExpertBuffers.allocate(noise.shape[0], noise.device)
     length = torch.tensor(prefix, dtype=torch.int32, device="cuda")
-    rope = rope_tables(capacity, 256, noise.device)
+    rope = rope_tables(k.shape[1], 256, noise.device)
     outputs = []
     for poison in (0x7F, 0x00, 0xFF):
         buffers.exchange.fill_(poison)
@@ -170,12 +196,38 @@ def check(
         steps_op.expert_steps(
             expert.weights, buffers, x, expert.steps, rope, length, k, v, guidance=guidance, unpaired=unpaired
         )
-        outputs.append(x)
+        outputs.append(x.view(torch.int32))
     torch.cuda.synchronize()
     assert not buffers.barrier.any()
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
-    error = ((outputs[0] - want).norm() / (want - noise).norm()).item()
+    return outputs[0].view(torch.float32)
+
+
+def random_cache(layers: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, NaN behind the prefix."""
+    capacity = prefix + steps_op.MAX_ROWS  # a block's keys lie closer where there are fewer
+    k, v = (torch.randn(layers, capacity, 1, 256, device="cuda").bfloat16() for _ in range(2))
+    k[:, prefix:], v[:, prefix:] = float("nan"), float("nan")
+    return k, v
+
+
+def check(
+    expert: RandomExpert,
+    rows: int,
+    prefix: int,
+    tolerance: float,
+    guidance: steps_op.Guidance | None = None,
+    unpaired: bool = False,
+    noise: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+) -> None:
+    """Bit-identical, and close to the reference. start: what the error is relative to, else the noise."""
+    cache = random_cache(expert.layers, prefix)
+    noise = torch.randn(rows, 32, device="cuda") if noise is None else noise
+    want = expert.integrate(noise, *cache, prefix, guidance, unpaired)
+    got = launches(expert, noise, cache, prefix, guidance, unpaired)
+    error = ((got - want).norm() / (want - (noise if start is None else start)).norm()).item()
     assert error < tolerance, f"relative error {error:.2e}"
 
 
@@ -187,12 +239,14 @@ def check(
     [
         (10, 560), (1, 1), (16, 700), (17, 255), (50, 560), (33, 130), (64, 300),
         (10, 816), (50, 816), (20, 1100), (64, 1100), (40, 560), (33, 1000), (48, 1100),
-        (50, 1211), (20, 5), (50, 9), (64, 15), (17, 1),
+        (50, 1211), (20, 5), (50, 9), (64, 15), (17, 1), (49, 131),
     ],
 )  # fmt: skip
 def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None:
     expert = RandomExpert(LAYERS, STEPS, fp8, adaptive)
-    check(expert, rows, prefix, 4e-2 if fp8 else 1.5e-2)
+    # without gates the twin itself moves by 5e-2 when its probabilities are bf16: e4m3 rows turn over
+    fp8_tolerance = 7e-2 if rows > 32 and not adaptive else 4e-2
+    check(expert, rows, prefix, fp8_tolerance if fp8 else 1.5e-2)
 
 
 @pytest.mark.gpu
@@ -263,3 +317,66 @@ def test_what_the_kernel_cannot_read_is_refused() -> None:
     shifted = torch.randn(20 * 32 + 1, device="cuda")[1:].view(20, 32)
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         run(shifted, 20, STEPS)
+
+
+def jump(rows: int, factor: float) -> tuple[RandomExpert, torch.Tensor, steps_op.Guidance]:
+    """An expert whose first step is the guide's pull alone: all actions times `factor`."""
+    expert = RandomExpert(LAYERS, STEPS, True, True)
+    expert.weights.project_in[1].zero_()
+    expert.weights.project_out[1].zero_()
+    expert.weights.norms[0, -1, 0], expert.weights.norms[0, -1, 1] = -1.0, 0.0  # no velocity
+    noise = torch.randn(rows, 32, device="cuda") / factor**0.5
+    gain = torch.tensor([float(STEPS), 0.0], device="cuda")
+    return expert, noise, steps_op.Guidance(gain, torch.ones_like(noise), noise * factor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("factor", "tolerance"), [(2.0**6, 4e-2), (2.0**-4, 6e-2), (2.0**-6, 0.15)])
+@pytest.mark.parametrize("rows", [33, 50])
+def test_rows_that_grow_and_shrink_between_steps(rows: int, factor: float, tolerance: float) -> None:
+    """Rows that shrink 64 times have a bit or two left."""
+    expert, noise, guidance = jump(rows, factor)
+    check(expert, rows, 300, tolerance, guidance, noise=noise, start=guidance.target)
+    assert max(expert.growth) > factor / 2
+    assert min(expert.growth) < factor * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [2, 3])
+def test_rows_that_grow_between_norms(norm: int) -> None:
+    expert = RandomExpert(LAYERS, STEPS, True, True)
+    expert.weights.norms[:, norm, 2] *= 400.0 if norm == 2 else 200.0
+    check(expert, 50, 300, 4e-2)
+    assert max(expert.growth) > 2**5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [2, 3])
+def test_what_e4m3_cannot_hold_is_nan(norm: int) -> None:
+    """Never the largest value in its place; 16-bit rows hold it."""
+    expert = RandomExpert(LAYERS, STEPS, True, True)
+    expert.weights.norms[:, norm, 2] *= 2.0**13
+    for rows, lost in ((50, True), (32, False)):
+        noise, cache = torch.randn(rows, 32, device="cuda"), random_cache(LAYERS, 100)
+        assert launches(expert, noise, cache, 100).isnan().all().item() == lost
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["x", "weights"])
+def test_nan_stays_nan(where: str) -> None:
+    expert = RandomExpert(LAYERS, STEPS, True, True)
+    noise, cache = torch.randn(50, 32, device="cuda"), random_cache(LAYERS, 101)
+    if where == "x":
+        noise[3, 7] = float("nan")
+    else:
+        expert.weights.norms[0, 0, 0, 9] = float("nan")
+    assert launches(expert, noise, cache, 101).isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [48, 50])
+def test_rows_of_zeros(rows: int) -> None:
+    expert, noise = RandomExpert(LAYERS, STEPS, True, True), torch.randn(rows, 32, device="cuda")
+    expert.weights.project_in[1].zero_()
+    noise[3:20] = 0.0
+    check(expert, rows, 100, 4e-2, noise=noise)

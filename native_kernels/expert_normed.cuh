@@ -1,0 +1,104 @@
+// What the persistent expert's norms leave to the products behind them, and how their rows are published.
+#pragma once
+
+#include "expert_frame.cuh"
+
+namespace flashrt {
+namespace expert {
+
+template <bool Fp8, bool One, bool Paired>
+struct NormedFrame : Frame<Fp8, One, Paired> {
+  using Base = Frame<Fp8, One, Paired>;
+  using Base::h;
+  using Base::inverse;
+  using Base::p;
+  using Base::power;
+  using Base::row_of_thread;
+
+  // Every warp's part of the sums of its tile's rows; behind the next barrier inverse_rms() has the whole.
+  __device__ __forceinline__ void add_squares(Squares<One>& squares) {
+    const float sum = squares.settle();
+    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares<One>::settled_row()] = sum;
+  }
+
+  // r / kHeadroom of a row of a tile, by eight neighbouring lanes of that row.
+  __device__ __forceinline__ float inverse_rms(const Team<One>& team, int tile, int row) const {
+    const int part = thread_id() % 8;
+    const float* from = inverse + ((tile << team.shift) + part) * kTileRows + row;
+    float sum = One || part < team.parts() ? from[0] : 0.0f;
+    if (One) sum += from[8 * kTileRows];
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
+  }
+  // What the sums of the thread's row are multiplied by. Rows of e4m3 were published times a power of two, which the
+  // norm before gave and every block knows from the same sums; this norm gives that of the next.
+  __device__ __forceinline__ float row_factor(const Team<One>& team, int tile, int row) {
+    const float inverse = inverse_rms(team, tile, row);
+    if constexpr (!kOnMatrixUnit<Fp8, kQkv, Paired>) return inverse;
+    const float factor = inverse * kHeadroom * inverse_power(power);
+    power = power_of(inverse);
+    return factor;
+  }
+  // With it the root mean square of the row at that norm is between 1/16 and 1/8, or less where it was below 1/512. It
+  // may grow 112 times until a value that is all of its row exceeds what e4m3 holds; to a quarter of it rounding costs
+  // a tenth more than in the middle of that range.
+  static __device__ __forceinline__ float power_of(float inverse) {
+    return fminf(__uint_as_float(__float_as_uint(inverse) & 0x7f800000u) * (kHeadroom / 8), 32.0f);
+  }
+  static __device__ __forceinline__ float inverse_power(float of) {
+    return __uint_as_float(0x7f000000u - __float_as_uint(of));
+  }
+
+  // h (1 + scale) of this thread's element and the sum of squares of its eight for the given buffers of a copy.
+  // All threads of a warp take part; those of rows past the end publish nothing.
+  template <int P, int Normed, int SquaresOf>
+  __device__ __forceinline__ void publish_normed(const Exchange<One>& to, float factor) {
+    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
+    publish_row<P, Normed>(to, factor, m, column);
+    publish_squares<SquaresOf>(to, m, column);
+  }
+  template <int P, int Normed>
+  __device__ __forceinline__ void publish_row(const Exchange<One>& to, float factor, int m, int column) const {
+    constexpr bool Narrow = kOnMatrixUnit<Fp8, P, Paired>;
+    const float scaled = Narrow ? or_nan(h * factor * power) : h * factor * kHeadroom;
+    const float next = __shfl_down_sync(0xffffffffu, scaled, 1);
+    const bool has = m < p.rows;
+    if constexpr (Narrow) {
+      uint32_t word = pack_e4m3(scaled, next);
+      word |= __shfl_down_sync(0xffffffffu, word, 2) << 16;
+      if (has && column % 4 == 0)
+        publish(to.template buffer<Normed>() + this->template tile_offset<P>(m, block_id() * kTileFeatures + column),
+                to.other, word);
+    } else if (has && column % 2 == 0) {
+      publish(to.template buffer<Normed>() + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
+              to.other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
+    }
+  }
+  // A value that e4m3 does not hold must not pass as its largest: NaN goes through to the actions, which are refused.
+  static __device__ __forceinline__ float or_nan(float value) {
+    return fabsf(value) <= 448.0f ? value : __uint_as_float(0x7fffffffu);
+  }
+  template <int SquaresOf>
+  __device__ __forceinline__ void publish_squares(const Exchange<One>& to, int m, int column) const {
+    float squares = h * h;
+#pragma unroll
+    for (int offset = kTileFeatures / 2; offset > 0; offset /= 2)
+      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+    if (m < p.rows && column == 1)
+      publish(to.template buffer<SquaresOf>() + square_offset(m) + block_id() * kTileRows * 4, to.other,
+              __float_as_uint(squares));
+  }
+
+  // The last h of a step, for the seam.
+  __device__ __forceinline__ void publish_last(const Exchange<One>& to) {
+    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
+    const float next = __shfl_down_sync(0xffffffffu, h, 1);
+    if (m < p.rows && column % 2 == 0)
+      publish(to.template buffer<kLast>() + (m * kWidth + block_id() * kTileFeatures + column) * 2, to.other,
+              pack_bf16(h, next));
+  }
+};
+
+}  // namespace expert
+}  // namespace flashrt
