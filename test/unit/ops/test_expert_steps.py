@@ -331,10 +331,10 @@ def jump(rows: int, factor: float) -> tuple[RandomExpert, torch.Tensor, steps_op
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("factor", "tolerance"), [(2.0**6, 4e-2), (2.0**-4, 6e-2), (2.0**-6, 0.15)])
+@pytest.mark.parametrize(("factor", "tolerance"), [(2.0**6, 4e-2), (2.0**-4, 0.2), (2.0**-6, 0.2)])
 @pytest.mark.parametrize("rows", [33, 50])
 def test_rows_that_grow_and_shrink_between_steps(rows: int, factor: float, tolerance: float) -> None:
-    """Rows that shrink 64 times have a bit or two left."""
+    """Rows that shrink have few bits left: without their rounding the twin is 0.5 and 1.1 away."""
     expert, noise, guidance = jump(rows, factor)
     check(expert, rows, 300, tolerance, guidance, noise=noise, start=guidance.target)
     assert max(expert.growth) > factor / 2
@@ -345,8 +345,8 @@ def test_rows_that_grow_and_shrink_between_steps(rows: int, factor: float, toler
 @pytest.mark.parametrize("norm", [2, 3])
 def test_rows_that_grow_between_norms(norm: int) -> None:
     expert = RandomExpert(LAYERS, STEPS, True, True)
-    expert.weights.norms[:, norm, 2] *= 400.0 if norm == 2 else 200.0
-    check(expert, 50, 300, 4e-2)
+    expert.weights.norms[:, norm, 2] *= 500.0
+    check(expert, 50, 300, 7e-2)
     assert max(expert.growth) > 2**5
 
 
@@ -379,4 +379,4 @@ def test_rows_of_zeros(rows: int) -> None:
     expert, noise = RandomExpert(LAYERS, STEPS, True, True), torch.randn(rows, 32, device="cuda")
     expert.weights.project_in[1].zero_()
     noise[3:20] = 0.0
-    check(expert, rows, 100, 4e-2, noise=noise)
+    check(expert, rows, 100, 0.1, noise=noise)
