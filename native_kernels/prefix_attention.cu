@@ -146,8 +146,10 @@ __device__ __forceinline__ void copy_tiles(const Problem& p, int keys, int rank,
     for (int part = 0; part < 2; ++part) {
       const uint32_t tile = ring + at * kTileBytes;
       const bool whole = part == 0 || first + kKeys <= keys;
-      barrier_wait(tiles.empty + at, phase);
-      if (lane == 0) copy_tile(tile, part == 0 ? &p.k : &p.v, first, whole ? tiles.full + at : &tiles.last);
+      if (lane == 0) {  // by one lane: one that looks later than that which copies could miss a phase
+        barrier_wait(tiles.empty + at, phase);
+        copy_tile(tile, part == 0 ? &p.k : &p.v, first, whole ? tiles.full + at : &tiles.last);
+      }
       if (!whole) {  // zero probabilities times whatever lies behind the keys must stay zero
         barrier_wait(&tiles.last, 0);
         for (int i = (keys - first) * kRowVectors + lane; i < kKeys * kRowVectors; i += kWarpSize)
