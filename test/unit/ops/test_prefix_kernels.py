@@ -234,9 +234,14 @@ def test_scaled_linear_against_definition() -> None:
 @pytest.mark.hopper
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(
-    ("keys", "valid"), [(1, None), (64, None), (65, 65), (200, 129), (560, 530), (824, 17)]
+    ("keys", "valid"),
+    [
+        *[(1, None), (64, None), (65, 65), (128, None)],  # one tile a block, then several in turn
+        *[(129, 129), (193, 193), (200, 129), (385, 385), (560, 530), (816, 809), (1600, 1555)],
+        *[(560, 1), (560, 63), (560, 64), (824, 17)],  # blocks without a key
+    ],
 )
-@pytest.mark.parametrize("tokens", [1, 10, 77, 560])
+@pytest.mark.parametrize("tokens", [1, 10, 77, 560, 816])
 def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -> None:
     q = (torch.randn(tokens, 8, 256, device="cuda") * 2).bfloat16()
     k, v = torch.randn(2, keys, 1, 256, device="cuda").bfloat16()
@@ -258,8 +263,10 @@ def test_attention(tokens: int, keys: int, valid: int | None, quantised: bool) -
 
 @pytest.mark.hopper
 @pytest.mark.parametrize("quantised", [False, True])
-def test_attention_to_nothing_is_zero(quantised: bool) -> None:
-    q, k, v = (torch.randn(77, heads, 256, device="cuda").bfloat16() for heads in (8, 1, 1))
+@pytest.mark.parametrize("keys", [77, 192, 560])
+def test_attention_to_nothing_is_zero(keys: int, quantised: bool) -> None:
+    q = torch.randn(77, 8, 256, device="cuda").bfloat16()
+    k, v = torch.randn(2, keys, 1, 256, device="cuda").bfloat16()
     nothing, scale = torch.zeros((), dtype=torch.int32, device="cuda"), torch.ones((), device="cuda")
     out = torch.full((77, 2048), float("nan"), device="cuda", dtype=torch.bfloat16)
     del out  # its memory is the result's next
