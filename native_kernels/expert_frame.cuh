@@ -46,12 +46,11 @@ struct Frame {
   const Share& share;
   uint64_t* prefix_full;  // of keys and of values; behind them that of the sums of the other block
   float* inverse;         // parts of the sums of squares: (warp, row)
-  float* scratch;         // three floats a warp; `Paired`: the power of a step's first norm by row
+  float* scratch;         // three floats a warp; `Paired`: powers of two by row (expert_normed.cuh)
   float* conditions;      // of each copy's visit
   Cursor chunk = {};
   int visit = 0, copy = 0;  // copy: visit % kCopies
   float h = 0.0f;           // row row_of_thread(), column block_id() * 8 + thread_id() % 8
-  float power = 0.0f;       // `Paired`: of two, what that row's values behind the next norm are published times
 
   // Of h and of the epilogues of products 3 and 5.
   static __device__ __forceinline__ int row_of_thread() {

@@ -107,11 +107,14 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const int m = tile * kTileRows + row_of_slot(element / kTileFeatures);
     const bool busy = tile < tiles();
     RopeOperands operands[2];
+    float none[8] = {};
     this->template wide_product<kQkv, 2>(
-        exchange().template buffer<kNormedQkv>(), exchange().template buffer<kSquaresQkv>(), [&] {
+        exchange().template buffer<kNormedQkv>(), exchange().template buffer<kSquaresQkv>(),
+        [&] {
 #pragma unroll
           for (int i = 0; i < 2; ++i) operands[i] = rope_operands(qkv_unit(i), m, busy && i < units && m < p.rows);
-        });
+        },
+        none);
     async_copy_wait_committed();  // the conditions
     block_sync();
     give_back(2 * Shape<Fp8, kQkv>::Chunks);
@@ -319,12 +322,13 @@ struct Layer : WideFrame<Fp8, One, Paired> {
 
   // The same on the matrix unit.
   __device__ __forceinline__ void matrix_gate_up() {
-    this->template wide_product<kGateUp, kGateUpUnits>(exchange().template buffer<kNormedMlp>(),
-                                                       exchange().template buffer<kSquaresMlp>(),
-                                                       [&] { this->order_published(); });
+    float own[8] = {};
+    this->template wide_product<kGateUp, kGateUpUnits>(
+        exchange().template buffer<kNormedMlp>(), exchange().template buffer<kSquaresMlp>(),
+        [&] { this->order_published(); }, own);
     block_sync();
     give_back(kGateUpUnits * Shape<Fp8, kGateUp>::Chunks);
-    finish_hidden<kGateUpUnits>(row_team(), 0, true);
+    if (matrix_team().tile < tiles()) this->finish_unit(own);
     block_sync();
   }
 
@@ -351,7 +355,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const int slot = warp % 4 * 4 + lane / 8, own = lane % 8 * Group / kTileFeatures;
     const int column = lane * Group % kTileFeatures, unit = first + own, m = tile * kTileRows + row_of_slot(slot);
     if (tile >= tiles()) return;
-    const float factor = weight_scale(kGateUp) * row_factor(team, tile, row_of_slot(slot));
+    const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row_of_slot(slot));
     float2 sum[Group];
     gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column, across);
     float value[Group], gate_shift[Group], up_shift[Group];
@@ -388,11 +392,6 @@ struct Layer : WideFrame<Fp8, One, Paired> {
       const float next = __shfl_down_sync(0xffffffffu, value, 1);
       if (busy && n % 2 == 0) publish(buffer + activation_offset<Fp8, kDown>(m, n * 2), other, pack_bf16(value, next));
     }
-  }
-  // gelu_tanh without the branch of exact division
-  static __device__ __forceinline__ float gelu(float x) {
-    const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return x * (1.0f - __fdividef(1.0f, 1.0f + __expf(2.0f * inner)));
   }
 };
 

@@ -98,6 +98,7 @@ __device__ __forceinline__ void multiply_64(float (&sum)[2][4], Activations<Fp8,
 
 // What a warp's sums of the other block's unit are sent as: 16 bytes a lane.
 constexpr int kSentBytes = kWarpSize * 16;
+constexpr int kPairedBigBytes = 3 * kWarps * 2 * kSentBytes;  // sums of gate-up that meet
 
 // The sum of an element of the parts of a tile that have come from the other block.
 __device__ __forceinline__ float gather_received(const unsigned char* received, int tile, int element) {

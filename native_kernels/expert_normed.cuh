@@ -12,8 +12,8 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
   using Base::h;
   using Base::inverse;
   using Base::p;
-  using Base::power;
   using Base::row_of_thread;
+  using Base::scratch;
 
   // Every warp's part of the sums of its tile's rows; behind the next barrier inverse_rms() has the whole.
   __device__ __forceinline__ void add_squares(Squares<One>& squares) {
@@ -31,14 +31,22 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
   }
-  // What the sums of the thread's row are multiplied by. Rows of e4m3 were published times a power of two, which the
-  // norm before gave and every block knows from the same sums; this norm gives that of the next.
+  // What the sums of the thread's row of qkv are multiplied by. Rows of e4m3 were published times a power of two, which
+  // the norm before gave and every block knows from the same sums; this norm gives that of the next.
   __device__ __forceinline__ float row_factor(const Team<One>& team, int tile, int row) {
     const float inverse = inverse_rms(team, tile, row);
     if constexpr (!kOnMatrixUnit<Fp8, kQkv, Paired>) return inverse;
-    const float factor = inverse * kHeadroom * inverse_power(power);
-    power = power_of(inverse);
-    return factor;
+    const int m = tile * kTileRows + row;
+    power(kMlpPower, m) = power_of(inverse);
+    return inverse * kHeadroom * inverse_power(power(kQkvPower, m));
+  }
+  // What the rows of a norm are published times: of qkv, of gate-up, and of a step's first.
+  enum Power : int { kQkvPower, kMlpPower, kFirstPower };
+  __device__ __forceinline__ float& power(Power which, int row) const { return scratch[which * kExpertMaxRows + row]; }
+  // Behind the product of a step's first norm: x changes little from step to step.
+  __device__ __forceinline__ void keep_power() const {
+    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>)
+      power(kFirstPower, row_of_thread()) = power(kMlpPower, row_of_thread());
   }
   // With it the root mean square of the row at that norm is between 1/16 and 1/8, or less where it was below 1/512. It
   // may grow 112 times until a value that is all of its row exceeds what e4m3 holds; to a quarter of it rounding costs
@@ -61,7 +69,8 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
   template <int P, int Normed>
   __device__ __forceinline__ void publish_row(const Exchange<One>& to, float factor, int m, int column) const {
     constexpr bool Narrow = kOnMatrixUnit<Fp8, P, Paired>;
-    const float scaled = Narrow ? or_nan(h * factor * power) : h * factor * kHeadroom;
+    const float scaled =
+        Narrow ? or_nan(h * factor * power(P == kQkv ? kQkvPower : kMlpPower, m)) : h * factor * kHeadroom;
     const float next = __shfl_down_sync(0xffffffffu, scaled, 1);
     const bool has = m < p.rows;
     if constexpr (Narrow) {

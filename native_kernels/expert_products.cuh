@@ -265,6 +265,12 @@ __device__ __forceinline__ float inverse_of(float x) {
   return y * (2.0f - x * y);
 }
 
+// gelu_tanh without the branch of exact division
+__device__ __forceinline__ float gelu(float x) {
+  const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  return x * (1.0f - __fdividef(1.0f, 1.0f + __expf(2.0f * inner)));
+}
+
 __device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
   return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(first))) |
          static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(second))) << 16;

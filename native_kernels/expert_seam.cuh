@@ -180,11 +180,11 @@ struct Seam : Layer<Fp8, One, Paired> {
       if (step == 0) {
         const int column = thread_id() % kTileFeatures;
         this->template publish_squares<kSquaresQkv>(exchange(), m, column);
-        this->power = first_power();
+        this->power(this->kQkvPower, m) = first_power();
         this->template publish_row<kQkv, kNormedQkv>(exchange(), factor, m, column);
         return;
       }
-      this->power = scratch[m];
+      this->power(this->kQkvPower, m) = this->power(this->kFirstPower, m);
     }
     this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(exchange(), factor);
   }
@@ -201,10 +201,6 @@ struct Seam : Layer<Fp8, One, Paired> {
     const float inverse = this->inverse_rms(team, team.tile, this->row_of_thread() % kTileRows);
     block_sync();
     return this->power_of(inverse);
-  }
-  // Behind the product of a step's first norm: x changes little from step to step.
-  __device__ __forceinline__ void keep_power() const {
-    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) scratch[this->row_of_thread()] = this->power;
   }
 
   __device__ __forceinline__ float in_product(int step, int m, int n) {

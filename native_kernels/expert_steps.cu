@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
   __shared__ __align__(16) float inverse[kWarps * kTileRows], conditions[kCopies * kConditions],
-      scratch[Paired ? kExpertMaxRows : kWarps * 3];
+      scratch[Paired ? 3 * kExpertMaxRows : kWarps * 3];
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
@@ -148,16 +148,21 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
-  constexpr int kLeastSlots = 4;     // what is multiplied before anything is given back
+  // what is multiplied before anything is given back; with pairs down waits where there are fewer than six
+  constexpr int kLeastSlots = 4, kGoodSlots = Paired ? 6 : kLeastSlots;
   // where there are more tiles, small sums take turns with the big ones
   const int small_bytes = One ? kSmallBytes : 0, received_bytes = Paired ? tiles * 4 * kSentBytes : 0;
   // the scores of all tiles at once, or of half of them
-  for (int at_once = tiles; at_once > 0; at_once /= 2) {
+  for (int least = kGoodSlots, at_once = tiles; at_once > 0; at_once /= 2) {
     const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
-    const int big_bytes = max(kBigBytes, score_bytes + probability_bytes + tiles * kTileRows * 4);
+    const int big_bytes =
+        max(Paired ? kPairedBigBytes : kBigBytes, score_bytes + probability_bytes + tiles * kTileRows * 4);
     const int work_bytes = big_bytes + small_bytes + received_bytes + key_bytes + value_bytes;
     plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
-    if (plan.slots < kLeastSlots) continue;
+    if (plan.slots < least) {
+      if (at_once == 1 && least > kLeastSlots) at_once = 2 * tiles, least = kLeastSlots;  // any, then
+      continue;
+    }
     plan.big = plan.slots * kChunkBytes;
     plan.small = One ? plan.big + big_bytes : plan.big;
     plan.received = plan.big + big_bytes + small_bytes;

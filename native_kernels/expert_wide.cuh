@@ -14,13 +14,13 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
   using Base::p;
   using Base::ring;
 
-  static constexpr int kSumUnits = kGateUpUnits;  // of two tiles, for which a warp's sums have room
+  static constexpr int kSumUnits = 2;  // of two tiles, for which a warp's sums have room
 
   // The sums of `Units` units of rows `x` and of their squares. `meanwhile` is called when the rows have been asked
   // for.
   template <int P, int Units, typename Meanwhile>
   __device__ __forceinline__ void wide_product(const unsigned char* x, const unsigned char* squares_of,
-                                               Meanwhile meanwhile) {
+                                               Meanwhile meanwhile, float (&own)[8]) {
     using S = Shape<Fp8, P, true>;
     static_assert(S::Groups / 4 == 2 && S::Chunks == 1 && S::Tiles == 2);
     const Team<One> team = matrix_team(), row_team = this->row_team();
@@ -41,7 +41,87 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
     float sum[Parts][Sums] = {};
     if (a.rows > 0) a.settle(a.operand[0], 0), a.settle(a.operand[1], 1);
     multiply_parts(sum, a.operand, weights);
-    spread_sums(sum, P == kQkv ? qkv_units<One>(team.tile) : Units, a.rows);
+    if constexpr (P == kQkv) {
+      spread_sums(sum, qkv_units<One>(team.tile), a.rows);
+    } else if (a.rows > 0) {
+      hand_out(sum, team, own);
+    }
+  }
+
+  // Gate-up's sums of a warpgroup's quarter of k meet by unit: it keeps those of one and leaves the others to the other
+  // warpgroups, 16 bytes a lane as the matrix unit leaves them.
+  static_assert(kGateUpUnits == 4 && kPairedBigBytes == kGateUpUnits * 3 * 4 * 2 * kSentBytes);
+  __device__ __forceinline__ unsigned char* handed(int unit, int from, int tile) const {
+    return this->shared + this->plan.big + ((unit * 3 + from) * 4 + tile) * 2 * kSentBytes +
+           thread_id() % kWarpSize * 16;
+  }
+  __device__ __forceinline__ void hand_out(const float (&sum)[2][16], const Team<One>& team, float (&own)[8]) const {
+#pragma unroll
+    for (int unit = 0; unit < kGateUpUnits; ++unit) {
+      const float* from = sum[unit / 2] + unit % 2 * 8;
+      if (unit == team.part) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) own[i] = from[i];
+      } else {
+        unsigned char* target = handed(unit, team.part - (team.part > unit), team.tile);
+        *reinterpret_cast<float4*>(target) = make_float4(from[0], from[1], from[2], from[3]);
+        *reinterpret_cast<float4*>(target + kSentBytes) = make_float4(from[4], from[5], from[6], from[7]);
+      }
+    }
+  }
+
+  // Behind a barrier: geglu of a warpgroup's unit. A lane has two neighbouring columns of two rows of its tile.
+  __device__ __forceinline__ void finish_unit(float (&own)[8]) {
+    const Team<One> team = matrix_team();
+    const int lane = thread_id() % kWarpSize, unit = team.part, tile = team.tile;
+#pragma unroll
+    for (int from = 0; from < 3; ++from)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 part = *reinterpret_cast<const float4*>(handed(unit, from, tile) + i * kSentBytes);
+        own[i * 4] += part.x, own[i * 4 + 1] += part.y, own[i * 4 + 2] += part.z, own[i * 4 + 3] += part.w;
+      }
+    float factor[2];
+    row_factors(factor, tile);
+    const float inverse_scale = inverse_of(this->input_scale(kDown));
+    const int column = lane % 4 * 2, shift = unit * kTileFeatures + column;
+    uint32_t pair[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float value[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float gate = own[row * 2 + i] * factor[row] + this->condition(kGateShift + shift + i);
+        const float up = own[4 + row * 2 + i] * factor[row] + this->condition(kUpShift + shift + i);
+        value[i] = round_bf16(gelu(gate) * up);
+      }
+      pair[row] = pack_e4m3(value[0] * inverse_scale, value[1] * inverse_scale);
+    }
+    // an even lane publishes four columns of the first row, its neighbour those of the second
+    const bool even = lane % 2 == 0;
+    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, even ? pair[1] : pair[0], 1);
+    const uint32_t word = even ? pair[0] | theirs << 16 : theirs | pair[1] << 16;
+    const int m = tile * kTileRows + row_of_slot(lane / 4 + (even ? 0 : 8));
+    if (m >= p.rows) return;
+    const int n = (block_id() * kGateUpUnits + unit) * kTileFeatures + column / 4 * 4;
+    publish(this->exchange().template buffer<kHidden>() + this->template tile_offset<kDown>(m, n),
+            this->exchange().other, word);
+  }
+
+  // What the sums of a lane's two rows are multiplied by; and the powers of the next norm.
+  __device__ __forceinline__ void row_factors(float (&factor)[2], int tile) const {
+    const int lane = thread_id() % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane / 4 * 2 + i, m = tile * kTileRows + row;
+      float sum = this->inverse[(tile * 4 + lane % 4) * kTileRows + row];
+#pragma unroll
+      for (int offset = 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      const float inverse = rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
+      factor[i] =
+          this->weight_scale(kGateUp) * inverse * kHeadroom * this->inverse_power(this->power(Base::kMlpPower, m));
+      this->power(Base::kQkvPower, m) = this->power_of(inverse);
+    }
   }
 
   // Of as many neighbouring conditions, from a multiple of it on; of pairs one by one, which measures 0.1 us faster
