@@ -321,21 +321,24 @@ struct Frame {
     if constexpr (P == kDown) be_patient();
     a.ask();
     if (thread_id() == 0) barrier_expect(prefix_full + 2, tiles() * 4 * kSentBytes);
-    float sum[2][4] = {};
-    uint32_t weights[2];
+    // in the kernel without pairs, where this is never executed, as it leaves that kernel's other code as it was
+    constexpr int Parts = Paired ? 1 : 2;
+    float sum[Parts][8 / Parts] = {};
+    const int first = team.part * (S::UnitBlocks / 2 >> team.shift);
+    const unsigned char* weights[Parts];
 #pragma unroll
-    for (int unit = 0; unit < 2; ++unit)
-      weights[unit] = tile_descriptor(
-          ring.chunks + place<P>(unit * (S::UnitBlocks / 2) + team.part * (S::UnitBlocks / 2 >> team.shift)));
+    for (int part = 0; part < Parts; ++part)
+      weights[part] = ring.chunks + place<P>(first / (S::Blocks / 2) * S::Blocks) +
+                      (part * (S::Blocks / 2) + first % (S::Blocks / 2)) * kTileBytes;
     ring.wait(chunk, S::Chunks);
     multiply_64(sum, a, weights);
     if (a.rows > 0) {
       float own[4], other[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) own[i] = sum[0][i], other[i] = sum[1][i];
+      for (int i = 0; i < 4; ++i) own[i] = sum[0][i], other[i] = sum[Parts - 1][4 % (8 / Parts) + i];
       if (rank == 1)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) own[i] = sum[1][i], other[i] = sum[0][i];
+        for (int i = 0; i < 4; ++i) own[i] = sum[Parts - 1][4 % (8 / Parts) + i], other[i] = sum[0][i];
       const int lane = thread_id() % kWarpSize;
       give(address_in(shared_address(shared + plan.received + place_of_warp * kSentBytes + lane * 16), 1 - rank),
            make_uint4(__float_as_uint(other[0]), __float_as_uint(other[1]), __float_as_uint(other[2]),

@@ -33,21 +33,10 @@ __device__ __forceinline__ int matrix_offset(int row, int row_bytes, int byte) {
          (row % kTileRows / 2 * 4 + byte % 16 / 4) * 16 + byte % 32 / 16 * 8 + row % 2 * 4 + byte % 4;
 }
 
-// Of 8 rows of 64 bytes of k in the 64-byte swizzle: the lower half of a descriptor, whose upper half is a constant.
-__device__ __forceinline__ uint32_t tile_descriptor(const unsigned char* tile) {
-  return (shared_address(tile) & 0x3ffff) >> 4;
-}
-
-// D (64 x 8) += A (64 x 32) B (8 x 32)^T.
-__device__ __forceinline__ void multiply_64x8(float (&d)[4], const uint4& a, uint32_t b) {
-#if FLASHRT_DEVICE_HAS_WGMMA
-  constexpr int kSwizzle64 = static_cast<int>(2u << 30);
-  asm volatile(
-      "{\n.reg .b64 b;\nmov.b64 b, {%8, %9};\n"
-      "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, {%4, %5, %6, %7}, b, 1, 1, 1;\n}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "n"(kSwizzle64 | kTileBytes >> 4));
-#endif
+// Of tiles of 8 rows of 64 bytes of k in the 64-byte swizzle, `Stride` bytes apart.
+template <int Stride>
+__device__ __forceinline__ uint64_t tiles_descriptor(const unsigned char* first) {
+  return uint64_t(2) << 62 | uint64_t(Stride >> 4) << 32 | (shared_address(first) & 0x3ffff) >> 4;
 }
 
 // This warp's tile and quarter of k.
@@ -60,39 +49,42 @@ __device__ __forceinline__ Team<false> matrix_team() {
 // where threads go different ways, as in a loop that polls.
 __device__ __forceinline__ void renew(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
-// Two groups of k blocks of both units, `step` bytes apart; the operands may be overwritten behind it.
-__device__ __forceinline__ void multiply_groups_64x8(float (&sum)[2][4], uint4 (&operand)[2][kGroupOperands],
-                                                     const uint32_t (&weights)[2], int step) {
+// Two groups of k blocks of `Parts` times so many tiles of weights; the operands may be overwritten behind it. The unit
+// takes as long for 8 columns as for 16, so a part should be as many tiles as lie `Stride` bytes apart.
+template <int Stride, int Parts, int Sums>
+__device__ __forceinline__ void multiply_groups(float (&sum)[Parts][Sums], uint4 (&operand)[2][kGroupOperands],
+                                                const unsigned char* (&weights)[Parts]) {
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 2 * kGroupOperands; ++i) renew(operand[i / 4][i % 4]);
-  wgmma::settle(sum[0]);
-  wgmma::settle(sum[1]);
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) wgmma::settle(sum[part]);
   wgmma::fence();
 #pragma unroll
   for (int i = 0; i < 2 * kGroupOperands; ++i)
 #pragma unroll
-    for (int unit = 0; unit < 2; ++unit)
-      multiply_64x8(sum[unit], operand[i / 4][i % 4],
-                    weights[unit] + ((i / 4 * step + i % 4 / 2 * kTileBytes + i % 2 * 32) >> 4));
+    for (int part = 0; part < Parts; ++part)
+      wgmma::multiply_e4m3(sum[part], operand[i / 4][i % 4],
+                           tiles_descriptor<Stride>(weights[part]) + ((i / 2 * kTileBytes + i % 2 * 32) >> 4));
   wgmma::commit();
   wgmma::wait();
-  wgmma::settle(sum[0]);
-  wgmma::settle(sum[1]);
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) wgmma::settle(sum[part]);
 }
 
-// `weights`: descriptors of this warp's part of k of both units. By whole warpgroups, whether their tiles have rows or
-// not.
-template <bool Fp8, int P>
-__device__ __forceinline__ void multiply_64(float (&sum)[2][4], Activations<Fp8, P, false>& a, uint32_t (&weights)[2]) {
-  constexpr int kStep = Shape<Fp8, P>::GroupBlocks * kTileBytes;
+// `weights`: this warp's part of k of both units. By whole warpgroups, whether their tiles have rows or not.
+template <bool Fp8, int P, int Parts, int Sums>
+__device__ __forceinline__ void multiply_64(float (&sum)[Parts][Sums], Activations<Fp8, P, false>& a,
+                                            const unsigned char* (&weights)[Parts]) {
+  constexpr int kStep = 2 * Shape<Fp8, P>::GroupBlocks * kTileBytes;
   const bool any = a.rows > 0;
 #pragma unroll 1
   for (int group = 0; group < a.groups; group += 2) {
     if (any) a.settle(a.operand[0], group), a.settle(a.operand[1], group + 1);
-    multiply_groups_64x8(sum, a.operand, weights, kStep);
-    weights[0] += 2 * kStep >> 4, weights[1] += 2 * kStep >> 4;
+    multiply_groups<kChunkBytes / 2>(sum, a.operand, weights);
     if (any && group + 2 < a.groups) a.ask(a.operand[0], group + 2), a.ask(a.operand[1], group + 3);
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) weights[part] += kStep;
   }
 }
 
@@ -114,29 +106,6 @@ __device__ __forceinline__ float gather_received(const unsigned char* received, 
 // The threads of a warpgroup; the barriers 2 to 5.
 __device__ __forceinline__ void warpgroup_sync() {
   asm volatile("bar.sync %0, 128;" ::"r"(2 + thread_id() / (4 * kWarpSize)) : "memory");
-}
-
-// All of a warp's operands and `Parts` parts of as many tiles of weights, which lie kHalfBlocks apart.
-template <int Parts, int Sums>
-__device__ __forceinline__ void multiply_parts(float (&sum)[Parts][Sums], uint4 (&operand)[2][kGroupOperands],
-                                               const uint32_t (&weights)[Parts]) {
-  constexpr uint64_t kUpper = uint64_t(2) << 62 | uint64_t(kHalfBlocks * kTileBytes >> 4) << 32;  // the 64-byte swizzle
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 2 * kGroupOperands; ++i) renew(operand[i / 4][i % 4]);
-#pragma unroll
-  for (int part = 0; part < Parts; ++part) wgmma::settle(sum[part]);
-  wgmma::fence();
-#pragma unroll
-  for (int i = 0; i < 2 * kGroupOperands; ++i)
-#pragma unroll
-    for (int part = 0; part < Parts; ++part)
-      wgmma::multiply_e4m3(sum[part], operand[i / 4][i % 4],
-                           kUpper | (weights[part] + ((i / 2 * kTileBytes + i % 2 * 32) >> 4)));
-  wgmma::commit();
-  wgmma::wait();
-#pragma unroll
-  for (int part = 0; part < Parts; ++part) wgmma::settle(sum[part]);
 }
 
 }  // namespace expert

@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
     share = Share::of<One>(block_id() % kSplits, prefix, p.rows);
   }
   if (static_cast<int>(thread_id()) <= sources_of_visit<Fp8, One>())
-    sources[thread_id()] = source<Fp8, One>(p, thread_id(), kHasMatrixUnit && (Paired || plan.paired));
+    sources[thread_id()] =
+        source<Fp8, One, kOnMatrixUnit<Fp8, kQkv, Paired>>(p, thread_id(), kHasMatrixUnit && (Paired || plan.paired));
   __syncthreads();
   const Ring ring{shared, &counters, plan.slots};
   // by thread_id() the compiler would not see that whole warpgroups go one way

@@ -174,24 +174,30 @@ __device__ __forceinline__ bool quartered(int rows) {
 }
 static_assert(Shape<false, kDown>::Chunks == kQuarters);
 
-// A pair of blocks shares its units of e4m3 products with e4m3 activations: each takes half of k of both.
+// A pair of blocks shares its units of e4m3 products with e4m3 activations: each takes half of k of both, which are
+// then one operand: a chunk is a part of k of one and of the other.
 template <int P>
 __device__ Source source_of_pair(const ExpertSteps& p, int index) {
-  constexpr int Half = Shape<true, P>::UnitBytes / 2, rest = kChunkBytes - Half;
-  static_assert(Half == kChunkBytes || rest == Half);
-  const int rank = block_id() % 2;
-  if (Half == kChunkBytes) return source_of<true, P>(p, block_id() - rank + index, rank);
-  Source source = source_of<true, P>(p, block_id() - rank, 0);
-  source.base += rank * Half;
+  Source source = source_of<true, P>(p, block_id() & ~1u, 0);
+  source.base += block_id() % 2 * (Shape<true, P>::UnitBytes / 2) + index * (kChunkBytes / 2);
   source.second = Shape<true, P>::UnitBytes;
   return source;
 }
 
+// On the matrix unit a chunk of qkv is half of k of both units of the block, which are then one operand.
+__device__ __forceinline__ Source source_of_half(const ExpertSteps& p, int index) {
+  Source source = source_of<true, kQkv>(p, qkv_unit(0), 0);
+  source.base += index * (kChunkBytes / 2);
+  source.second = (qkv_unit(1) - qkv_unit(0)) * kChunkBytes;
+  return source;
+}
+
 // Source `index` of this block; the mix, which comes ahead of a step's first layer, is the last.
-template <bool Fp8, bool One>
+template <bool Fp8, bool One, bool Halves>
 __device__ Source source(const ExpertSteps& p, int index, bool paired) {
   constexpr int Qkv = Shape<Fp8, kQkv>::Chunks, Out = Shape<Fp8, kOut>::Chunks;
   constexpr int GateUp = kGateUpUnits * Shape<Fp8, kGateUp>::Chunks, Down = Shape<Fp8, kDown>::Chunks;
+  if (Halves && index < qkv_units<One>() * Qkv) return source_of_half(p, index);
   if (index < qkv_units<One>() * Qkv) return source_of<Fp8, kQkv>(p, qkv_unit(index / Qkv), index % Qkv);
   index -= qkv_units<One>() * Qkv;
   if (Fp8 && !One && paired && index < Out) return source_of_pair<kOut>(p, index);

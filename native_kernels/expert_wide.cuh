@@ -32,15 +32,16 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
     meanwhile();
     if (row_team.tile < this->tiles()) this->add_squares(squares);
     ring.wait(this->chunk, Units);
-    constexpr int Parts = 2, Sums = Units * 8 / Parts;
-    uint32_t weights[Parts];
+    // chunks are halves of k: of qkv of both units, of gate-up of two of the four
+    constexpr int Parts = Units / 2, kHalfBytes = kHalfBlocks * kTileBytes;
+    const unsigned char* weights[Parts];
 #pragma unroll
     for (int part = 0; part < Parts; ++part)
-      weights[part] = tile_descriptor(
-          ring.chunks + this->template unit_place<P>(part * Units / Parts, team.part * (S::UnitBlocks / 4)));
-    float sum[Parts][Sums] = {};
+      weights[part] = ring.chunks + this->template place<P>((part * 2 + team.part / 2) * S::Blocks) +
+                      team.part % 2 * (kHalfBytes / 2);
+    float sum[Parts][16] = {};
     if (a.rows > 0) a.settle(a.operand[0], 0), a.settle(a.operand[1], 1);
-    multiply_parts(sum, a.operand, weights);
+    multiply_groups<kHalfBytes>(sum, a.operand, weights);
     if constexpr (P == kQkv) {
       spread_sums(sum, qkv_units<One>(team.tile), a.rows);
     } else if (a.rows > 0) {

@@ -147,7 +147,16 @@ __device__ __forceinline__ void multiply_64x128(float (&d)[64], const uint32_t (
 #endif
 }
 
-// D (64 x 16) += A (64 x 32) B (16 x 32)^T of e4m3: A in registers, B from shared memory, rows along the reduction.
+// D (64 x 8) += A (64 x 32) B (8 x 32)^T of e4m3: A in registers, B from shared memory, rows along the reduction.
+__device__ __forceinline__ void multiply_e4m3(float (&d)[4], const uint4& a, uint64_t b) {
+#if FLASHRT_DEVICE_HAS_WGMMA
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1;"
+               : FLASHRT_F4(d, 0)
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b));
+#endif
+}
+
+// The same of 16 columns.
 __device__ __forceinline__ void multiply_e4m3(float (&d)[8], const uint4& a, uint64_t b) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   asm volatile(
@@ -158,7 +167,7 @@ __device__ __forceinline__ void multiply_e4m3(float (&d)[8], const uint4& a, uin
 #endif
 }
 
-// The same of 32 columns.
+// And of 32.
 __device__ __forceinline__ void multiply_e4m3(float (&d)[16], const uint4& a, uint64_t b) {
 #if FLASHRT_DEVICE_HAS_WGMMA
   asm volatile(
