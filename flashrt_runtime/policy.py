@@ -171,7 +171,7 @@ class Policy(Calibrated):
             raw = None if state is None else np.asarray(state, np.float32)  # real: it was encoded
             guide = None if rtc is None else self._encode_guidance(rtc, raw)
             actions = self._run(model, inputs, guide)
-            refuse_non_finite(actions)
+            refuse_non_finite(actions, model.range_limit)
             return self._actions.to_physical(actions, raw)
 
     def sample_actions(
@@ -205,7 +205,7 @@ class Policy(Calibrated):
             )
             self._calibrate_first(lambda: model.sample_actions(*tensors))
             actions: FloatArray = model.sample_actions(*tensors).float().cpu().numpy()
-            refuse_non_finite(actions)
+            refuse_non_finite(actions, model.range_limit)
             return actions
 
     def sample_tokens(
@@ -293,6 +293,7 @@ class Policy(Calibrated):
             deployed=lambda inputs: self._run(self._check_open(), inputs),
             robot_actions=self.spec.action_dim or self.spec.model_action_dim,
             draw_noise=self._model.draw_noise if isinstance(self._model, FlowPolicy) else None,
+            range_limit=None if self._model is None else self._model.range_limit,
         )
 
     def _calibrate_first(self, forward: Callable[[], torch.Tensor]) -> None:

@@ -73,6 +73,10 @@ class PolicyParameters:
     precision: str | None = _parameter(
         "", "empty: the device's default; nvfp4: in a later version", choices=PRECISIONS, unset=""
     )
+    expert: str = _parameter(
+        "auto", "how the denoise steps run on a GPU; auto: the fastest that serves (docs/performance.md)",
+        choices=("auto", "fused", "chain", "loop"),
+    )
     hardware: str = _parameter(
         "auto",
         "auto: a GPU, or the CPU where NVIDIA's driver is not; any: a GPU; cpu; or a GPU architecture's name",

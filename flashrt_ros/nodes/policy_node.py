@@ -70,6 +70,7 @@ def load_policy(values: PolicyParameters, contract: RobotContract) -> PolicyLike
         num_views=len(contract.views),
         hardware=values.hardware,
         precision=values.precision,
+        expert=values.expert,
         num_steps=values.num_steps,
         decode_cuda_graph=values.decode_cuda_graph,
         decode_graph_steps=values.decode_graph_steps,

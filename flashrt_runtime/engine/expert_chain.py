@@ -123,6 +123,11 @@ class ExpertChain:
         """Whether activation scales are in force; until then, and while observing, the model's loop runs."""
         return scales_in_force(linear for packed in self.layers for linear in packed.linears)
 
+    @property
+    def range_limit(self) -> None:
+        """None: rows of 16 bits hold what the model's own do."""
+        return None
+
     def integrate(self, x: Tensor, guide: Guide | None = None) -> None:
         """`FlowPolicy.integrate` for x: (horizon, action_dim) float32, in place; see `ExpertKernel`."""
         steps = self.model.config.num_steps

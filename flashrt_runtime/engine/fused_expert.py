@@ -115,6 +115,18 @@ class FusedExpert:
         """Whether activation scales are in force; until then, and while observing, the model's loop runs."""
         return scales_in_force(linear for linears in self.linears.values() for linear in linears)
 
+    @property
+    def range_limit(self) -> str | None:
+        """See `PrefixPolicy.range_limit`: e4m3 rows become NaN where they outgrow their power of two."""
+        rows = self.model.config.horizon
+        if not self.fp8 or rows <= steps_op.WIDE_ROWS:
+            return None
+        return (
+            f"it may be the fp8 kernel for chunks of {rows} actions, which holds rows in 8 bits and gives up "
+            "one that changes too much from layer to layer: load with expert='chain' (16 bits) or "
+            "precision='bf16'"
+        )
+
     def integrate(self, x: Tensor, guide: Guide | None = None) -> None:
         """`FlowPolicy.integrate` for x: (horizon, action_dim) float32, in place; see `ExpertKernel`."""
         model = self.model

@@ -40,6 +40,11 @@ class ExpertKernel(Protocol):
         """Copies of the model's weights are made again, where they lie."""
         ...
 
+    @property
+    def range_limit(self) -> str | None:
+        """See `PrefixPolicy.range_limit`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Guide:
@@ -144,6 +149,11 @@ class FlowPolicy(PrefixPolicy):
         """The fused expert has packed copies."""
         if self.fused_expert is not None:
             self.fused_expert.repack()
+
+    @property
+    def range_limit(self) -> str | None:
+        """That of the kernels that integrate."""
+        return None if self.fused_expert is None else self.fused_expert.range_limit
 
     def release(self) -> None:
         """The fused expert refers back to the model."""

@@ -65,6 +65,11 @@ class PrefixPolicy(nn.Module, ABC):
         """How often `repeat` may follow `generate`."""
         return 0
 
+    @property
+    def range_limit(self) -> str | None:
+        """What of the kernels alone can make actions NaN, and the way round it; None: nothing."""
+        return None
+
     def done(self) -> Tensor | None:
         """A bool scalar on the device that ends the repeats; None where there are none."""
         return None

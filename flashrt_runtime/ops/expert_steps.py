@@ -14,6 +14,7 @@ CHUNK_BYTES = 16384
 # kExpertBarrierWords and kExpertMaxRows of native_kernels/expert.h
 BARRIER_WORDS = 2
 MAX_ROWS = 64
+WIDE_ROWS = 32  # with e4m3 weights, the most whose normed rows are 16 bits on Hopper
 BLOCKS = 128  # kBlocks of native_kernels/expert_stream.cuh: all of them on the GPU at once
 TILE_BLOCK_BYTES = 512
 PRODUCTS = ("qkv", "out", "gate_up", "down")

@@ -13,11 +13,12 @@ from ..errors import ActionError, CheckpointError, ObservationError
 from .normalize import Array, Normalizer
 
 
-def refuse_non_finite(actions: NDArray[np.float32]) -> None:
-    """Raise ActionError unless all actions are finite numbers."""
+def refuse_non_finite(actions: NDArray[np.float32], hint: str | None = None) -> None:
+    """Raise ActionError unless all actions are finite numbers; hint: what may be the cause, and a way out."""
     if not np.isfinite(actions).all():
         bad = int((~np.isfinite(actions)).sum())
-        raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped")
+        because = f"; {hint}" if hint else ""
+        raise ActionError(f"{bad} of {actions.size} actions are not finite: the chunk was dropped{because}")
 
 
 class ActionTransform:

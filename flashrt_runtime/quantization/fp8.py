@@ -2,8 +2,8 @@
 
 Weights have one scale each, amax / 448. Activations have one static scale per projection, valid for every
 denoise step. The expert's qkv and gate_up read normed rows of a few tokens: their time is the weights', so
-their activations stay in 16 bits (W8A16). So they are defined; the fused kernel of more than 32 actions
-rounds them to e4m3 too, by a power of two of each row (native_kernels/expert_matrix.cuh).
+their activations stay in 16 bits (W8A16). One kernel departs from that: on Hopper the fused expert of 33 to
+64 actions rounds these rows to e4m3 too, by a power of two of each row (native_kernels/expert_normed.cuh).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ class Runner:
     model space. eager: the model's definition, whatever it gives. reference: its actions, and deployed: those
     of what predict runs, both (horizon, model_action_dim). robot_actions: how many of the model's action
     dimensions are the robot's. draw_noise: a flow's start, from a generator; None where none is used.
+    range_limit: see `PrefixPolicy.range_limit`.
     """
 
     exclusive: Callable[[], AbstractContextManager[object]]
@@ -33,3 +34,4 @@ class Runner:
     deployed: Callable[[ModelInputs], NDArray[np.float32]]
     robot_actions: int
     draw_noise: Callable[[torch.Generator], torch.Tensor] | None = None
+    range_limit: str | None = None

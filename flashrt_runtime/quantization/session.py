@@ -192,7 +192,10 @@ def measure(
             warnings.append(f"held-out sample {index} was not compared: {error}")
             continue
         if not (np.isfinite(actions).all() and np.isfinite(reference).all()):
-            raise CalibrationError("calibration: a held-out sample gives non-finite actions: nothing changed")
+            because = f" ({runner.range_limit})" if runner.range_limit else ""
+            raise CalibrationError(
+                f"calibration: a held-out sample gives non-finite actions: nothing changed{because}"
+            )
         pairs.append((actions[:, : runner.robot_actions], reference[:, : runner.robot_actions]))
     return HeldOutError.of(pairs), warnings
 

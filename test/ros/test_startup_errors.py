@@ -132,6 +132,11 @@ def test_what_the_checkpoint_leaves_open(configure, checkpoint: Path, tmp_path: 
     configure(succeeds=True, **given, delta_actions="true,true,true,true,true,true,false", rules=rules)
 
 
+def test_the_expert_that_was_asked_for(configure) -> None:
+    """The parameter reaches the policy, which refuses what the CPU has not."""
+    assert "expert='chain' was asked for" in configure(expert="chain", hardware="cpu")[1]
+
+
 def test_prompt_longer_than_the_policy_takes(configure) -> None:
     reason, message = configure(prompt="pick up the block and " * 100)
     assert reason == Reason.PROMPT_INVALID
@@ -140,8 +145,9 @@ def test_prompt_longer_than_the_policy_takes(configure) -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "word"),
-    [({"precision": "int3"}, "int3"), ({"config": "pi06"}, "pi06"), ({"hardware": "abacus"}, "abacus")],
-)
+    [({"precision": "int3"}, "int3"), ({"config": "pi06"}, "pi06"), ({"hardware": "abacus"}, "abacus"),
+     ({"expert": "turbo"}, "turbo")],
+)  # fmt: skip
 def test_parameter_values(configure, parameters, word: str) -> None:
     reason, message = configure(**parameters)
     assert reason == Reason.PARAMETER_INVALID

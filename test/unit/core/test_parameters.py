@@ -35,8 +35,9 @@ def test_what_must_be_given(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("framework", "onnx"), ("precision", "int3"), ("num_steps", 101), ("limits.velocity_scale", 0.0),
-     ("limits.velocity_scale", float("nan")), ("limits.on_violation", "ignore"), ("max_policy_failures", 0)],
+    [("framework", "onnx"), ("precision", "int3"), ("expert", "turbo"), ("num_steps", 101),
+     ("limits.velocity_scale", 0.0), ("limits.velocity_scale", float("nan")),
+     ("limits.on_violation", "ignore"), ("max_policy_failures", 0)],
 )
 def test_values_out_of_range_are_refused_by_name(values: PolicyParameters, name: str, value: object) -> None:
     with pytest.raises(ParameterError, match=f"parameter {name}: expected"):

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_way_of_a_gpu(gpu: Gpu | None, way: str, reason: str, policy: str) -> No
     assert choice.way == way
     assert reason in str(choice)
     assert str(choice).startswith(expert_ways.DESCRIPTIONS[way])
+
+
+@pytest.mark.parametrize(
+    ("fp8", "horizon", "limited"), [(True, 50, True), (True, 32, False), (False, 50, False)]
+)
+def test_who_holds_rows_in_8_bits_says_so(fp8: bool, horizon: int, limited: bool) -> None:
+    """Without a GPU there is no kernel to ask: only what it looks at is here."""
+    fused = object.__new__(fused_expert.FusedExpert)
+    fused.fp8, fused.model = fp8, SimpleNamespace(config=replace(config(), horizon=horizon))  # type: ignore[assignment]
+    assert (fused.range_limit is not None) is limited
+    assert not limited or "expert='chain'" in str(fused.range_limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

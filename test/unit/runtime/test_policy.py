@@ -12,6 +12,7 @@ import torch
 import flashrt_runtime
 from flashrt_runtime import Policy
 from flashrt_runtime.errors import (
+    ActionError,
     CheckpointError,
     CheckpointNotFoundError,
     ClosedError,
@@ -22,6 +23,7 @@ from flashrt_runtime.errors import (
     PromptError,
     PromptTooLongError,
 )
+from flashrt_runtime.models import FlowPolicy
 
 PROMPT = "pick up the red block"
 VIEWS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -193,6 +195,21 @@ def test_model_space_entry_refuses_what_the_model_cannot_index(policy: Policy) -
 def test_nothing_to_calibrate(policy: Policy) -> None:
     with pytest.raises(OptionError, match="fp32"):
         policy.calibrate([])
+
+
+def test_actions_that_are_not_finite(
+    checkpoint: Path, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = flashrt_runtime.load_model(checkpoint, hardware="cpu", num_steps=1)
+    assert isinstance(policy._model, FlowPolicy)
+    with torch.inference_mode():
+        policy._model.action_out.bias[3] = torch.nan
+    with pytest.raises(ActionError, match=r"^50 of 1600 actions are not finite: the chunk was dropped$"):
+        policy.predict(images, PROMPT, STATE)
+    monkeypatch.setattr(FlowPolicy, "range_limit", "load with expert='chain'")
+    with pytest.raises(ActionError, match=r"dropped; load with expert='chain'$"):
+        policy.predict(images, PROMPT, STATE)
+    policy.close()
 
 
 def test_closed(checkpoint: Path, images: list[np.ndarray]) -> None:
