@@ -1,5 +1,5 @@
-// What the persistent expert's phases share: where a block's pieces lie, how it publishes the residual, and the product
-// of one unit of 8 columns.
+// What the persistent expert's phases share: where a block's pieces lie, the conditioning, and the products of one unit
+// of 8 columns.
 #pragma once
 
 #include "expert_inbox.cuh"

@@ -82,8 +82,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     block_sync();  // the sums have been read; and nobody looks for more while this block still computes
   }
 
-  // By whole warps: this thread's outputs of `units` units, element `element` of tile `tile`. `places`, `across`: how
-  // the sums lie.
+  // By whole warps: this thread's outputs of so many units, an element of a tile. `places`, `across`: how sums lie.
   template <int Most>
   __device__ __forceinline__ void finish_qkv(const Team<One>& team, const RopeOperands (&operands)[Most], int own,
                                              int tile, int element, int units, int places, bool across) {
@@ -107,14 +106,13 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const int m = tile * kTileRows + row_of_slot(element / kTileFeatures);
     const bool busy = tile < tiles();
     RopeOperands operands[2];
-    float none[8] = {};
     this->template wide_product<kQkv, 2>(
         exchange().template buffer<kNormedQkv>(), exchange().template buffer<kSquaresQkv>(),
         [&] {
 #pragma unroll
           for (int i = 0; i < 2; ++i) operands[i] = rope_operands(qkv_unit(i), m, busy && i < units && m < p.rows);
         },
-        none);
+        [&](const auto& sum, const Team<One>& of, int rows) { this->spread_sums(sum, qkv_units<One>(of.tile), rows); });
     async_copy_wait_committed();  // the conditions
     block_sync();
     give_back(2 * Shape<Fp8, kQkv>::Chunks);
@@ -315,7 +313,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
       }
       block_sync();
       give_back(Group * Chunks);
-      finish_hidden<Group>(team, first, false);
+      finish_hidden<Group>(team, first);
       block_sync();
     }
   }
@@ -325,7 +323,10 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     float own[8] = {};
     this->template wide_product<kGateUp, kGateUpUnits>(
         exchange().template buffer<kNormedMlp>(), exchange().template buffer<kSquaresMlp>(),
-        [&] { this->order_published(); }, own);
+        [&] { this->order_published(); },
+        [&](const auto& sum, const Team<One>& team, int rows) {
+          if (rows > 0) this->hand_out(sum, team, own);
+        });
     block_sync();
     give_back(kGateUpUnits * Shape<Fp8, kGateUp>::Chunks);
     if (matrix_team().tile < tiles()) this->finish_unit(own);
@@ -334,7 +335,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
 
   // Of `Group` units from `first` on; one tile: a warp's outputs are a row's, neighbours in memory.
   template <int Group>
-  __device__ __forceinline__ void finish_hidden(const Team<true>& team, int first, bool) {
+  __device__ __forceinline__ void finish_hidden(const Team<true>& team, int first) {
     const int row = row_of_slot(thread_id() / kWarpSize), column = thread_id() % kTileFeatures;
     const int own = thread_id() % kWarpSize / kTileFeatures, unit = first + own % Group;
     const int shift = unit * kTileFeatures + column;
@@ -348,16 +349,16 @@ struct Layer : WideFrame<Fp8, One, Paired> {
                    input_scale(kDown));
   }
 
-  // The same of all tiles: eight lanes have a row, each `Group` columns of a unit, which make a word.
+  // The same of all tiles: eight lanes a row, each `Group` columns of a unit, which make a word.
   template <int Group>
-  __device__ __forceinline__ void finish_hidden(const Team<false>& team, int first, bool across) {
+  __device__ __forceinline__ void finish_hidden(const Team<false>& team, int first) {
     const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4;
     const int slot = warp % 4 * 4 + lane / 8, own = lane % 8 * Group / kTileFeatures;
     const int column = lane * Group % kTileFeatures, unit = first + own, m = tile * kTileRows + row_of_slot(slot);
     if (tile >= tiles()) return;
     const float factor = weight_scale(kGateUp) * inverse_rms(team, tile, row_of_slot(slot));
     float2 sum[Group];
-    gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column, across);
+    gather_columns(sum, big(), team, tile, own, slot * kTileFeatures + column);
     float value[Group], gate_shift[Group], up_shift[Group];
     this->condition_columns(gate_shift, kGateShift + unit * kTileFeatures + column);
     this->condition_columns(up_shift, kUpShift + unit * kTileFeatures + column);

@@ -38,7 +38,7 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
     if constexpr (!kOnMatrixUnit<Fp8, kQkv, Paired>) return inverse;
     const int m = tile * kTileRows + row;
     power(kMlpPower, m) = power_of(inverse);
-    return inverse * kHeadroom * inverse_power(power(kQkvPower, m));
+    return unpowered(inverse, power(kQkvPower, m));
   }
   // What the rows of a norm are published times: of qkv, of gate-up, and of a step's first.
   enum Power : int { kQkvPower, kMlpPower, kFirstPower };
@@ -48,14 +48,18 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
     if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>)
       power(kFirstPower, row_of_thread()) = power(kMlpPower, row_of_thread());
   }
-  // With it the root mean square of the row at that norm is between 1/16 and 1/8, or less where it was below 1/512. It
-  // may grow 112 times until a value that is all of its row exceeds what e4m3 holds; to a quarter of it rounding costs
-  // a tenth more than in the middle of that range.
+  // With it the root mean square of the row at that norm is between 1/8 and 1/4, or less where it was below 1/256. It
+  // may grow 56 times until a value that is all of its row exceeds what e4m3 holds, less by as much as |1 + scale| of
+  // its column is more than 1. Where the squares overflow the rows become NaN, not zeros.
   static __device__ __forceinline__ float power_of(float inverse) {
-    return fminf(__uint_as_float(__float_as_uint(inverse) & 0x7f800000u) * (kHeadroom / 8), 32.0f);
+    const float power = fminf(__uint_as_float(__float_as_uint(inverse) & 0x7f800000u) * (kHeadroom / 4), 32.0f);
+    return inverse > 0.0f ? power : __uint_as_float(0x7fffffffu);
   }
-  static __device__ __forceinline__ float inverse_power(float of) {
-    return __uint_as_float(0x7f000000u - __float_as_uint(of));
+  // r of a norm by the power of its rows: 4 to 8 where they are as large as at the norm before. Of rows that have
+  // shrunk 16 to 32 times e4m3 has kept no more than a bit or two: that must not pass in silence either.
+  static __device__ __forceinline__ float unpowered(float inverse, float power) {
+    const float factor = inverse * kHeadroom * __uint_as_float(0x7f000000u - __float_as_uint(power));
+    return factor <= 128.0f ? factor : __uint_as_float(0x7fffffffu);
   }
 
   // h (1 + scale) of this thread's element and the sum of squares of its eight for the given buffers of a copy.

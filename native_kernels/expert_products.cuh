@@ -237,8 +237,8 @@ __device__ __forceinline__ float2 gather_pair(const float* sums, const Team<One>
 // two first: eight lanes, of four units, then fall into different banks.
 template <int Units>
 __device__ __forceinline__ void gather_columns(float2 (&sum)[Units], const float* sums, const Team<false>& team,
-                                               int tile, int unit, int element, bool across) {
-  const int first = across ? tile : tile << team.shift, step = (across ? kWarps / 4 : 1) * Units * kPairElements;
+                                               int tile, int unit, int element) {
+  const int first = tile << team.shift, step = Units * kPairElements;
   const float* from = sums + (first * Units + unit) * kPairElements + ((element * 2) ^ (unit % 2 * 2 * kTileFeatures));
   const int swap = Units == 4 ? unit / 2 * 4 : 0;
   float4 part[Units / 2] = {};

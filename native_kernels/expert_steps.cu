@@ -15,12 +15,10 @@
 // that does nothing else (expert_mover.cuh). What is left is latency: six exchanges a layer. They have no barriers: the
 // words that go from block to block say themselves whether they have come (expert_stream.cuh).
 //
-// e4m3 weights meet 16-bit activations in products 1 and 4 (widened: exact; of more than two tiles of rows on Hopper's
-// matrix unit e4m3 ones) and e4m3 activations in 3 and 5. Rows are
-// served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each, and of more than two
-// Hopper's matrix unit takes the products of e4m3 weights, those of 3 and 5 shared by pairs of blocks
-// (expert_matrix.cuh). Sums are taken in a fixed
-// order: results are bit-identical from run to run.
+// e4m3 weights meet 16-bit activations in products 1 and 4 (widened: exact) and e4m3 activations in 3 and 5. Rows are
+// served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each. Of more than two tiles
+// Hopper's matrix unit takes the products of e4m3 weights, all with e4m3 activations, those of 3 and 5 shared by pairs
+// of blocks (expert_matrix.cuh). Sums are taken in a fixed order: results are bit-identical from run to run.
 #include "device_limits.h"
 #include "expert_seam.cuh"
 
@@ -153,28 +151,27 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   constexpr int kLeastSlots = 4, kGoodSlots = Paired ? 6 : kLeastSlots;
   // where there are more tiles, small sums take turns with the big ones
   const int small_bytes = One ? kSmallBytes : 0, received_bytes = Paired ? tiles * 4 * kSentBytes : 0;
-  // the scores of all tiles at once, or of half of them
-  for (int least = kGoodSlots, at_once = tiles; at_once > 0; at_once /= 2) {
-    const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
-    const int big_bytes =
-        max(Paired ? kPairedBigBytes : kBigBytes, score_bytes + probability_bytes + tiles * kTileRows * 4);
-    const int work_bytes = big_bytes + small_bytes + received_bytes + key_bytes + value_bytes;
-    plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
-    if (plan.slots < least) {
-      if (at_once == 1 && least > kLeastSlots) at_once = 2 * tiles, least = kLeastSlots;  // any, then
-      continue;
+  // the scores of all tiles at once, or of half of them, or of one
+  for (const int least : {kGoodSlots, kLeastSlots}) {
+    for (int at_once = tiles, last = 0; at_once != last; last = at_once, at_once = (at_once + 1) / 2) {
+      const int score_bytes = at_once * slices * kTileRows * attention.score_stride() * 4;
+      const int big_bytes =
+          max(Paired ? kPairedBigBytes : kBigBytes, score_bytes + probability_bytes + tiles * kTileRows * 4);
+      const int work_bytes = big_bytes + small_bytes + received_bytes + key_bytes + value_bytes;
+      plan.slots = min(kMaxSlots, (shared_limit - work_bytes - kFixedBytes) / kChunkBytes);
+      if (plan.slots < least) continue;
+      plan.big = plan.slots * kChunkBytes;
+      plan.small = One ? plan.big + big_bytes : plan.big;
+      plan.received = plan.big + big_bytes + small_bytes;
+      attention.tiles_at_once = at_once;
+      attention.score = plan.big;
+      attention.probability = attention.score + score_bytes;
+      attention.row_maximum = attention.probability + probability_bytes;
+      attention.k = plan.received + received_bytes;
+      attention.v = attention.k + key_bytes;
+      bytes = attention.v + value_bytes;
+      return true;
     }
-    plan.big = plan.slots * kChunkBytes;
-    plan.small = One ? plan.big + big_bytes : plan.big;
-    plan.received = plan.big + big_bytes + small_bytes;
-    attention.tiles_at_once = at_once;
-    attention.score = plan.big;
-    attention.probability = attention.score + score_bytes;
-    attention.row_maximum = attention.probability + probability_bytes;
-    attention.k = plan.received + received_bytes;
-    attention.v = attention.k + key_bytes;
-    bytes = attention.v + value_bytes;
-    return true;
   }
   return false;
 }

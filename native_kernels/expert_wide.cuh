@@ -16,11 +16,11 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
 
   static constexpr int kSumUnits = 2;  // of two tiles, for which a warp's sums have room
 
-  // The sums of `Units` units of rows `x` and of their squares. `meanwhile` is called when the rows have been asked
-  // for.
-  template <int P, int Units, typename Meanwhile>
+  // The sums of `Units` units of rows `x`, by `take(sums, team, rows of its tile)`, and of their squares. `meanwhile`
+  // is called when the rows have been asked for.
+  template <int P, int Units, typename Meanwhile, typename Take>
   __device__ __forceinline__ void wide_product(const unsigned char* x, const unsigned char* squares_of,
-                                               Meanwhile meanwhile, float (&own)[8]) {
+                                               Meanwhile meanwhile, Take take) {
     using S = Shape<Fp8, P, true>;
     static_assert(S::Groups / 4 == 2 && S::Chunks == 1 && S::Tiles == 2);
     const Team<One> team = matrix_team(), row_team = this->row_team();
@@ -42,11 +42,7 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
     float sum[Parts][16] = {};
     if (a.rows > 0) a.settle(a.operand[0], 0), a.settle(a.operand[1], 1);
     multiply_groups<kHalfBytes>(sum, a.operand, weights);
-    if constexpr (P == kQkv) {
-      spread_sums(sum, qkv_units<One>(team.tile), a.rows);
-    } else if (a.rows > 0) {
-      hand_out(sum, team, own);
-    }
+    take(sum, team, a.rows);
   }
 
   // Gate-up's sums of a warpgroup's quarter of k meet by unit: it keeps those of one and leaves the others to the other
@@ -83,7 +79,7 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
         own[i * 4] += part.x, own[i * 4 + 1] += part.y, own[i * 4 + 2] += part.z, own[i * 4 + 3] += part.w;
       }
     float factor[2];
-    row_factors(factor, tile);
+    row_factors(factor, unit, tile);
     const float inverse_scale = inverse_of(this->input_scale(kDown));
     const int column = lane % 4 * 2, shift = unit * kTileFeatures + column;
     uint32_t pair[2];
@@ -110,7 +106,7 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
   }
 
   // What the sums of a lane's two rows are multiplied by; and the powers of the next norm.
-  __device__ __forceinline__ void row_factors(float (&factor)[2], int tile) const {
+  __device__ __forceinline__ void row_factors(float (&factor)[2], int unit, int tile) const {
     const int lane = thread_id() % kWarpSize;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -119,24 +115,21 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
 #pragma unroll
       for (int offset = 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       const float inverse = rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
-      factor[i] =
-          this->weight_scale(kGateUp) * inverse * kHeadroom * this->inverse_power(this->power(Base::kMlpPower, m));
-      this->power(Base::kQkvPower, m) = this->power_of(inverse);
+      factor[i] = this->weight_scale(kGateUp) * this->unpowered(inverse, this->power(Base::kMlpPower, m));
+      if (unit == 0) this->power(Base::kQkvPower, m) = this->power_of(inverse);
     }
   }
 
-  // Of as many neighbouring conditions, from a multiple of it on; of pairs one by one, which measures 0.1 us faster
-  // there.
+  // Of as many neighbouring conditions, from a multiple of it on.
   template <int Count>
   __device__ __forceinline__ void condition_columns(float (&value)[Count], int index) const {
     struct alignas(Count * 4) Columns {
       float value[Count];
     };
     const float* from = this->conditions + this->copy * kConditions + index;
-    Columns columns;
-    if constexpr (!Paired) columns = *reinterpret_cast<const Columns*>(from);
+    const Columns columns = *reinterpret_cast<const Columns*>(from);
 #pragma unroll
-    for (int i = 0; i < Count; ++i) value[i] = Paired ? from[i] : columns.value[i];
+    for (int i = 0; i < Count; ++i) value[i] = columns.value[i];
   }
 
   // The first `count` of a warp's units of two tiles, into the big region; not on the matrix unit.

@@ -8,7 +8,8 @@
 
 namespace flashrt {
 
-// Raise it with every change of a launcher's arguments: ops/native.py refuses a module built from other sources.
+// Raise it with every change of a launcher's arguments or of how weights are packed for it: ops/native.py refuses a
+// module built from other sources.
 constexpr int kInterfaceVersion = 11;
 
 // Codes that ops/native.py passes for torch dtypes.
