@@ -147,6 +147,9 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
+  static_assert((kMaxSlots + 4) * 8 + sizeof(Counters) + kMaxSources * sizeof(Source) + sizeof(Share) + 32 +
+                    (kWarps * kTileRows + kCopies * kConditions + 3 * kExpertMaxRows) * 4 <=
+                kFixedBytes);
   // what is multiplied before anything is given back; with pairs down waits where there are fewer than six
   constexpr int kLeastSlots = 4, kGoodSlots = Paired ? 6 : kLeastSlots;
   // where there are more tiles, small sums take turns with the big ones
