@@ -87,7 +87,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{result['device']}, torch {result['torch']}, {result['date']}, commit {result['commit']}; "
         f"{result['weights']}; {result['frames']} frames, {result['held_out']} held out, "
-        f"{result['draws']} draws, {result['steps']} denoise steps.",
+        f"{result['draws']} draws, {result['steps']} denoise steps, {result['chunk']} actions.",
         "",
         "| samples | estimator | relative rms, mean ± spread | max-abs, mean ± spread | worst cosine |",
         "|---|---|---|---|---|",
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--query-scale", type=float, default=1.0, help="of random weights: 4 peaks attention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=10, help="denoise steps")
+    parser.add_argument("--chunk", type=int, default=10, help="actions of a random policy's chunk")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--held-out", type=int, default=12)
@@ -163,6 +164,7 @@ def main() -> None:
         "held_out": len(held),
         "draws": args.draws,
         "steps": rig.checkpoint.config.num_steps,
+        "chunk": rig.checkpoint.config.horizon,
         "held_out_error": held_out_table(rig, held, rest),
         "drift": drift_table(rig, held, rest),
     }

@@ -60,7 +60,7 @@ class Rig:
             return opened
         args = self.args
         return random_checkpoint(
-            "pi05", 2, 10, args.steps, self.device, args.size, query_scale=args.query_scale
+            "pi05", 2, args.chunk, args.steps, self.device, args.size, query_scale=args.query_scale
         )
 
     def plain(self, dtype: torch.dtype) -> FlowPolicy:
