@@ -17,6 +17,7 @@ SECTIONS = {
     "Pi0-FAST": "fast.md",
     "FP8: calibration and drift": "calibration.md",
     "The same with peaked attention": "calibration_peaked.md",
+    "The same with 50 actions a chunk": "calibration_chunk50.md",
     "From disk to the first action": "load.md",
     "Every kernel alone": "kernels.md",
 }
