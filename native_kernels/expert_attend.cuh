@@ -1,5 +1,5 @@
 // The persistent expert's attention: 16 blocks a head, each with its share of the keys. A block takes the scores of its
-// keys, their softmax and its part of P V; expert_inbox.cuh and expert_letters.cuh have the rest.
+// keys, their softmax and its part of P V; expert_inbox.cuh and the letters have the rest.
 #pragma once
 
 #include "expert_matrix.cuh"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "expert_inbox.cuh"
-#include "expert_letters.cuh"
+#include "expert_narrow_letters.cuh"
 
 namespace flashrt {
 namespace expert {

@@ -176,12 +176,22 @@ struct Layer : WideFrame<Fp8, One, Paired> {
         parts.settle(inbox, row);
         merge<Fp8>(parts, inbox, head, row, buffers.template buffer<kAttendedRows>(), buffers.other, input_scale(kOut));
       }
+    } else if constexpr (Paired) {
+      const float* rounding = this->conditions + this->copy * kConditions + kInputScale;
+      const NarrowLetters letters{{values, sums, tiles(), rank, mark_of(visit)}, rounding};
+      send_attended(team, head, letters);
+      NarrowMail mail(team, p.rows);
+      if (mail.rows > 0) {
+        mail.collect(letters, team);
+        publish_attended(buffers, NarrowMerged(mail, letters.scale()), mail.rows, team.tile * kTileRows,
+                         head * kHeadDim + rank * kSplitColumns);
+      }
     } else {
       const Letters letters{values, sums, tiles(), rank, mark_of(visit)};
       send_attended(team, head, letters);
       Mail mail(team, p.rows);
       if (mail.rows > 0) {
-        mail.template collect<Paired>(letters, team);
+        mail.collect(letters, team);
         publish_attended(Merged(mail, team), mail.rows, team.tile * kTileRows, head * kHeadDim + rank * kSplitColumns);
       }
     }
@@ -211,6 +221,15 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     if (has)
       publish(buffers.template buffer<kAttendedRows>() + this->template tile_offset<kOut>(m, column * (Fp8 ? 1 : 2)),
               buffers.other, word);
+  }
+
+  __device__ __forceinline__ void publish_attended(const Exchange<One>& buffers, const NarrowMerged& merged, int rows,
+                                                   int first_row, int first_column) {
+    const float inverse_scale = inverse_of(input_scale(kOut));
+    const int m = first_row + merged.row, column = first_column + merged.column;
+    if (merged.sole && merged.row < rows)
+      publish(buffers.template buffer<kAttendedRows>() + this->template tile_offset<kOut>(m, column), buffers.other,
+              merged.word(inverse_scale));
   }
 
   // The probabilities of all rows, and what else P V needs, behind a barrier.

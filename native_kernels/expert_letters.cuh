@@ -82,15 +82,13 @@ struct Mail {
     const uint32_t lower = (part[i].z ^ mark) | (part[i].w ^ mark) | (sum[i].y ^ mark);
     return ((upper | (row + 1 < rows ? lower : 0)) & 1) != 0;
   }
-  // Until all has come. `FirstAlone`: the others are asked for when the first has.
-  template <bool FirstAlone>
+  // Until all has come.
   __device__ __forceinline__ void collect(const Letters& letters, const Team<false>& team) {
 #pragma unroll
     for (int i = 0; i < Most; ++i)
       part[i] = make_uint4(0, 0, 0, 0), sum[i] = make_uint2(0xff800000u, 0xff800000u);  // -infinity
     if (row < rows) {
       ask(letters, team, 0);
-      for (int polls = 0; FirstAlone && missing(letters, 0); count_poll(polls)) ask(letters, team, 0);
 #pragma unroll
       for (int i = 1; i < Most; ++i)
         if (i < senders) ask(letters, team, i);

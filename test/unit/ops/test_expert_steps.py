@@ -44,6 +44,36 @@ def inverse_rms(h: torch.Tensor) -> torch.Tensor:
     return (h.float().square().mean(-1, keepdim=True) + EPS).rsqrt()
 
 
+SPLITS = 16  # blocks of a head
+PART_HEADROOM = 16.0
+
+
+def key_shares(prefix: int, rows: int) -> list[list[int]]:
+    """The keys of each block of a head: of the actions' own every 16th, of the prefix as many less."""
+    shares: list[list[int]] = []
+    most, first = -(-(prefix + rows) // SPLITS), 0
+    for rank in range(SPLITS):
+        own = range(prefix + rank, prefix + rows, SPLITS)
+        last = max(first, min(first + most - len(own), prefix))
+        shares.append([*range(first, last), *own])
+        first = last
+    return shares
+
+
+def sent(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A block's part of P V (heads, rows, 256) as others read it: e4m3 of which every eighth has a bit less.
+
+    That bit, of every other value of 8 of 16 in even rows, says whether a part has come.
+    """
+    scaled = part / (scale * PART_HEADROOM)
+    coarse = ((scaled.view(torch.int32) + (1 << 20)) & -(1 << 21)).view(torch.float32)
+    column, row = torch.arange(256, device=part.device) % 16, torch.arange(part.shape[1], device=part.device)
+    marked = (column < 8) & (column % 2 == 0) & (row % 2 == 0)[:, None]
+    code = quantised(torch.where(marked, coarse, scaled), 1.0).view(torch.uint8)
+    code = torch.where(marked, code & 0xFE, code).view(torch.float8_e4m3fn)
+    return code.float() * (scale * PART_HEADROOM)
+
+
 class RandomExpert:
     """An expert of random weights: packed for the kernel, and as the float32 values that the kernel sees."""
 
@@ -126,6 +156,21 @@ class RandomExpert:
             h = F.linear(F.silu(h).bfloat16().float(), self.mix[0].float(), self.mix[1])
         return h.bfloat16()
 
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int, layer: int, narrow: bool
+    ) -> torch.Tensor:
+        """Attention of q (8, rows, 256) over k, v (keys, 256). narrow: blocks send their parts as e4m3."""
+        scores = q @ k.T / 16
+        if not narrow:
+            return scores.softmax(-1) @ v
+        parts, logarithms = [], []
+        for share in key_shares(prefix, q.shape[1]):
+            own = scores[..., share]
+            parts.append(sent(own.softmax(-1) @ v[share], self.input_scale[layer, 0]))
+            logarithms.append(own.logsumexp(-1))
+        weights = torch.stack(logarithms).softmax(0)
+        return (weights[..., None] * torch.stack(parts)).sum(0)
+
     def integrate(
         self,
         x: torch.Tensor,
@@ -158,7 +203,7 @@ class RandomExpert:
                 v[layer, suffix] = qkv[:, 9:].bfloat16().float()
                 q = q.bfloat16().float().transpose(0, 1)
                 keys, values = k[layer, : prefix + rows, 0], v[layer, : prefix + rows, 0]
-                attended = (q @ keys.T / 16).softmax(-1) @ values
+                attended = self.attend(q, keys, values, prefix, layer, narrow)
                 attended = self.seen(attended.transpose(0, 1).reshape(rows, -1), layer, 0)
                 h = (h.float() + self.gate(step, 2 * layer) * (attended @ dense["out"].T)).bfloat16()
                 normed = self.normed(h, step, 2 * layer + 1, before)
@@ -250,7 +295,7 @@ def check(
 def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None:
     expert = RandomExpert(LAYERS, STEPS, fp8, adaptive)
     # without gates the twin itself moves by 5e-2 when its probabilities are bf16: e4m3 rows turn over
-    fp8_tolerance = 7e-2 if rows > 32 and not adaptive else 4e-2
+    fp8_tolerance = 8e-2 if rows > 32 and not adaptive else 4e-2
     check(expert, rows, prefix, fp8_tolerance if fp8 else 1.5e-2)
 
 

@@ -69,7 +69,9 @@ def test_same_actions_as_the_loop(fp8: bool, policy: str, horizon: int) -> None:
     model.integrate(fused)
     loop_error, error = (((x - exact).norm() / (exact - noise).norm()).item() for x in (loop, fused))
     assert error < 1.5 * loop_error + 1e-3, f"relative error {error:.2e}, of the loop {loop_error:.2e}"
-    assert error < (6e-2 if fp8 else 3e-2), f"relative error {error:.2e}"
+    # of more than 32 rows the parts of the attention are e4m3 too, which the loop has not
+    limit = (7e-2 if horizon > 32 else 6e-2) if fp8 else 3e-2
+    assert error < limit, f"relative error {error:.2e}"
 
 
 @pytest.mark.gpu
