@@ -29,6 +29,10 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
     if (One) sum += from[8 * kTileRows];
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return inverse_of_squares(sum);
+  }
+  // Of a row's whole sum of squares. Every reader takes it the same way: powers must agree to the bit.
+  __device__ __forceinline__ float inverse_of_squares(float sum) const {
     return rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
   }
   // What the sums of the thread's row of qkv are multiplied by. Rows of e4m3 were published times a power of two, which

@@ -114,7 +114,7 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
       float sum = this->inverse[(tile * 4 + lane % 4) * kTileRows + row];
 #pragma unroll
       for (int offset = 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      const float inverse = rsqrtf(sum * (1.0f / kWidth) + p.eps) / kHeadroom;
+      const float inverse = this->inverse_of_squares(sum);
       factor[i] = this->weight_scale(kGateUp) * this->unpowered(inverse, this->power(Base::kMlpPower, m));
       if (unit == 0) this->power(Base::kQkvPower, m) = this->power_of(inverse);
     }
