@@ -32,6 +32,8 @@ enum Condition : int {
   kConditions = kInputScale + 4
 };
 static_assert(kWeightScale == 4 * kWarpSize);  // 16 bytes a lane
+constexpr int kPairConditions =
+    kConditions + kQkvShift;  // behind them, of a pair's second eight columns, the first four
 
 // `One`: a single tile of rows, for which loops and most addresses are constants. `Paired`: more than two, for pairs of
 // blocks and the matrix unit.
@@ -50,11 +52,21 @@ struct Frame {
   float* conditions;      // of each copy's visit
   Cursor chunk = {};
   int visit = 0, copy = 0;  // copy: visit % kCopies
-  float h = 0.0f;           // row row_of_thread(), column block_id() * 8 + thread_id() % 8
+  float h = 0.0f;           // row row_of_thread(), column first_column() + column_of_thread()
 
-  // Of h and of the epilogues of products 3 and 5.
+  // Of h and of the epilogues of products 3 and 5: a block has its 8 columns, or of a pair's 16 half of each tile's
+  // rows, so that there are half as many parts of a row's sum of squares.
+  static constexpr int kColumns = Paired ? 2 * kTileFeatures : kTileFeatures;
+  static constexpr int kConditionStride = Paired ? kPairConditions : kConditions;  // of the copies
+  static __device__ __forceinline__ unsigned column_of_thread() { return thread_id() % kColumns; }
+  static __device__ __forceinline__ unsigned first_column() {
+    return (Paired ? block_id() & ~1u : block_id()) * kTileFeatures;
+  }
+  static __device__ __forceinline__ int row_of_place(int place) {
+    return Paired ? block_id() % 2 * (kTileRows / 2) + place : row_of_slot(place);
+  }
   static __device__ __forceinline__ int row_of_thread() {
-    return thread_id() / kTileElements * kTileRows + row_of_slot(thread_id() % kTileElements / kTileFeatures);
+    return thread_id() / kTileElements * kTileRows + row_of_place(thread_id() % kTileElements / kColumns);
   }
   __device__ float* big() const { return reinterpret_cast<float*>(shared + plan.big); }
   __device__ float* small() const { return reinterpret_cast<float*>(shared + plan.small); }
@@ -73,7 +85,13 @@ struct Frame {
   __device__ __forceinline__ int next_copy() const { return copy + 1 == kCopies ? 0 : copy + 1; }
   __device__ __forceinline__ void end_visit() { ++visit, copy = next_copy(); }
 
-  __device__ __forceinline__ float condition(int index) const { return conditions[copy * kConditions + index]; }
+  __device__ __forceinline__ float condition(int index) const { return conditions[copy * kConditionStride + index]; }
+  // Of this thread's column, one of the first four.
+  __device__ __forceinline__ float own_condition(int index) const {
+    const unsigned column = column_of_thread();
+    if (!Paired) return condition(index + column);
+    return condition(index + column % kTileFeatures + column / kTileFeatures * kConditions);
+  }
   __device__ __forceinline__ float weight_scale(int product) const {
     return Fp8 ? condition(kWeightScale + product) : 1.0f;
   }
@@ -85,8 +103,8 @@ struct Frame {
   }
   // What stays as it is where the policy has no gates or shifts.
   __device__ void blank_conditions() const {
-    for (int i = thread_id(); i < kCopies * kConditions; i += kThreads) {
-      const int start = i % kConditions / kTileFeatures * kTileFeatures;
+    for (int i = thread_id(); i < kCopies * kConditionStride; i += kThreads) {
+      const int start = (Paired ? i % kConditionStride : i) % kConditions / kTileFeatures * kTileFeatures;
       conditions[i] = start == kOutGate || start == kDownGate ? 1.0f : 0.0f;
     }
   }
@@ -94,9 +112,11 @@ struct Frame {
   // By one warp, a visit ahead, 16 bytes a lane; it waits for them in front of the next visit's first barrier.
   __device__ __forceinline__ void copy_conditions(int step, int layer, int of_copy) const {
     const int lane = thread_id() % kWarpSize;
-    float* target = conditions + of_copy * kConditions;
+    float* target = conditions + of_copy * kConditionStride;
     const float* from = condition_source(step, layer, lane);
     if (from != nullptr) async_copy16(target + lane * 4, from);
+    if (Paired && lane < kQkvShift / 4 && from != nullptr)
+      async_copy16(target + kConditions + lane * 4, from + kTileFeatures);
     if (Fp8 && lane == 0) async_copy16(target + kWeightScale, p.weight_scale + layer * kProducts);
     if (Fp8 && lane == 1) async_copy8(target + kInputScale, p.input_scale + layer * 2);
     async_copy_commit();
@@ -106,7 +126,7 @@ struct Frame {
     if (lane < kQkvShift / 4) {
       const int kind = lane / 2;
       const float* base = style(kind % 2 == 0 ? p.gate : p.norm_scale, step, 2 * layer + (kind + 1) / 2);
-      return base == nullptr ? nullptr : base + block_id() * kTileFeatures + half;
+      return base == nullptr ? nullptr : base + first_column() + half;
     }
     constexpr int64_t Features = kQkvHeads * kHeadDim + 2 * kMlp;
     if (p.shift_products == nullptr) return nullptr;
@@ -310,7 +330,8 @@ struct Frame {
     block_sync();  // nobody looks for more while this block still computes
   }
 
-  // The same by a pair of blocks, each half of k of both units.
+  // The same by a pair of blocks, each half of k of both units; of each tile's rows the first block finishes the first
+  // half, which are those of half of a warp's lanes.
   template <int P, typename Finish>
   __device__ __forceinline__ void paired_product(const unsigned char* x, int step, int layer, Finish finish) {
     using S = Shape<Fp8, P>;
@@ -333,27 +354,23 @@ struct Frame {
     ring.wait(chunk, S::Chunks);
     multiply_64(sum, a, weights);
     if (a.rows > 0) {
-      float own[4], other[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) own[i] = sum[0][i], other[i] = sum[Parts - 1][4 % (8 / Parts) + i];
-      if (rank == 1)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) own[i] = sum[Parts - 1][4 % (8 / Parts) + i], other[i] = sum[0][i];
       const int lane = thread_id() % kWarpSize;
-      give(address_in(shared_address(shared + plan.received + place_of_warp * kSentBytes + lane * 16), 1 - rank),
-           make_uint4(__float_as_uint(other[0]), __float_as_uint(other[1]), __float_as_uint(other[2]),
-                      __float_as_uint(other[3])),
-           address_in(shared_address(prefix_full + 2), 1 - rank));
-      spread(small(), place_of_warp, own, a.rows);
+      const bool own = lane / 16 == rank;
+      const unsigned char* to = shared + (own ? plan.small : plan.received) + place_of_warp * kSentBytes;
+      const uint32_t barrier = address_in(shared_address(prefix_full + 2), 1 - rank);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)  // the first eight columns, and the others
+        keep_or_give(own, shared_address(to) + sent_offset(i, lane % 16), 1 - rank,
+                     sum[i * (Parts - 1)] + i * 4 % (8 / Parts), barrier);
     }
     if (P == kDown) await_order();
     block_sync();
     give_back(S::Chunks);
-    const int tile = thread_id() / kTileElements, element = thread_id() % kTileElements;
+    const int tile = thread_id() / kTileElements;
     if (tile < tiles()) {
-      const float half = gather(small(), team, tile, element);
+      const float half = gather_pair_row(shared + plan.small, tile);
       await_phase(prefix_full + 2, P == kOut ? 0 : 1);  // two a visit
-      finish(half + gather_received(shared + plan.received, tile, element));
+      finish(half + gather_pair_row(shared + plan.received, tile));
     }
     block_sync();  // nobody looks for more while this block still computes
   }

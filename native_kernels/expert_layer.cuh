@@ -54,7 +54,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const int units = qkv_units<One>(tile);
     const bool busy = One ? own < units : own < tiles();
     Activations<Fp8, kQkv, One> a(exchange().template buffer<kNormedQkv>(), team, p.rows);
-    Squares<One> squares;
+    Squares<One, Paired> squares;
     be_patient();
     if (Fp8 && !One) a.await_one();  // bf16 measures slower with it
     squares.ask(parts, team, p.rows);
@@ -177,7 +177,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
         merge<Fp8>(parts, inbox, head, row, buffers.template buffer<kAttendedRows>(), buffers.other, input_scale(kOut));
       }
     } else if constexpr (Paired) {
-      const float* rounding = this->conditions + this->copy * kConditions + kInputScale;
+      const float* rounding = this->conditions + this->copy * Base::kConditionStride + kInputScale;
       const NarrowLetters letters{{values, sums, tiles(), rank, mark_of(visit)}, rounding};
       send_attended(team, head, letters);
       NarrowMail mail(team, p.rows);
@@ -269,13 +269,13 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   // both, and always one block's.
   __device__ __forceinline__ void add(float sum, int product, int gate) {
     const float scale = weight_scale(product) * input_scale(product);
-    h = round_bf16(h + condition(gate + thread_id() % kTileFeatures) * (sum * scale));
+    h = round_bf16(h + this->own_condition(gate) * (sum * scale));
   }
 
   __device__ void out(int step, int layer) {
     const unsigned char* x = exchange().template buffer<kAttendedRows>();
     this->template narrow_product<kOut>(x, step, layer, [&](float sum) {
-      const float scale = condition(kMlpScale + thread_id() % kTileFeatures);
+      const float scale = this->own_condition(kMlpScale);
       add(sum, kOut, kOutGate);
       this->template publish_normed<kGateUp, kNormedMlp, kSquaresMlp>(exchange(), scale + 1.0f);
     });
@@ -284,7 +284,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   __device__ void down(int step, int layer) {
     const unsigned char* x = exchange().template buffer<kHidden>();
     const auto finish = [&](float sum) {
-      const float scale = condition(kNextScale + thread_id() % kTileFeatures);
+      const float scale = this->own_condition(kNextScale);
       add(sum, kDown, kDownGate);
       if (layer + 1 < p.layers) {
         this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(exchange(this->next_copy()), scale + 1.0f);
@@ -311,7 +311,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const unsigned char* parts = exchange().template buffer<kSquaresMlp>();
     const Team<One> team = row_team();
     Activations<Fp8, kGateUp, One> a(exchange().template buffer<kNormedMlp>(), team, p.rows);
-    Squares<One> squares;
+    Squares<One, Paired> squares;
     be_patient();
     if (Fp8 && !One) a.await_one();  // bf16 measures slower with it
     squares.ask(parts, team, p.rows);

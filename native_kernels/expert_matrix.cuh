@@ -88,15 +88,22 @@ __device__ __forceinline__ void multiply_64(float (&sum)[Parts][Sums], Activatio
   }
 }
 
-// What a warp's sums of the other block's unit are sent as: 16 bytes a lane.
+// A warp's sums of half of its tile's rows and a pair's 16 columns: 32 bytes of 16 lanes each.
 constexpr int kSentBytes = kWarpSize * 16;
 constexpr int kPairedBigBytes = 3 * kWarps * 2 * kSentBytes;  // sums of gate-up that meet
 
-// The sum of an element of the parts of a tile that have come from the other block.
-__device__ __forceinline__ float gather_received(const unsigned char* received, int tile, int element) {
-  const int slot = element / kTileFeatures, feature = element % kTileFeatures;
-  const unsigned char* from =
-      received + tile * 4 * kSentBytes + (slot % 8 * 4 + feature / 2) * 16 + slot / 8 * 8 + feature % 2 * 4;
+// Where of it lie the sums of eight columns of lane `lane` of the sixteen; in turn, so that a row's fall into different
+// banks.
+__device__ __forceinline__ int sent_offset(int eight, int lane) {
+  return eight * (kSentBytes / 2) + (lane ^ eight * 4) * 16;
+}
+
+// This thread's element of a pair's 16 columns, of the parts of `sums`.
+__device__ __forceinline__ float gather_pair_row(const unsigned char* sums, int tile) {
+  const int column = thread_id() % (2 * kTileFeatures), row = thread_id() % kTileElements / (2 * kTileFeatures);
+  const unsigned char* from = sums + tile * 4 * kSentBytes +
+                              sent_offset(column / kTileFeatures, row / 2 * 4 + column % kTileFeatures / 2) +
+                              row % 2 * 8 + column % 2 * 4;
   float part[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) part[i] = *reinterpret_cast<const float*>(from + i * kSentBytes);

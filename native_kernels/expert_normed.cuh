@@ -16,9 +16,9 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
   using Base::scratch;
 
   // Every warp's part of the sums of its tile's rows; behind the next barrier inverse_rms() has the whole.
-  __device__ __forceinline__ void add_squares(Squares<One>& squares) {
+  __device__ __forceinline__ void add_squares(Squares<One, Paired>& squares) {
     const float sum = squares.settle();
-    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares<One>::settled_row()] = sum;
+    if (thread_id() % 8 < 4) inverse[thread_id() / kWarpSize * kTileRows + Squares<One, Paired>::settled_row()] = sum;
   }
 
   // r / kHeadroom of a row of a tile, by eight neighbouring lanes of that row.
@@ -49,8 +49,12 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
   __device__ __forceinline__ float& power(Power which, int row) const { return scratch[which * kExpertMaxRows + row]; }
   // Behind the product of a step's first norm: x changes little from step to step.
   __device__ __forceinline__ void keep_power() const {
-    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>)
-      power(kFirstPower, row_of_thread()) = power(kMlpPower, row_of_thread());
+    if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) copy_powers(kFirstPower, kMlpPower);
+  }
+  // Of the thread's row and of one that the other block has.
+  __device__ __forceinline__ void copy_powers(Power to, Power from) const {
+    const int m = row_of_thread(), other = m ^ kTileRows / 2;
+    power(to, m) = power(from, m), power(to, other) = power(from, other);
   }
   // With it the root mean square of the row at that norm is between 1/8 and 1/4, or less where it was below 1/256. It
   // may grow 56 times until a value that is all of its row exceeds what e4m3 holds, less by as much as |1 + scale| of
@@ -66,11 +70,11 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
     return factor <= 128.0f ? factor : __uint_as_float(0x7fffffffu);
   }
 
-  // h (1 + scale) of this thread's element and the sum of squares of its eight for the given buffers of a copy.
+  // h (1 + scale) of this thread's element and the sum of squares of its row's for the given buffers of a copy.
   // All threads of a warp take part; those of rows past the end publish nothing.
   template <int P, int Normed, int SquaresOf>
   __device__ __forceinline__ void publish_normed(const Exchange<One>& to, float factor) {
-    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
+    const int m = row_of_thread(), column = this->column_of_thread();
     publish_row<P, Normed>(to, factor, m, column);
     publish_squares<SquaresOf>(to, m, column);
   }
@@ -85,10 +89,10 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
       uint32_t word = pack_e4m3(scaled, next);
       word |= __shfl_down_sync(0xffffffffu, word, 2) << 16;
       if (has && column % 4 == 0)
-        publish(to.template buffer<Normed>() + this->template tile_offset<P>(m, block_id() * kTileFeatures + column),
+        publish(to.template buffer<Normed>() + this->template tile_offset<P>(m, this->first_column() + column),
                 to.other, word);
     } else if (has && column % 2 == 0) {
-      publish(to.template buffer<Normed>() + activation_offset<Fp8, P>(m, (block_id() * kTileFeatures + column) * 2),
+      publish(to.template buffer<Normed>() + activation_offset<Fp8, P>(m, (this->first_column() + column) * 2),
               to.other, Fp8 ? pack_f16(scaled, next) : pack_bf16(scaled, next));
     }
   }
@@ -98,21 +102,22 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
   }
   template <int SquaresOf>
   __device__ __forceinline__ void publish_squares(const Exchange<One>& to, int m, int column) const {
+    using Parts = Squares<One, Paired>;
     float squares = h * h;
 #pragma unroll
-    for (int offset = kTileFeatures / 2; offset > 0; offset /= 2)
+    for (int offset = Base::kColumns / 2; offset > 0; offset /= 2)
       squares += __shfl_xor_sync(0xffffffffu, squares, offset);
     if (m < p.rows && column == 1)
-      publish(to.template buffer<SquaresOf>() + square_offset(m) + block_id() * kTileRows * 4, to.other,
+      publish(to.template buffer<SquaresOf>() + Parts::offset_of(m) + Parts::part() * kTileRows * 4, to.other,
               __float_as_uint(squares));
   }
 
   // The last h of a step, for the seam.
   __device__ __forceinline__ void publish_last(const Exchange<One>& to) {
-    const int m = row_of_thread(), column = thread_id() % kTileFeatures;
+    const int m = row_of_thread(), column = this->column_of_thread();
     const float next = __shfl_down_sync(0xffffffffu, h, 1);
     if (m < p.rows && column % 2 == 0)
-      publish(to.template buffer<kLast>() + (m * kWidth + block_id() * kTileFeatures + column) * 2, to.other,
+      publish(to.template buffer<kLast>() + (m * kWidth + this->first_column() + column) * 2, to.other,
               pack_bf16(h, next));
   }
 };

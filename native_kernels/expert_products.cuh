@@ -290,26 +290,29 @@ __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_floa
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // The blocks' parts of the sums of squares of a tile's rows: asked for with the activations, added up behind the
-// product. A block's sixteen rows are neighbours, so that no two blocks write into one sector.
-__device__ __forceinline__ int square_offset(int row) {
-  return (row / kTileRows * kBlocks * kTileRows + row % kTileRows) * 4;
-}
-template <bool One>
+// product. A block's rows are neighbours, so that no two blocks write into one sector. `Paired`: a part is a pair's, of
+// whose blocks each has half of a tile's rows.
+template <bool One, bool Paired>
 struct Squares {
-  static constexpr int Most = One ? 1 : 4;
-  uint4 piece[Most];  // of four rows and one block each
+  static constexpr int Parts = Paired ? kBlocks / 2 : kBlocks, Most = One ? 1 : Parts * kTileRows / (4 * 128);
+  uint4 piece[Most];  // of four rows and one part each
   const unsigned char* from;
-  int rows, parts;  // rows: how many of the four there are
+  int rows, parts;  // rows: how many of the four there are; parts: of the team
+
+  static __device__ __forceinline__ int offset_of(int row) {
+    return (row / kTileRows * Parts * kTileRows + row % kTileRows) * 4;
+  }
+  static __device__ __forceinline__ unsigned part() { return block_id() / (kBlocks / Parts); }
 
   // By the warps of a tile's team.
   __device__ __forceinline__ void ask(const unsigned char* squares, const Team<One>& team, int all_rows) {
     const int index = (team.part * kWarpSize) + thread_id() % kWarpSize;
     parts = team.parts();
-    from = squares + square_offset(team.tile * kTileRows) + index * 16;
+    from = squares + team.tile * (Parts * kTileRows * 4) + index * 16;
     rows = all_rows - team.tile * kTileRows - index % 4 * 4;
 #pragma unroll
     for (int i = 0; i < Most; ++i)
-      piece[i] = rows > 0 && i * parts < kWarps ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
+      piece[i] = rows > 0 && (Paired || i * parts < kWarps) ? look(from + offset(i)) : make_uint4(0, 0, 0, 0);
   }
   __device__ __forceinline__ int offset(int i) const { return i * parts * kWarpSize * 16; }
   __device__ __forceinline__ bool missing(const uint4& part) const {

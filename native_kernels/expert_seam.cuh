@@ -161,7 +161,7 @@ struct Seam : Layer<Fp8, One, Paired> {
   }
 
   __device__ void project_in(int step) {
-    const int m = this->row_of_thread(), n = block_id() * kTileFeatures + thread_id() % kTileFeatures;
+    const int m = this->row_of_thread(), n = this->first_column() + this->column_of_thread();
     const float factor = style(p.norm_scale, step, 0)[n] + 1.0f;
     const float mix_bias = p.mix_weights == nullptr ? 0.0f : p.mix_bias[n];
     float value = m < p.rows ? in_product(step, m, n) : 0.0f;
@@ -172,35 +172,63 @@ struct Seam : Layer<Fp8, One, Paired> {
         publish(exchange(step % kCopies).template buffer<kMixed>() + activation_offset<Fp8, kMix>(m, n * 2),
                 exchange(step % kCopies).other, pack_bf16(value, next));
       block_sync();  // the sums of the last product have been read
-      this->template narrow_product<kMix>(exchange(step % kCopies).template buffer<kMixed>(), step, 0,
-                                          [&](float sum) { value = sum + mix_bias; });
+      const auto finish = [&](float sum) { value = sum + mix_bias; };
+      if constexpr (Paired) {
+        finish(mixed(step));
+      } else {
+        this->template narrow_product<kMix>(exchange(step % kCopies).template buffer<kMixed>(), step, 0, finish);
+      }
     }
     h = round_bf16(value);
     if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) {
       if (step == 0) {
-        const int column = thread_id() % kTileFeatures;
+        const int column = this->column_of_thread();
         this->template publish_squares<kSquaresQkv>(exchange(), m, column);
-        this->power(this->kQkvPower, m) = first_power();
+        take_first_powers(m);
         this->template publish_row<kQkv, kNormedQkv>(exchange(), factor, m, column);
         return;
       }
-      this->power(this->kQkvPower, m) = this->power(this->kFirstPower, m);
+      this->copy_powers(this->kQkvPower, this->kFirstPower);
     }
     this->template publish_normed<kQkv, kNormedQkv, kSquaresQkv>(exchange(), factor);
   }
 
-  // That of a launch's first norm, which has none before it: of its own squares, for which everybody waits once more.
-  __device__ float first_power() {
+  // By a pair of blocks, this thread's element of the mix: the product is of a block's 8 columns of all rows, and they
+  // send each other those of the rows that they have not.
+  __device__ __forceinline__ float mixed(int step) {
+    const int rank = block_id() % 2, element = thread_id() % kTileElements;
+    const int row = row_of_slot(element / kTileFeatures);
+    uint64_t* come = this->prefix_full + 3;
+    float* here = reinterpret_cast<float*>(this->shared + this->plan.received);
+    float* place = here + (thread_id() / kTileElements * kTileRows / 2 + row % 8) * Base::kColumns +
+                   rank * kTileFeatures + element % kTileFeatures;
+    if (thread_id() == 0) barrier_expect(come, this->tiles() * (kTileElements / 2 * 4));
+    this->template narrow_product<kMix>(exchange(step % kCopies).template buffer<kMixed>(), step, 0, [&](float sum) {
+      if (row / 8 == rank) {
+        *place = sum;
+      } else {
+        give(address_in(shared_address(place), 1 - rank), sum, address_in(shared_address(come), 1 - rank));
+      }
+    });
+    await_phase(come, step & 1);
+    return this->row_of_thread() < p.rows ? here[thread_id()] : 0.0f;
+  }
+
+  // Those of a launch's first norm, which has none before it: of its own squares, for which everybody waits once more.
+  __device__ void take_first_powers(int m) {
     const Team<One> team = this->row_team();
     if (team.tile < this->tiles()) {
-      Squares<One> squares;
+      Squares<One, Paired> squares;
       squares.ask(exchange().template buffer<kSquaresQkv>(), team, p.rows);
       this->add_squares(squares);
     }
     block_sync();
-    const float inverse = this->inverse_rms(team, team.tile, this->row_of_thread() % kTileRows);
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) inverse[i] = this->inverse_rms(team, team.tile, (m ^ i * 8) % kTileRows);
     block_sync();
-    return this->power_of(inverse);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) this->power(this->kQkvPower, m ^ i * 8) = this->power_of(inverse[i]);
   }
 
   __device__ __forceinline__ float in_product(int step, int m, int n) {

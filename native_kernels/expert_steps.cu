@@ -89,16 +89,16 @@ template <bool Fp8, bool One, bool Paired>
 __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ uint64_t full[kMaxSlots], prefix_full[3];
+  __shared__ uint64_t full[kMaxSlots], prefix_full[Paired ? 4 : 3];
   __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
-  __shared__ __align__(16) float inverse[kWarps * kTileRows], conditions[kCopies * kConditions],
-      scratch[Paired ? 3 * kExpertMaxRows : kWarps * 3];
+  __shared__ __align__(16) float inverse[kWarps * kTileRows],
+      conditions[kCopies * (Paired ? kPairConditions : kConditions)], scratch[Paired ? 3 * kExpertMaxRows : kWarps * 3];
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
-    barrier_init(prefix_full + 2, 1);
+    for (int i = 2; i < (Paired ? 4 : 3); ++i) barrier_init(prefix_full + i, 1);
     barrier_init_fence();
     counters = {};
     const int prefix = *p.prefix_length;
@@ -146,9 +146,10 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, slices = tiles <= 2 ? kSlices : kSlices / 2;
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
-  constexpr int kFixedBytes = 4096;  // the kernel's static shared memory and the alignment
+  constexpr int kFixedBytes = Paired ? 5120 : 4096;  // the kernel's static shared memory and the alignment
   static_assert((kMaxSlots + 4) * 8 + sizeof(Counters) + kMaxSources * sizeof(Source) + sizeof(Share) + 32 +
-                    (kWarps * kTileRows + kCopies * kConditions + 3 * kExpertMaxRows) * 4 <=
+                    (kWarps * kTileRows + kCopies * (Paired ? kPairConditions : kConditions) + 3 * kExpertMaxRows) *
+                        4 <=
                 kFixedBytes);
   // what is multiplied before anything is given back; with pairs down waits where there are fewer than six
   constexpr int kLeastSlots = 4, kGoodSlots = Paired ? 6 : kLeastSlots;

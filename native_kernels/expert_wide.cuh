@@ -26,7 +26,7 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
     const Team<One> team = matrix_team(), row_team = this->row_team();
     Activations<Fp8, P, One, true> a(x, team, p.rows);
     a.await_one();
-    Squares<One> squares;
+    Squares<One, Paired> squares;
     squares.ask(squares_of, row_team, p.rows);
     a.ask();
     meanwhile();
@@ -126,7 +126,7 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
     struct alignas(Count * 4) Columns {
       float value[Count];
     };
-    const float* from = this->conditions + this->copy * kConditions + index;
+    const float* from = this->conditions + this->copy * Base::kConditionStride + index;
     const Columns columns = *reinterpret_cast<const Columns*>(from);
 #pragma unroll
     for (int i = 0; i < Count; ++i) value[i] = columns.value[i];

@@ -138,11 +138,33 @@ __device__ __forceinline__ void give(uint32_t address, uint4 words, uint32_t bar
       : "memory");
 #endif
 }
+__device__ __forceinline__ void give(uint32_t address, float value, uint32_t barrier) {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+               "r"(__float_as_uint(value)), "r"(barrier)
+               : "memory");
+#endif
+}
 __device__ __forceinline__ void give(uint32_t address, float2 pair, uint32_t barrier) {
 #if FLASHRT_DEVICE_HAS_BULK
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
                "r"(__float_as_uint(pair.x)), "r"(__float_as_uint(pair.y)), "r"(barrier)
                : "memory");
+#endif
+}
+
+// Four floats to `address`, or to the same address of block `rank` of the cluster, counted there on `barrier`. Two
+// instructions under a predicate: of a branch the compiler makes more registers.
+__device__ __forceinline__ void keep_or_give(bool keep, uint32_t address, int rank, const float* values,
+                                             uint32_t barrier) {
+#if FLASHRT_DEVICE_HAS_BULK
+  asm volatile(
+      "{\n.reg .pred keep;\n.reg .b32 there;\nsetp.ne.b32 keep, %0, 0;\nmapa.shared::cluster.u32 there, %1, %2;\n"
+      "@keep st.shared.v4.f32 [%1], {%4, %5, %6, %7};\n"
+      "@!keep st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%4, %5, %6, %7}, [%3];\n}" ::"r"(
+          static_cast<int>(keep)),
+      "r"(address), "r"(rank), "r"(barrier), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+      : "memory");
 #endif
 }
 
