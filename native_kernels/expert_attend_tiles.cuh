@@ -20,8 +20,7 @@ struct Queries {
   int count, rows, keys;  // keys: of the actions
   uint32_t second;
 
-  // q: of this head; kv: of the actions. `KeysFirst`: the queries when the keys, which are few, have come.
-  template <bool KeysFirst>
+  // q: of this head; kv: of the actions.
   __device__ __forceinline__ void ask(const unsigned char* q, const unsigned char* kv, const Share& share,
                                       const Team<false>& team, int all_rows) {
     const int lane = thread_id() % kWarpSize;
@@ -33,7 +32,6 @@ struct Queries {
     key_from = kv + own_row(lane / 4) * 2 * kHeadRowBytes + team.part * (count / 2) * kBlockBytes + lane % 4 * 16;
 #pragma unroll
     for (int i = 0; i < Most / 2; ++i) key[i] = has_key(i) ? look(key_from + i * kBlockBytes) : make_uint4(0, 0, 0, 0);
-    if (KeysFirst) settle_keys();
 #pragma unroll
     for (int i = 0; i < Most; ++i) operand[i] = i < count ? look(from + i * kOperandBytes) : make_uint4(0, 0, 0, 0);
   }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "expert_inbox.cuh"
-#include "expert_narrow_letters.cuh"
+#include "expert_paired_attend.cuh"
 
 namespace flashrt {
 namespace expert {
@@ -46,7 +46,7 @@ struct Frame {
   unsigned char* shared;
   Ring ring;
   const Share& share;
-  uint64_t* prefix_full;  // of keys and of values; behind them that of the sums of the other block
+  uint64_t* prefix_full;  // of keys, of values; behind them those of what other blocks send, and of own keys and values
   float* inverse;         // parts of the sums of squares: (warp, row)
   float* scratch;         // three floats a warp; `Paired`: powers of two by row (expert_normed.cuh)
   float* conditions;      // of each copy's visit

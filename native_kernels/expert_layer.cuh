@@ -38,6 +38,13 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     float cosine = 1.0f, sine = 0.0f;
   };
 
+  // Of a tile, this thread's in qkv's epilogue. `Paired`: half a warp has a row of each pair whose other one half has.
+  static __device__ __forceinline__ int element_of_thread() {
+    if constexpr (!Paired) return thread_id() % kTileElements;
+    const int lane = thread_id() % kWarpSize, slot = thread_id() / kWarpSize % 4 * 2 + lane / 8 % 2 + lane / 16 * 8;
+    return slot * kTileFeatures + lane % 8;
+  }
+
   __device__ void qkv() {
     if constexpr (kOnMatrixUnit<Fp8, kQkv, Paired>) {
       matrix_qkv();
@@ -48,7 +55,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   __device__ __forceinline__ void tiled_qkv() {
     const unsigned char* parts = exchange().template buffer<kSquaresQkv>();
     const Team<One> team = row_team();
-    const int own = thread_id() / kTileElements, element = thread_id() % kTileElements;
+    const int own = thread_id() / kTileElements, element = element_of_thread();
     // one tile: a unit is that of 128 threads; more: a tile is
     const int row = row_of_slot(element / kTileFeatures), tile = One ? 0 : own, m = tile * kTileRows + row;
     const int units = qkv_units<One>(tile);
@@ -102,7 +109,7 @@ struct Layer : WideFrame<Fp8, One, Paired> {
   // The same on the matrix unit.
   __device__ __forceinline__ void matrix_qkv() {
     const Team<One> team = row_team();
-    const int tile = team.tile, element = thread_id() % kTileElements, units = qkv_units<One>(tile);
+    const int tile = team.tile, element = element_of_thread(), units = qkv_units<One>(tile);
     const int m = tile * kTileRows + row_of_slot(element / kTileFeatures);
     const bool busy = tile < tiles();
     RopeOperands operands[2];
@@ -142,15 +149,34 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     const bool even = column % 2 == 0;
     const float turned_first = first * o.cosine - second * o.sine, turned_second = second * o.cosine + first * o.sine;
     const float theirs = __shfl_xor_sync(0xffffffffu, even ? turned_second : turned_first, 1);
-    if (m >= p.rows) return;
+    if (!Paired && m >= p.rows) return;
     const uint32_t word = even ? pack_bf16(turned_first, theirs) : pack_bf16(theirs, turned_second);
     const int d = unit % UnitsPerHead * kTileFeatures + (even ? column : column - 1 + Half);
     const Exchange<One> buffers = exchange();
+    if constexpr (Paired) {
+      if (head < kHeads) return publish_query(head, m, d, word);
+      if (m >= p.rows) return;
+    }
     unsigned char* target = head < kHeads
                                 ? queries(head) + operand_offset<2>(m, kHeadRowBytes, d * 2)
                                 : buffers.template buffer<kKv>() + (m * 2 + head - kHeads) * kHeadRowBytes + d * 2;
     publish(target, buffers.other, word);
     if (p.fill && head >= kHeads) keep(head == kHeads ? p.k_cache : p.v_cache, m, d, word);
+  }
+
+  // Two columns of a row and of the next: half a warp has the one, half the other.
+  __device__ __forceinline__ void publish_query(int head, int m, int d, uint32_t word) const {
+    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, word, 16);
+    const bool odd = m % 2 != 0;
+    if (odd != (d % 4 == 2) || m / 2 * 2 >= p.rows) return;
+    const uint32_t first = odd ? theirs : word, second = odd ? word : theirs;
+    store_whole(marked_queries(head) + operand_offset<2>(m / 2 * 2, kHeadRowBytes, d * 2),
+                (first & ~1u) | mark_of(visit), second);
+  }
+  // Behind the letters of a head, which take half of the bytes that there are.
+  __device__ __forceinline__ unsigned char* marked_queries(int head) const {
+    constexpr int kNarrow = kSplits * kSplits * kNarrowBytes;  // of a tile
+    return exchange().template buffer<kInbox>() + (head * 2 + 1) * tiles() * kNarrow;
   }
 
   // Two elements of a row's keys or values into the cache; one step: the visit is the layer.
@@ -179,7 +205,9 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     } else if constexpr (Paired) {
       const float* rounding = this->conditions + this->copy * Base::kConditionStride + kInputScale;
       const NarrowLetters letters{{values, sums, tiles(), rank, mark_of(visit)}, rounding};
-      send_attended(team, head, letters);
+      take_paired_scores(team, head, letters);
+      if (team.tile < tiles())
+        send_values(shared, plan.attention, share, letters, team, p.rows - team.tile * kTileRows);
       NarrowMail mail(team, p.rows);
       if (mail.rows > 0) {
         mail.collect(letters, team);
@@ -197,11 +225,34 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     }
     block_sync();
   }
+
+  // The probabilities of a team's rows, and what else P V needs.
+  __device__ __forceinline__ void take_paired_scores(const Team<One>& team, int head, const NarrowLetters& letters) {
+    const Layout& layout = plan.attention;
+    const uint32_t phase = visit & 1;
+    const int rows = p.rows - team.tile * kTileRows;
+    fetch_own_rows(exchange().template buffer<kKv>(), share, shared + layout.k, shared + layout.v,
+                   this->prefix_full + 4);
+    await_phase(this->prefix_full + 4, phase);  // by then the queries have come, or soon do
+    MarkedQueries queries;
+    queries.ask(marked_queries(head), team, rows);
+    if (rows > 0) queries.settle(letters.mark);
+    for (int first = 0; first < tiles(); first += layout.tiles_at_once) {
+      const int place = team.tile - first;
+      const bool has = rows > 0 && place >= 0 && place < layout.tiles_at_once;
+      if (has) scores(shared, layout, share, queries, team, place);
+      warpgroup_sync();  // scores meet among the warps of a tile
+      if (has) softmax(shared, layout, share, team, letters, place, p.rows);
+      if (first + layout.tiles_at_once < tiles()) block_sync();
+    }
+    warpgroup_sync();
+    await_phase(this->prefix_full + 1, phase);
+  }
   template <typename Post>
   __device__ __forceinline__ void send_attended(const Team<One>& team, int head, const Post& post) {
     if (share.keys == 0) return;
     take_scores(team, head);
-    send_values<One ? 1 : Paired ? 4 : 2>(shared, plan.attention, share, post, team, p.rows);
+    send_values<One ? 1 : 2>(shared, plan.attention, share, post, team, p.rows);
   }
 
   // Two columns of a row; four are a word where they are e4m3. By whole warps.
@@ -249,15 +300,14 @@ struct Layer : WideFrame<Fp8, One, Paired> {
     } else {
       Queries own;
       OwnValues values;
-      own.template ask<Paired>(queries(head), kv, share, team, p.rows);
+      own.ask(queries(head), kv, share, team, p.rows);
       values.ask(kv, share);
       own.settle();
       for (int first = 0; first < tiles(); first += layout.tiles_at_once) {
         const int place = team.tile - first;
         if (own.rows > 0 && place >= 0 && place < layout.tiles_at_once) scores(shared, layout, share, own, team, place);
         if (first == 0) values.settle(shared + layout.v, share);
-        // scores meet among the warps of a tile
-        (Paired && layout.tiles_at_once >= tiles()) ? warpgroup_sync() : block_sync();
+        block_sync();
         softmax(shared, layout, share, team, first, p.rows);
         if (last) await_phase(this->prefix_full + 1, visit & 1);
         block_sync();

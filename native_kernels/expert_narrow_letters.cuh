@@ -14,6 +14,33 @@ constexpr int kNarrowBytes = 8 * kWarpSize;
 constexpr float kPartHeadroom = 16.0f;
 static_assert(kNarrowBytes == kTileRows * kSplitColumns);
 
+// Eight bytes as a whole.
+__device__ __forceinline__ void store_whole(void* address, uint32_t low, uint32_t high) {
+  asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], both;\n}" ::"l"(address),
+               "r"(low), "r"(high));
+}
+// Twice eight bytes, each as a whole.
+__device__ __forceinline__ uint4 look_twice(const void* address) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
+      "mov.b64 {%0, %1}, first;\nmov.b64 {%2, %3}, second;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(address));
+  return v;
+}
+// Without the smallest numbers, which take more instructions.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float binary_logarithm(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct NarrowLetters : Letters {
   const float* rounding;  // the scale of merged rows: read where it is used, as there are no registers to spare
 
@@ -21,24 +48,18 @@ struct NarrowLetters : Letters {
   __device__ __forceinline__ unsigned char* letter(int receiver, int tile, int sender) const {
     return letters + ((receiver * tiles + tile) * kSplits + sender) * kNarrowBytes;
   }
-  // A lane's bytes of a letter: four columns of a row and of the next, whether that is there or not.
-  __device__ __forceinline__ void send(const float (&values)[2][4], const float (&factor)[2], int receiver, int tile,
-                                       int rows) const {
+  // A lane's bytes of a letter: four columns of a row and of the next, whether that is there or not. `values` are by
+  // the inverse of the scale.
+  __device__ __forceinline__ void send(const float (&values)[2][4], int receiver, int tile, int rows) const {
     constexpr uint32_t kLast = 1 << 20;  // bit of a float that e4m3 has
     const int lane = thread_id() % kWarpSize, row = lane / 4 * 2;
     unsigned char* target = letter(receiver, tile, rank) + lane * 8;
-    const float inverse = inverse_of(scale()), upper = factor[0] * inverse, lower = factor[1] * inverse;
-    const float first = values[0][0] * upper;
+    const float first = values[0][0];
     const float rounded = __uint_as_float((__float_as_uint(first) + kLast) & ~(2 * kLast - 1));
-    const float second = fmaf(first, 0.0f, values[0][1] * upper);  // NaN has no bit to spare: it goes on to this one
-    const uint32_t even = pack_e4m3(rounded, second) | pack_e4m3(values[1][0] * upper, values[1][1] * upper) << 16;
-    const uint32_t odd = pack_e4m3(values[0][2] * lower, values[0][3] * lower) |
-                         pack_e4m3(values[1][2] * lower, values[1][3] * lower) << 16;
+    const float second = fmaf(first, 0.0f, values[0][1]);  // NaN has no bit to spare: it goes on to this one
+    const uint32_t even = pack_e4m3(rounded, second) | pack_e4m3(values[1][0], values[1][1]) << 16;
+    const uint32_t odd = pack_e4m3(values[0][2], values[0][3]) | pack_e4m3(values[1][2], values[1][3]) << 16;
     if (row < rows) store_whole(target, marked(even), odd);
-  }
-  static __device__ __forceinline__ void store_whole(void* address, uint32_t low, uint32_t high) {
-    asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], both;\n}" ::"l"(address),
-                 "r"(low), "r"(high));
   }
 };
 
@@ -53,16 +74,6 @@ struct NarrowMail {
     const int lane = thread_id() % kWarpSize;
     word = team.part * 4 + lane % 4, sender = lane / 4 * Senders, row = word / 2 * 2;
     rows = all_rows - team.tile * kTileRows;
-  }
-  // What two lanes have sent, each as a whole.
-  static __device__ __forceinline__ uint4 look_twice(const void* address) {
-    uint4 v;
-    asm volatile(
-        "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
-        "mov.b64 {%0, %1}, first;\nmov.b64 {%2, %3}, second;\n}"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"(address));
-    return v;
   }
   __device__ __forceinline__ void ask(const NarrowLetters& letters, const Team<false>& team, int i) {
     part[i] = look_twice(letters.letter(letters.rank, team.tile, sender + i) + word * 16);
@@ -121,7 +132,7 @@ struct NarrowMerged {
     for (int i = 0; i < NarrowMail::Senders; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float weight = power_of_e(logarithm[i][half] - maximum[half]);
+        const float weight = power_of_two(logarithm[i][half] - maximum[half]);
         weights[half] += weight;
         uint32_t pair[4];  // the first words without their marks
         e4m3_to_f16(half ? mail.part[i].y : mail.part[i].x & ~1u, pair[0], pair[2]);
@@ -165,12 +176,6 @@ struct NarrowMerged {
     uint32_t sum;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
     return sum;
-  }
-  // Without the smallest numbers, which take more instructions.
-  static __device__ __forceinline__ float power_of_e(float x) {
-    float y = x * 1.4426950408889634f;
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(y));
-    return y;
   }
 };
 

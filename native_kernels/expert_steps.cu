@@ -89,7 +89,7 @@ template <bool Fp8, bool One, bool Paired>
 __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ uint64_t full[kMaxSlots], prefix_full[Paired ? 4 : 3];
+  __shared__ uint64_t full[kMaxSlots], prefix_full[Paired ? 5 : 3];
   __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
     for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
     for (int i = 2; i < (Paired ? 4 : 3); ++i) barrier_init(prefix_full + i, 1);
+    if constexpr (Paired) barrier_init(prefix_full + 4, kOwnRows);
     barrier_init_fence();
     counters = {};
     const int prefix = *p.prefix_length;
@@ -147,7 +148,7 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = Paired ? 5120 : 4096;  // the kernel's static shared memory and the alignment
-  static_assert((kMaxSlots + 4) * 8 + sizeof(Counters) + kMaxSources * sizeof(Source) + sizeof(Share) + 32 +
+  static_assert((kMaxSlots + 5) * 8 + sizeof(Counters) + kMaxSources * sizeof(Source) + sizeof(Share) + 32 +
                     (kWarps * kTileRows + kCopies * (Paired ? kPairConditions : kConditions) + 3 * kExpertMaxRows) *
                         4 <=
                 kFixedBytes);
