@@ -161,7 +161,7 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
 // P V of this warp's tile, the columns of its part, which it sends.
 __device__ __forceinline__ void send_values(unsigned char* shared, const Layout& layout, const Share& share,
                                             const NarrowLetters& letters, const Team<false>& team, int rows) {
-  constexpr int kSteps = 4, kReceivers = kSplits / 4;  // steps of 16 keys, at once
+  constexpr int kSteps = 3, kReceivers = kSplits / 4;  // steps of 16 keys, at once
   const int lane = thread_id() % kWarpSize, padded_keys = share.padded_keys;
   const unsigned char* p_row = shared + layout.probability +
                                (team.tile * kTileRows + Letters::row(lane % 16)) * layout.probability_stride() * 2 +
@@ -174,7 +174,7 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[i][j] = i * 16 < padded_keys ? a[i][j] : 0;  // times the first keys
   }
-#pragma unroll 2
+#pragma unroll
   for (int i = 0; i < kReceivers; ++i) {
     const int receiver = team.part * kReceivers + i;
     const unsigned char* v_row =
