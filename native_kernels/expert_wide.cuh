@@ -25,10 +25,9 @@ struct WideFrame : NormedFrame<Fp8, One, Paired> {
     static_assert(S::Groups / 4 == 2 && S::Chunks == 1 && S::Tiles == 2);
     const Team<One> team = matrix_team(), row_team = this->row_team();
     Activations<Fp8, P, One, true> a(x, team, p.rows);
-    a.await_one();
     Squares<One, Paired> squares;
+    a.ask();  // ahead of the squares, which are half as much and published last
     squares.ask(squares_of, row_team, p.rows);
-    a.ask();
     meanwhile();
     if (row_team.tile < this->tiles()) this->add_squares(squares);
     ring.wait(this->chunk, Units);
