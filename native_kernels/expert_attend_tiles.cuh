@@ -1,5 +1,5 @@
-// The persistent expert's attention where there is more than one tile of rows: a team of warps has a tile, and every
-// block of a head has its part of the actions' own keys.
+// The persistent expert's attention where there is more than one tile of rows, but for pairs of blocks: a team of warps
+// has a tile, and every block of a head has its part of the actions' own keys.
 #pragma once
 
 #include "expert_attend.cuh"

@@ -86,7 +86,7 @@ struct Frame {
   __device__ __forceinline__ void end_visit() { ++visit, copy = next_copy(); }
 
   __device__ __forceinline__ float condition(int index) const { return conditions[copy * kConditionStride + index]; }
-  // Of this thread's column, one of the first four.
+  // Of this thread's column, one of the first four kinds, which are of columns of h.
   __device__ __forceinline__ float own_condition(int index) const {
     const unsigned column = column_of_thread();
     if (!Paired) return condition(index + column);

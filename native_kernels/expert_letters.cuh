@@ -1,4 +1,5 @@
-// What the blocks of a head send each other where there is more than one tile of rows, and the merge of it. There it is
+// What the blocks of a head send each other where there is more than one tile of rows, and the merge of it; of
+// pairs of blocks expert_narrow_letters.cuh has it. There it is
 // most of what the blocks write.
 #pragma once
 

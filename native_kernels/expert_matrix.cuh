@@ -6,7 +6,8 @@
 // products is the way of the activations from L2 and the unit's rate, and both are half.
 //
 // Out and down are shared by pairs of blocks: a block takes half of k for the units of both blocks, so that it reads
-// half of the activations, and sends the other its sums through distributed shared memory.
+// half of the activations. Of each tile's rows it finishes half, for both blocks' columns, and sends the other the sums
+// of the other half through distributed shared memory.
 #pragma once
 
 #include "expert_products.cuh"

@@ -13,33 +13,10 @@ namespace expert {
 constexpr int kNarrowBytes = 8 * kWarpSize;
 constexpr float kPartHeadroom = 16.0f;
 static_assert(kNarrowBytes == kTileRows * kSplitColumns);
-
-// Eight bytes as a whole.
-__device__ __forceinline__ void store_whole(void* address, uint32_t low, uint32_t high) {
-  asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], both;\n}" ::"l"(address),
-               "r"(low), "r"(high));
-}
-// Twice eight bytes, each as a whole.
-__device__ __forceinline__ uint4 look_twice(const void* address) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
-      "mov.b64 {%0, %1}, first;\nmov.b64 {%2, %3}, second;\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(address));
-  return v;
-}
-// Without the smallest numbers, which take more instructions.
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float binary_logarithm(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+// Of a head and tile; they take half of the exchange's place for letters, and the other half holds the head's queries.
+constexpr int kNarrowTileBytes = kSplits * kSplits * kNarrowBytes;
+static_assert(2 * kNarrowTileBytes == kSplits * kSplits * kLetterBytes &&
+              kTileRows * kHeadRowBytes <= kNarrowTileBytes);
 
 struct NarrowLetters : Letters {
   const float* rounding;  // the scale of merged rows: read where it is used, as there are no registers to spare

@@ -15,7 +15,7 @@ struct Seam : Layer<Fp8, One, Paired> {
   using Base::scratch;
   using Base::style;
 
-  // Between two steps: x += dt * (norm(h) W_out + b), some blocks a row; then h = W_in x + b, every block its columns.
+  // Between two steps: x += dt * (norm(h) W_out + b), some blocks a row; then h = W_in x + b, every block its part.
   __device__ void seam(int step) {
     if (step > 0 && !p.fill) {
       if constexpr (One) {

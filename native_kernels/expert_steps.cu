@@ -18,7 +18,8 @@
 // e4m3 weights meet 16-bit activations in products 1 and 4 (widened: exact) and e4m3 activations in 3 and 5. Rows are
 // served in tiles of 16: all warps share the k of one tile; of more, a team of warps has each. Of more than two tiles
 // Hopper's matrix unit takes the products of e4m3 weights, all with e4m3 activations, those of 3 and 5 shared by pairs
-// of blocks (expert_matrix.cuh). Sums are taken in a fixed order: results are bit-identical from run to run.
+// of blocks, which also share h by rows (expert_matrix.cuh). Sums are taken in a fixed order: results are bit-identical
+// from run to run.
 #include "device_limits.h"
 #include "expert_seam.cuh"
 
@@ -88,6 +89,10 @@ static_assert(kComputingRegisters * kThreads + kMoverRegisters * 4 * kWarpSize <
 template <bool Fp8, bool One, bool Paired>
 __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(const ExpertSteps p, const Plan plan) {
 #if FLASHRT_DEVICE_HAS_BULK
+  if constexpr (Paired && !kHasMatrixUnit) {  // only the matrix unit's products know whose rows and columns are whose
+    __trap();
+    return;
+  }
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t full[kMaxSlots], prefix_full[Paired ? 5 : 3];
   __shared__ Counters counters;
@@ -128,7 +133,7 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
     return;
   }
   if constexpr (Paired) take_registers<kComputingRegisters>();
-  Expert<Fp8, One, Paired> expert{{{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}}}};
+  Expert<Fp8, One, Paired> expert{{{{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}}}}};
   blank_exchange(expert.exchange(0));
   expert.blank_conditions();
   grid_barrier(p.barrier);

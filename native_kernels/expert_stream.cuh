@@ -241,6 +241,9 @@ __device__ __forceinline__ void grid_barrier(unsigned* counter) {
 // from it. And nobody takes what it held for new: before anyone looks there again, two visits later, he has seen
 // results that this block published behind a fence that came behind the blanking (one fence a visit, by the warp that
 // moves the weights, between the out projection and the end of the down projection).
+//
+// Letters of the attention, and queries of pairs of blocks, carry a mark that changes with each turn of their copy in
+// place of being blanked (expert_letters.cuh).
 constexpr uint32_t kAbsent = 0xffffffffu;
 
 // Before the first look: no word comes sooner, and looks that fail take L2's bandwidth from the words.
@@ -294,6 +297,22 @@ __device__ __forceinline__ void store(void* address, uint2 words) {
 __device__ __forceinline__ void store(void* address, uint4 words) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words.x), "r"(words.y),
                "r"(words.z), "r"(words.w));
+}
+
+// Eight bytes as a whole.
+__device__ __forceinline__ void store_whole(void* address, uint32_t low, uint32_t high) {
+  asm volatile("{\n.reg .b64 both;\nmov.b64 both, {%1, %2};\nst.relaxed.gpu.global.b64 [%0], both;\n}" ::"l"(address),
+               "r"(low), "r"(high));
+}
+// Twice eight bytes, each as a whole.
+__device__ __forceinline__ uint4 look_twice(const void* address) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 first, second;\nld.relaxed.gpu.global.v2.b64 {first, second}, [%4];\n"
+      "mov.b64 {%0, %1}, first;\nmov.b64 {%2, %3}, second;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(address));
+  return v;
 }
 
 // Store a word for the other blocks, and blank it in the copy before, `other` bytes away.

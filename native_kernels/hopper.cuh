@@ -264,4 +264,16 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return x * (1.0f - 1.0f / (1.0f + __expf(2.0f * inner)));
 }
 
+// One instruction; what is below 2^-126 is zero.
+__device__ __forceinline__ float power_of_two(float exponent) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
+  return result;
+}
+__device__ __forceinline__ float binary_logarithm(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace flashrt

@@ -94,6 +94,28 @@ def test_nan_stays_nan(where: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head", [0, 7])
+@pytest.mark.parametrize("column", [0, 1, 2, 3, 128, 131])
+def test_nan_in_a_query_alone(head: int, column: int) -> None:
+    """A query's first column of four carries a mark, which must not make a number of it."""
+    expert = RandomExpert(LAYERS, STEPS, True, True)
+    assert expert.weights.shift_products is not None
+    expert.weights.shift_products[0, 0, head * 256 + column] = float("nan")
+    noise, cache = torch.randn(50, 32, device="cuda"), random_cache(LAYERS, 101)
+    assert launches(expert, noise, cache, 101).isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [45, 50])
+def test_rows_of_all_sizes(rows: int) -> None:
+    """Each row has a power of two of its own, also those that the other block of a pair finishes."""
+    expert, noise = RandomExpert(LAYERS, STEPS, True, True), torch.randn(rows, 32, device="cuda")
+    expert.weights.project_in[1].zero_()
+    noise *= 2.0 ** (torch.arange(rows, device="cuda") * 7 % 11)[:, None] / 16
+    check(expert, rows, 100, 6e-2, noise=noise)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [48, 50])
 def test_rows_of_zeros(rows: int) -> None:
     expert, noise = RandomExpert(LAYERS, STEPS, True, True), torch.randn(rows, 32, device="cuda")

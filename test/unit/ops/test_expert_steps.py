@@ -289,7 +289,7 @@ def check(
     [
         (10, 560), (1, 1), (16, 700), (17, 255), (50, 560), (33, 130), (64, 300),
         (10, 816), (50, 816), (20, 1100), (64, 1100), (40, 560), (33, 1000), (48, 1100),
-        (50, 1211), (20, 5), (50, 9), (64, 15), (17, 1), (49, 131),
+        (50, 1211), (20, 5), (50, 9), (64, 15), (17, 1), (49, 131), (45, 300), (63, 560),
     ],
 )  # fmt: skip
 def test_expert_steps(rows: int, prefix: int, fp8: bool, adaptive: bool) -> None:
@@ -315,7 +315,7 @@ def test_without_pairs_of_blocks(rows: int, prefix: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize("rows", [3, 10, 50])
+@pytest.mark.parametrize("rows", [3, 10, 33, 45, 50, 63])
 def test_mixed_actions(rows: int, fp8: bool) -> None:
     expert = RandomExpert(LAYERS, STEPS, fp8, adaptive=False, mixed=True)
     fp8_tolerance = 7e-2 if rows > 32 else 4e-2
@@ -325,7 +325,7 @@ def test_mixed_actions(rows: int, fp8: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize("rows", [1, 17, 50])
+@pytest.mark.parametrize("rows", [1, 17, 50, 63])
 def test_one_layer_of_many_steps(rows: int, fp8: bool, mixed: bool) -> None:
     """No keys but the actions' own; what is copied once a step is used more than three times."""
     expert = RandomExpert(1, 7, fp8, adaptive=not mixed, mixed=mixed)
@@ -356,6 +356,24 @@ def test_broken_weights_give_nan_and_no_hang(rows: int, fp8: bool) -> None:
     buffers, rope = ExpertBuffers.allocate(rows, x.device), rope_tables(capacity, 256, x.device)
     steps_op.expert_steps(expert.weights, buffers, x, STEPS, rope, length, k, v)
     assert x.isnan().all()
+
+
+@pytest.mark.gpu
+def test_launches_of_other_rows_leave_nothing_behind() -> None:
+    """One exchange for launches of all numbers of rows: the same bits as with an exchange of their own."""
+    expert = RandomExpert(LAYERS, STEPS, True, True)
+    k, v = random_cache(LAYERS, 200)
+    length, rope = torch.tensor(200, dtype=torch.int32, device="cuda"), rope_tables(k.shape[1], 256, k.device)
+    shared = ExpertBuffers.allocate(64, k.device)
+    for rows in (50, 1, 50, 64, 33, 20, 63, 50):
+        noise = torch.randn(rows, 32, device="cuda")
+        results = []
+        for buffers in (shared, ExpertBuffers.allocate(rows, k.device)):
+            x = noise.clone()
+            steps_op.expert_steps(expert.weights, buffers, x, STEPS, rope, length, k, v)
+            results.append(x.view(torch.int32))
+        assert not results[0].view(torch.float32).isnan().any()
+        assert torch.equal(*results), f"{rows} rows"
 
 
 @pytest.mark.gpu
