@@ -38,7 +38,7 @@ def check(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.isfinite(a).all()
     # neighbours in e4m3 are 1/8 apart at most, or one subnormal step
     assert ((a - b).abs() <= b.abs() / 8 + 2**-9).all()
-    assert (a != b).float().mean() < 0.01
+    assert (a != b).sum() <= max(1, 0.01 * a.numel())  # of few values one alone is more than 1 %
 
 
 @pytest.mark.parametrize("quantised", [False, True])
