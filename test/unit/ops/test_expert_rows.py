@@ -108,11 +108,14 @@ def test_nan_in_a_query_alone(head: int, column: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [45, 50])
 def test_rows_of_all_sizes(rows: int) -> None:
-    """Each row has a power of two of its own, also those that the other block of a pair finishes."""
+    """Each row has a power of two of its own, also those that the other block of a pair finishes.
+
+    Small rows move by up to 0.11, as they do where all are small; with the power of another it would be 4 times.
+    """
     expert, noise = RandomExpert(LAYERS, STEPS, True, True), torch.randn(rows, 32, device="cuda")
     expert.weights.project_in[1].zero_()
-    noise *= 2.0 ** (torch.arange(rows, device="cuda") * 7 % 11)[:, None] / 16
-    check(expert, rows, 100, 6e-2, noise=noise)
+    noise *= 2.0 ** (torch.arange(rows, device="cuda") * 5 % 6)[:, None] / 4
+    check(expert, rows, 100, 8e-2, noise=noise)
 
 
 @pytest.mark.gpu
