@@ -178,6 +178,31 @@ __device__ __forceinline__ void add_values(float (&values)[2][4], const uint32_t
   mma_bf16(values[1], a[0], a[1], a[2], a[3], b[2], b[3]);
 }
 
+// Adds P V of 16 columns. `a`: the probabilities of the first keys, zeros past the last; further ones from `p_row` on.
+template <bool One, int Steps>
+__device__ __forceinline__ void multiply_values(float (&values)[2][4], const uint32_t (&a)[Steps][4],
+                                                const unsigned char* v_row, const unsigned char* p_row,
+                                                int padded_keys) {
+  uint32_t b[Steps][4] = {};
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    if (!One && step > 1 && step * 16 >= padded_keys) break;
+    load_matrix_transposed(b[step], v_row + (step * 16 < padded_keys ? step * 16 : 0) * kValueStride);
+  }
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    if (!One && step > 1 && step * 16 >= padded_keys) break;
+    add_values(values, a[step], b[step]);
+  }
+#pragma unroll 1
+  for (int key = Steps * 16; key < padded_keys; key += 16) {
+    uint32_t more[4];
+    load_matrix_transposed(b[0], v_row + key * kValueStride);
+    load_matrix(more, p_row + key * 2);
+    add_values(values, more, b[0]);
+  }
+}
+
 // P V of this warp's tile, the columns of its part. The sums of a row's probabilities are one more product, with ones.
 // `Post` sends them, those of `AtOnce` receivers behind each other.
 template <int AtOnce, typename Post, bool One>
@@ -222,24 +247,7 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
     const unsigned char* v_row =
         shared + layout.v + lane % 16 * kValueStride + (receiver * kSplitColumns + lane / 16 * 8) * 2;
     float values[2][4] = {};
-    uint32_t b[kSteps][4] = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (!One && step > 1 && step * 16 >= padded_keys) break;
-      load_matrix_transposed(b[step], v_row + (step * 16 < padded_keys ? step * 16 : 0) * kValueStride);
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (!One && step > 1 && step * 16 >= padded_keys) break;
-      add_values(values, a[step], b[step]);
-    }
-#pragma unroll 1
-    for (int key = kSteps * 16; key < padded_keys; key += 16) {
-      uint32_t more[4];
-      load_matrix_transposed(b[0], v_row + key * kValueStride);
-      load_matrix(more, p_row + key * 2);
-      add_values(values, more, b[0]);
-    }
+    multiply_values<One>(values, a, v_row, p_row, padded_keys);
     post.send(values, factor, receiver, team.tile, rows);
   }
 }

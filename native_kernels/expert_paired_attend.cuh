@@ -180,24 +180,7 @@ __device__ __forceinline__ void send_values(unsigned char* shared, const Layout&
     const unsigned char* v_row =
         shared + layout.v + lane % 16 * kValueStride + (receiver * kSplitColumns + lane / 16 * 8) * 2;
     float values[2][4] = {};
-    uint32_t b[kSteps][4] = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step > 1 && step * 16 >= padded_keys) break;
-      load_matrix_transposed(b[step], v_row + (step * 16 < padded_keys ? step * 16 : 0) * kValueStride);
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step > 1 && step * 16 >= padded_keys) break;
-      add_values(values, a[step], b[step]);
-    }
-#pragma unroll 1
-    for (int key = kSteps * 16; key < padded_keys; key += 16) {
-      uint32_t more[4];
-      load_matrix_transposed(b[0], v_row + key * kValueStride);
-      load_matrix(more, p_row + key * 2);
-      add_values(values, more, b[0]);
-    }
+    multiply_values<false>(values, a, v_row, p_row, padded_keys);
     letters.send(values, receiver, team.tile, rows);
   }
 }
