@@ -137,6 +137,11 @@ def peer_line(key: str, row: dict[str, Any]) -> str:
     return f"| {key} | {cells} | {ratios or '–'} |"
 
 
+def label(key: str, row: dict[str, Any], content: dict[str, Any]) -> str:
+    """A row's name in the chart, with its GPU where that is not the one of the last run."""
+    return key if row["gpu"] == content["gpu"] else f"{key} ({row['gpu'].removeprefix('NVIDIA ')})"
+
+
 def chart(content: dict[str, Any], path: Path) -> None:
     """Bars of wall p50: ours, the peers, and the floor."""
     import matplotlib
@@ -148,12 +153,10 @@ def chart(content: dict[str, Any], path: Path) -> None:
         f"floor fp8, {views} view{'s' * (views > 1)} (H200)": value for views, value in FLOOR_MS.items()
     }
     colours = ["#999999"] * len(bars)
-    ours = {
-        key: row["wall_p50_ms"]
-        for key, row in content.items()
-        if isinstance(row, dict) and "graph_p50_ms" in row
-    }
-    measured = {key: row["wall_p50_ms"] for key, row in content.items() if key.startswith("lerobot.")}
+    rows = {key: row for key, row in content.items() if isinstance(row, dict) and "wall_p50_ms" in row}
+    times = {label(key, row, content): row["wall_p50_ms"] for key, row in rows.items()}
+    measured = {name: time for name, time in times.items() if name.startswith("lerobot.")}
+    ours = {name: time for name, time in times.items() if name not in measured}
     bars |= ours | ANCHORS | measured
     colours += ["#1f77b4"] * len(ours) + ["#d62728"] * (len(ANCHORS) + len(measured))
     figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(bars) + 1.2))

@@ -28,6 +28,12 @@ def test_a_row_says_where_it_comes_from(key: str) -> None:
     assert "benchmarks.bench_policy" in row["command"]
 
 
+def test_a_bar_of_another_gpu_says_so() -> None:
+    content = {"gpu": "NVIDIA H100"}
+    assert report.label("pi05.fp8.views2", {"gpu": "NVIDIA H100"}, content) == "pi05.fp8.views2"
+    assert report.label("lerobot.eager", {"gpu": "NVIDIA H200"}, content) == "lerobot.eager (H200)"
+
+
 def test_a_peer_has_ours_of_the_same_run() -> None:
     peers = [row for key, row in CONTENT.items() if key.startswith("lerobot.")]
     assert peers
