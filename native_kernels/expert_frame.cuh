@@ -32,8 +32,8 @@ enum Condition : int {
   kConditions = kInputScale + 4
 };
 static_assert(kWeightScale == 4 * kWarpSize);  // 16 bytes a lane
-constexpr int kPairConditions =
-    kConditions + kQkvShift;  // behind them, of a pair's second eight columns, the first four
+// Of a pair's second eight columns the first four kinds lie behind all.
+constexpr int kPairConditions = kConditions + kQkvShift;
 
 // `One`: a single tile of rows, for which loops and most addresses are constants. `Paired`: more than two, for pairs of
 // blocks and the matrix unit.
@@ -46,10 +46,10 @@ struct Frame {
   unsigned char* shared;
   Ring ring;
   const Share& share;
-  uint64_t* prefix_full;  // of keys, of values; behind them those of what other blocks send, and of own keys and values
-  float* inverse;         // parts of the sums of squares: (warp, row)
-  float* scratch;         // three floats a warp; `Paired`: powers of two by row (expert_normed.cuh)
-  float* conditions;      // of each copy's visit
+  uint64_t* arrivals;  // barriers by Arrival
+  float* inverse;      // parts of the sums of squares: (warp, row)
+  float* scratch;      // three floats a warp; `Paired`: powers of two by row (expert_normed.cuh)
+  float* conditions;   // of each copy's visit
   Cursor chunk = {};
   int visit = 0, copy = 0;  // copy: visit % kCopies
   float h = 0.0f;           // row row_of_thread(), column first_column() + column_of_thread()
@@ -341,7 +341,7 @@ struct Frame {
     if constexpr (P == kOut) copy_next_conditions(step, layer);
     if constexpr (P == kDown) be_patient();
     a.ask();
-    if (thread_id() == 0) barrier_expect(prefix_full + 2, tiles() * 4 * kSentBytes);
+    if (thread_id() == 0) barrier_expect(arrivals + kSumsCome, tiles() * 4 * kSentBytes);
     // in the kernel without pairs, where this is never executed, as it leaves that kernel's other code as it was
     constexpr int Parts = Paired ? 1 : 2;
     float sum[Parts][8 / Parts] = {};
@@ -357,7 +357,7 @@ struct Frame {
       const int lane = thread_id() % kWarpSize;
       const bool own = lane / 16 == rank;
       const unsigned char* to = shared + (own ? plan.small : plan.received) + place_of_warp * kSentBytes;
-      const uint32_t barrier = address_in(shared_address(prefix_full + 2), 1 - rank);
+      const uint32_t barrier = address_in(shared_address(arrivals + kSumsCome), 1 - rank);
 #pragma unroll
       for (int i = 0; i < 2; ++i)  // the first eight columns, and the others
         keep_or_give(own, shared_address(to) + sent_offset(i, lane % 16), 1 - rank,
@@ -369,7 +369,7 @@ struct Frame {
     const int tile = thread_id() / kTileElements;
     if (tile < tiles()) {
       const float half = gather_pair_row(shared + plan.small, tile);
-      await_phase(prefix_full + 2, P == kOut ? 0 : 1);  // two a visit
+      await_phase(arrivals + kSumsCome, P == kOut ? 0 : 1);  // two a visit
       finish(half + gather_pair_row(shared + plan.received, tile));
     }
     block_sync();  // nobody looks for more while this block still computes

@@ -84,7 +84,7 @@ struct Layer : GateUp<Fp8, One, Paired> {
     block_sync();
     give_back(qkv_units<One>() * Shape<Fp8, kQkv>::Chunks);
     if (busy) finish_qkv(team, operands, own, tile, element, units, 2, false);
-    if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->prefix_full, visit & 1);
+    if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->arrivals + kKeysCome, visit & 1);
     block_sync();  // the sums have been read; and nobody looks for more while this block still computes
   }
 
@@ -123,7 +123,7 @@ struct Layer : GateUp<Fp8, One, Paired> {
     block_sync();
     give_back(2 * Shape<Fp8, kQkv>::Chunks);
     if (busy) finish_qkv(team, operands, tile, tile, element, units, kSumUnits, true);
-    if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->prefix_full, visit & 1);
+    if (thread_id() / kWarpSize == kWarps - 1) await_phase(this->arrivals + kKeysCome, visit & 1);
     block_sync();
   }
 
@@ -230,8 +230,8 @@ struct Layer : GateUp<Fp8, One, Paired> {
     const uint32_t phase = visit & 1;
     const int rows = p.rows - team.tile * kTileRows;
     fetch_own_rows(exchange().template buffer<kKv>(), share, shared + layout.k, shared + layout.v,
-                   this->prefix_full + 4);
-    await_phase(this->prefix_full + 4, phase);  // by then the queries have come, or soon do
+                   this->arrivals + kOwnRowsCome);
+    await_phase(this->arrivals + kOwnRowsCome, phase);  // by then the queries have come, or soon do
     MarkedQueries queries;
     queries.ask(marked_queries(head), team, rows);
     if (rows > 0) queries.settle(letters.mark);
@@ -244,7 +244,7 @@ struct Layer : GateUp<Fp8, One, Paired> {
       if (first + layout.tiles_at_once < tiles()) block_sync();
     }
     warpgroup_sync();
-    await_phase(this->prefix_full + 1, phase);
+    await_phase(this->arrivals + kValuesCome, phase);
   }
   template <typename Post>
   __device__ __forceinline__ void send_attended(const Team<One>& team, int head, const Post& post) {
@@ -293,7 +293,7 @@ struct Layer : GateUp<Fp8, One, Paired> {
       values.settle(shared + layout.v);
       block_sync();
       softmax(shared, layout, share, p.rows);
-      if (last) await_phase(this->prefix_full + 1, visit & 1);
+      if (last) await_phase(this->arrivals + kValuesCome, visit & 1);
       block_sync();
     } else {
       Queries own;
@@ -307,7 +307,7 @@ struct Layer : GateUp<Fp8, One, Paired> {
         if (first == 0) values.settle(shared + layout.v, share);
         block_sync();
         softmax(shared, layout, share, team, first, p.rows);
-        if (last) await_phase(this->prefix_full + 1, visit & 1);
+        if (last) await_phase(this->arrivals + kValuesCome, visit & 1);
         block_sync();
       }
     }

@@ -1,6 +1,5 @@
-// What the blocks of a head send each other where there is more than one tile of rows, and the merge of it; of
-// pairs of blocks expert_narrow_letters.cuh has it. There it is
-// most of what the blocks write.
+// What the blocks of a head send each other where there is more than one tile of rows, and the merge of it: most of
+// what the blocks write there. Pairs of blocks send what is in expert_narrow_letters.cuh.
 #pragma once
 
 #include "expert_attend_tiles.cuh"

@@ -32,7 +32,7 @@ template <bool Fp8, bool One>
 struct Mover {
   const ExpertSteps& p;
   const Ring& ring;
-  uint64_t *full, *prefix_full;  // prefix_full: of keys, of values
+  uint64_t *full, *arrivals;
   const Source* sources;
   PrefixRows prefix;
 
@@ -116,7 +116,7 @@ struct Mover {
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i)
       if (first + i < prefix.rows) async_copy16(target + i * stride, from + i * kHeadRowBytes);
-    if (first + kRowsAtOnce >= prefix.rows) async_copy_arrive(prefix_full + kind);
+    if (first + kRowsAtOnce >= prefix.rows) async_copy_arrive(arrivals + kKeysCome + kind);
   }
 };
 

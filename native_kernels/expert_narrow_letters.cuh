@@ -58,9 +58,6 @@ struct NarrowMail {
   __device__ __forceinline__ void ask_sums(const NarrowLetters& letters, const Team<false>& team) {
     sum = look(letters.sum(team.tile * kTileRows + row, sender));
   }
-  __device__ __forceinline__ bool missing(uint32_t mark, int i) const {
-    return (((part[i].x ^ mark) | (part[i].z ^ mark)) & 1) != 0;
-  }
   __device__ __forceinline__ bool missing_sums(uint32_t mark) const {
     const uint32_t lower = row + 1 < rows ? (sum.y ^ mark) | (sum.w ^ mark) : 0;
     return (((sum.x ^ mark) | (sum.z ^ mark) | lower) & 1) != 0;
@@ -79,7 +76,7 @@ struct NarrowMail {
       bool any = false;
 #pragma unroll
       for (int i = 0; i < Senders; ++i)
-        if (has && missing(letters.mark, i)) any = true, ask(letters, team, i);
+        if (has && (unmarked(part[i], letters.mark) & 1) != 0) any = true, ask(letters, team, i);
       if (has && missing_sums(letters.mark)) any = true, ask_sums(letters, team);
       if (!__any_sync(0xffffffffu, any)) break;
     }

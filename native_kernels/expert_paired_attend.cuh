@@ -52,12 +52,11 @@ struct MarkedQueries {
     for (int polls = 0;; count_poll(polls)) {
       uint32_t wrong = 0;
 #pragma unroll
-      for (int i = 0; i < Operands; ++i) wrong |= (operand[i].x ^ mark) | (operand[i].z ^ mark);
+      for (int i = 0; i < Operands; ++i) wrong |= unmarked(operand[i], mark);
       if (!__any_sync(0xffffffffu, (wrong & 1) != 0)) break;
 #pragma unroll
       for (int i = 0; i < Operands; ++i)
-        if ((((operand[i].x ^ mark) | (operand[i].z ^ mark)) & 1) != 0)
-          operand[i] = look_twice(from + i * kOperandBytes);
+        if ((unmarked(operand[i], mark) & 1) != 0) operand[i] = look_twice(from + i * kOperandBytes);
     }
   }
 };
@@ -92,8 +91,8 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
   }
 }
 
-// The probabilities of the tiles from `first` on whose scores are taken at once, as bf16 by the inverse of the scale of
-// letters, zeros past the last key; and the logarithms of their sums, which go to all. A warp has four rows, eight
+// The probabilities of a team's tile as bf16 by the inverse of the scale of letters, zeros past the last key; and the
+// logarithms of their sums, which go to all. `place`: as of scores. A warp has four rows, eight
 // lanes each, four keys a lane at once.
 __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
                                         const Team<false>& team, const NarrowLetters& letters, int place, int rows) {

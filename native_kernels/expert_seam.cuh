@@ -198,7 +198,7 @@ struct Seam : Layer<Fp8, One, Paired> {
   __device__ __forceinline__ float mixed(int step) {
     const int rank = block_id() % 2, element = thread_id() % kTileElements;
     const int row = row_of_slot(element / kTileFeatures);
-    uint64_t* come = this->prefix_full + 3;
+    uint64_t* come = this->arrivals + kMixCome;
     float* here = reinterpret_cast<float*>(this->shared + this->plan.received);
     float* place = here + (thread_id() / kTileElements * kTileRows / 2 + row % 8) * Base::kColumns +
                    rank * kTileFeatures + element % kTileFeatures;

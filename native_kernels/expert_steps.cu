@@ -94,17 +94,18 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
     return;
   }
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ uint64_t full[kMaxSlots], prefix_full[Paired ? 5 : 3];
+  __shared__ uint64_t full[kMaxSlots], arrivals[Paired ? kArrivals : kMixCome];
   __shared__ Counters counters;
   __shared__ Source sources[kMaxSources];
   __shared__ Share share;
   __shared__ __align__(16) float inverse[kWarps * kTileRows],
-      conditions[kCopies * (Paired ? kPairConditions : kConditions)], scratch[Paired ? 3 * kExpertMaxRows : kWarps * 3];
+      conditions[kCopies * Expert<Fp8, One, Paired>::kConditionStride],
+      scratch[Paired ? 3 * kExpertMaxRows : kWarps * 3];
   if (thread_id() == 0) {
     for (int i = 0; i < kMaxSlots; ++i) barrier_init(full + i, 1);
-    for (int i = 0; i < 2; ++i) barrier_init(prefix_full + i, kWarpSize);
-    for (int i = 2; i < (Paired ? 4 : 3); ++i) barrier_init(prefix_full + i, 1);
-    if constexpr (Paired) barrier_init(prefix_full + 4, kOwnRows);
+    for (int i = 0; i < kSumsCome; ++i) barrier_init(arrivals + i, kWarpSize);
+    for (int i = kSumsCome; i < (Paired ? kOwnRowsCome : kMixCome); ++i) barrier_init(arrivals + i, 1);
+    if constexpr (Paired) barrier_init(arrivals + kOwnRowsCome, kOwnRows);
     barrier_init_fence();
     counters = {};
     const int prefix = *p.prefix_length;
@@ -129,11 +130,11 @@ __global__ void __launch_bounds__(kAllThreads<Paired>, 1) expert_steps_kernel(co
                           share.prefix_keys,
                           shared + plan.attention.k,
                           shared + plan.attention.v};
-    Mover<Fp8, One>{p, ring, full, prefix_full, sources, rows}.run();
+    Mover<Fp8, One>{p, ring, full, arrivals, sources, rows}.run();
     return;
   }
   if constexpr (Paired) take_registers<kComputingRegisters>();
-  Expert<Fp8, One, Paired> expert{{{{{{{p, plan, shared, ring, share, prefix_full, inverse, scratch, conditions}}}}}}};
+  Expert<Fp8, One, Paired> expert{{{{{{{p, plan, shared, ring, share, arrivals, inverse, scratch, conditions}}}}}}};
   blank_exchange(expert.exchange(0));
   expert.blank_conditions();
   grid_barrier(p.barrier);
@@ -153,8 +154,8 @@ bool lay_out(Plan& plan, const ExpertSteps& p, int shared_limit, int& bytes) {
   const int key_bytes = attention.block_keys * kKeyStride, value_bytes = attention.block_keys * kValueStride;
   const int probability_bytes = tiles * kTileRows * attention.probability_stride() * 2;
   constexpr int kFixedBytes = Paired ? 5120 : 4096;  // the kernel's static shared memory and the alignment
-  static_assert((kMaxSlots + 5) * 8 + sizeof(Counters) + kMaxSources * sizeof(Source) + sizeof(Share) + 32 +
-                    (kWarps * kTileRows + kCopies * (Paired ? kPairConditions : kConditions) + 3 * kExpertMaxRows) *
+  static_assert((kMaxSlots + kArrivals) * 8 + sizeof(Counters) + kMaxSources * sizeof(Source) + sizeof(Share) + 32 +
+                    (kWarps * kTileRows + kCopies * Expert<Fp8, One, Paired>::kConditionStride + 3 * kExpertMaxRows) *
                         4 <=
                 kFixedBytes);
   // what is multiplied before anything is given back; with pairs down waits where there are fewer than six

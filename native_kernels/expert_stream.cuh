@@ -115,6 +115,16 @@ __device__ __forceinline__ void await_phase(uint64_t* barrier, uint32_t phase) {
   }
 }
 
+// Barriers in shared memory of what a visit waits for; only pairs of blocks have those behind kSumsCome.
+enum Arrival : int {
+  kKeysCome,  // of the prefix
+  kValuesCome,
+  kSumsCome,     // from the other block of a pair: of out, then of down
+  kMixCome,      // from it, once a step
+  kOwnRowsCome,  // the actions' keys and values that are this block's
+  kArrivals
+};
+
 // What the computing warps and the one that moves the weights tell each other, in shared memory: each counter has one
 // writer.
 struct Counters {
@@ -313,6 +323,10 @@ __device__ __forceinline__ uint4 look_twice(const void* address) {
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(address));
   return v;
+}
+// The lowest bit: whether one of them has not the mark that its first word's lowest bit should be.
+__device__ __forceinline__ uint32_t unmarked(const uint4& twice, uint32_t mark) {
+  return (twice.x ^ mark) | (twice.z ^ mark);
 }
 
 // Store a word for the other blocks, and blank it in the copy before, `other` bytes away.
