@@ -132,21 +132,17 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
   }
 }
 
-// exp(score - maximum) as bf16 of the tiles from `first` on whose scores are taken at once, zeros past the last key: a
-// warp has four rows, eight lanes each, four keys a lane at once.
-__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
-                                        const Team<false>& team, int first, int rows) {
-  constexpr int kLanes = 8, kStepKeys = 4 * kLanes, kSteps = kLaneKeys * kWarpSize / kStepKeys;
-  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4, place = tile - first;
-  if (place < 0 || place >= layout.tiles_at_once || tile * kTileRows >= rows) return;
-  const int slot = warp % 4 * 4 + lane / kLanes, own = lane % kLanes * 4, keys = share.keys;
-  const int row = tile * kTileRows + slot, stride = layout.score_stride();
-  const float* score =
-      reinterpret_cast<const float*>(shared + layout.score) + ((place << team.shift) * kTileRows + slot) * stride + own;
-  float value[kSteps][4], maximum = -INFINITY;
+// Eight lanes have a row's scores, four keys each a step.
+constexpr int kScoreLanes = 8, kStepKeys = 4 * kScoreLanes, kKeySteps = kLaneKeys * kWarpSize / kStepKeys;
+
+// A lane's scores of a row and their maximum, of the parts of a team of at most `MostParts` warps, times `scale`;
+// -infinity past the last key. `own`: its first key.
+template <int MostParts>
+__device__ __forceinline__ void read_scores(float (&value)[kKeySteps][4], float& maximum, const float* score, int own,
+                                            int stride, int keys, const Team<false>& team, float scale) {
   constexpr int kAtOnce = 2;  // steps, whose parts are read ahead
 #pragma unroll
-  for (int first_step = 0; first_step < kSteps; first_step += kAtOnce) {
+  for (int first_step = 0; first_step < kKeySteps; first_step += kAtOnce) {
 #pragma unroll
     for (int i = first_step; i < first_step + kAtOnce; ++i)
 #pragma unroll
@@ -154,7 +150,7 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
     if (first_step * kStepKeys >= keys) continue;
     float4 sum[kAtOnce] = {};
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
+    for (int slice = 0; slice < MostParts; ++slice) {
       if (slice == kSlices / 2 && slice == team.parts()) break;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -169,11 +165,26 @@ __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& lay
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if ((first_step + i) * kStepKeys + own + j >= keys) continue;  // NaN past the keys
-        value[first_step + i][j] = all[j] * kScoreScale;
+        value[first_step + i][j] = all[j] * scale;
         maximum = fmaxf(maximum, value[first_step + i][j]);
       }
     }
   }
+}
+
+// exp(score - maximum) as bf16 of the tiles from `first` on whose scores are taken at once, zeros past the last key: a
+// warp has four rows, eight lanes each, four keys a lane at once.
+__device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
+                                        const Team<false>& team, int first, int rows) {
+  constexpr int kLanes = kScoreLanes, kSteps = kKeySteps;
+  const int warp = thread_id() / kWarpSize, lane = thread_id() % kWarpSize, tile = warp / 4, place = tile - first;
+  if (place < 0 || place >= layout.tiles_at_once || tile * kTileRows >= rows) return;
+  const int slot = warp % 4 * 4 + lane / kLanes, own = lane % kLanes * 4, keys = share.keys;
+  const int row = tile * kTileRows + slot, stride = layout.score_stride();
+  const float* score =
+      reinterpret_cast<const float*>(shared + layout.score) + ((place << team.shift) * kTileRows + slot) * stride + own;
+  float value[kSteps][4], maximum = -INFINITY;
+  read_scores<kSlices>(value, maximum, score, own, stride, keys, team, kScoreScale);
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2)
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));

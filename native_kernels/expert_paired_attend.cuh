@@ -96,40 +96,13 @@ __device__ __forceinline__ void scores(unsigned char* shared, const Layout& layo
 // lanes each, four keys a lane at once.
 __device__ __forceinline__ void softmax(unsigned char* shared, const Layout& layout, const Share& share,
                                         const Team<false>& team, const NarrowLetters& letters, int place, int rows) {
-  constexpr int kLanes = 8, kStepKeys = 4 * kLanes, kSteps = kLaneKeys * kWarpSize / kStepKeys;
+  constexpr int kLanes = kScoreLanes, kSteps = kKeySteps;
   const int lane = thread_id() % kWarpSize, slot = team.part * 4 + lane / kLanes, own = lane % kLanes * 4;
   const int row = team.tile * kTileRows + slot, stride = layout.score_stride(), keys = share.keys;
   const float* score =
       reinterpret_cast<const float*>(shared + layout.score) + (place * 4 * kTileRows + slot) * stride + own;
   float value[kSteps][4], maximum = -INFINITY;
-  constexpr int kAtOnce = 2;  // steps, whose parts are read ahead
-#pragma unroll
-  for (int first_step = 0; first_step < kSteps; first_step += kAtOnce) {
-#pragma unroll
-    for (int i = first_step; i < first_step + kAtOnce; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) value[i][j] = -INFINITY;
-    if (first_step * kStepKeys >= keys) continue;
-    float4 sum[kAtOnce] = {};
-#pragma unroll
-    for (int part = 0; part < 4; ++part)
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float4 of =
-            *reinterpret_cast<const float4*>(score + part * kTileRows * stride + (first_step + i) * kStepKeys);
-        sum[i].x += of.x, sum[i].y += of.y, sum[i].z += of.z, sum[i].w += of.w;
-      }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const float all[4] = {sum[i].x, sum[i].y, sum[i].z, sum[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if ((first_step + i) * kStepKeys + own + j >= keys) continue;  // NaN past the keys
-        value[first_step + i][j] = all[j];
-        maximum = fmaxf(maximum, all[j]);
-      }
-    }
-  }
+  read_scores<4>(value, maximum, score, own, stride, keys, team, 1.0f);
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2)
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
