@@ -57,13 +57,14 @@ struct Frame {
   // Of h and of the epilogues of products 3 and 5: a block has its 8 columns, or of a pair's 16 half of each tile's
   // rows, so that there are half as many parts of a row's sum of squares.
   static constexpr int kColumns = Paired ? 2 * kTileFeatures : kTileFeatures;
+  static constexpr int kHalfRows = kTileRows / 2;                                  // of a tile, a block's of a pair
   static constexpr int kConditionStride = Paired ? kPairConditions : kConditions;  // of the copies
   static __device__ __forceinline__ unsigned column_of_thread() { return thread_id() % kColumns; }
   static __device__ __forceinline__ unsigned first_column() {
     return (Paired ? block_id() & ~1u : block_id()) * kTileFeatures;
   }
   static __device__ __forceinline__ int row_of_place(int place) {
-    return Paired ? block_id() % 2 * (kTileRows / 2) + place : row_of_slot(place);
+    return Paired ? block_id() % 2 * kHalfRows + place : row_of_slot(place);
   }
   static __device__ __forceinline__ int row_of_thread() {
     return thread_id() / kTileElements * kTileRows + row_of_place(thread_id() % kTileElements / kColumns);

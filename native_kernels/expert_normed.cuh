@@ -53,7 +53,7 @@ struct NormedFrame : Frame<Fp8, One, Paired> {
   }
   // Of the thread's row and of one that the other block has.
   __device__ __forceinline__ void copy_powers(Power to, Power from) const {
-    const int m = row_of_thread(), other = m ^ kTileRows / 2;
+    const int m = row_of_thread(), other = m ^ Base::kHalfRows;
     power(to, m) = power(from, m), power(to, other) = power(from, other);
   }
   // With it the root mean square of the row at that norm is between 1/8 and 1/4, or less where it was below 1/256. It

@@ -200,11 +200,11 @@ struct Seam : Layer<Fp8, One, Paired> {
     const int row = row_of_slot(element / kTileFeatures);
     uint64_t* come = this->arrivals + kMixCome;
     float* here = reinterpret_cast<float*>(this->shared + this->plan.received);
-    float* place = here + (thread_id() / kTileElements * kTileRows / 2 + row % 8) * Base::kColumns +
+    float* place = here + (thread_id() / kTileElements * Base::kHalfRows + row % Base::kHalfRows) * Base::kColumns +
                    rank * kTileFeatures + element % kTileFeatures;
     if (thread_id() == 0) barrier_expect(come, this->tiles() * (kTileElements / 2 * 4));
     this->template narrow_product<kMix>(exchange(step % kCopies).template buffer<kMixed>(), step, 0, [&](float sum) {
-      if (row / 8 == rank) {
+      if (row / Base::kHalfRows == rank) {
         *place = sum;
       } else {
         give(address_in(shared_address(place), 1 - rank), sum, address_in(shared_address(come), 1 - rank));
@@ -225,10 +225,10 @@ struct Seam : Layer<Fp8, One, Paired> {
     block_sync();
     float inverse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) inverse[i] = this->inverse_rms(team, team.tile, (m ^ i * 8) % kTileRows);
+    for (int i = 0; i < 2; ++i) inverse[i] = this->inverse_rms(team, team.tile, (m ^ i * Base::kHalfRows) % kTileRows);
     block_sync();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) this->power(this->kQkvPower, m ^ i * 8) = this->power_of(inverse[i]);
+    for (int i = 0; i < 2; ++i) this->power(this->kQkvPower, m ^ i * Base::kHalfRows) = this->power_of(inverse[i]);
   }
 
   __device__ __forceinline__ float in_product(int step, int m, int n) {
